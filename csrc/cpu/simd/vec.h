@@ -1,0 +1,332 @@
+// Vec<float> and Vec<double>: one register's worth of numbers. Compiled once per instruction set by for_each_isa.h,
+// which is why it has no include guard and includes nothing.
+//
+// A comparison gives a Mask, one bit a lane, lane 0 lowest. A comparison with NaN is false.
+
+using Mask = uint32_t;
+
+/// Any machine, and float64 everywhere: plain loops that the compiler turns into the registers there are.
+template <typename T>
+struct Vec {
+  static constexpr int64_t kWidth = 64 / static_cast<int64_t>(sizeof(T)) / 2;
+  T lanes[static_cast<size_t>(kWidth)];
+
+  static ZEXPERT_INLINE Vec broadcast(T value) {
+    Vec result;
+    for (int64_t i = 0; i < kWidth; ++i) result.lanes[i] = value;
+    return result;
+  }
+  static ZEXPERT_INLINE Vec zero() { return broadcast(T(0)); }
+  template <typename From>
+  static ZEXPERT_INLINE Vec load(const From* source) {
+    Vec result;
+    for (int64_t i = 0; i < kWidth; ++i) result.lanes[i] = static_cast<T>(source[i]);
+    return result;
+  }
+  /// The first `count` lanes from memory, `fill` in the others. Reads nothing past them.
+  template <typename From>
+  static ZEXPERT_INLINE Vec load_partial(const From* source, int64_t count, T fill) {
+    Vec result = broadcast(fill);
+    for (int64_t i = 0; i < count; ++i) result.lanes[i] = static_cast<T>(source[i]);
+    return result;
+  }
+  template <typename To>
+  ZEXPERT_INLINE void store(To* target) const {
+    for (int64_t i = 0; i < kWidth; ++i) target[i] = static_cast<To>(lanes[i]);
+  }
+  template <typename To>
+  ZEXPERT_INLINE void store_partial(To* target, int64_t count) const {
+    for (int64_t i = 0; i < count; ++i) target[i] = static_cast<To>(lanes[i]);
+  }
+
+  friend ZEXPERT_INLINE Vec operator+(Vec a, Vec b) {
+    for (int64_t i = 0; i < kWidth; ++i) a.lanes[i] += b.lanes[i];
+    return a;
+  }
+  friend ZEXPERT_INLINE Vec operator-(Vec a, Vec b) {
+    for (int64_t i = 0; i < kWidth; ++i) a.lanes[i] -= b.lanes[i];
+    return a;
+  }
+  friend ZEXPERT_INLINE Vec operator*(Vec a, Vec b) {
+    for (int64_t i = 0; i < kWidth; ++i) a.lanes[i] *= b.lanes[i];
+    return a;
+  }
+  friend ZEXPERT_INLINE Vec operator/(Vec a, Vec b) {
+    for (int64_t i = 0; i < kWidth; ++i) a.lanes[i] /= b.lanes[i];
+    return a;
+  }
+  /// a * b + c, rounded once where the instruction set has it.
+  static ZEXPERT_INLINE Vec multiply_add(Vec a, Vec b, Vec c) {
+    for (int64_t i = 0; i < kWidth; ++i) c.lanes[i] += a.lanes[i] * b.lanes[i];
+    return c;
+  }
+  /// The larger of a and b; b where a is NaN.
+  static ZEXPERT_INLINE Vec max(Vec a, Vec b) {
+    for (int64_t i = 0; i < kWidth; ++i) b.lanes[i] = a.lanes[i] > b.lanes[i] ? a.lanes[i] : b.lanes[i];
+    return b;
+  }
+  /// The smaller of a and b; b where a is NaN.
+  static ZEXPERT_INLINE Vec min(Vec a, Vec b) {
+    for (int64_t i = 0; i < kWidth; ++i) b.lanes[i] = a.lanes[i] < b.lanes[i] ? a.lanes[i] : b.lanes[i];
+    return b;
+  }
+  static ZEXPERT_INLINE Vec sqrt(Vec a) {
+    for (int64_t i = 0; i < kWidth; ++i) a.lanes[i] = std::sqrt(a.lanes[i]);
+    return a;
+  }
+  static ZEXPERT_INLINE Vec abs(Vec a) {
+    for (int64_t i = 0; i < kWidth; ++i) a.lanes[i] = std::abs(a.lanes[i]);
+    return a;
+  }
+  static ZEXPERT_INLINE Mask greater_equal(Vec a, Vec b) {
+    Mask mask = 0;
+    for (int64_t i = 0; i < kWidth; ++i) mask |= static_cast<Mask>(a.lanes[i] >= b.lanes[i]) << i;
+    return mask;
+  }
+  static ZEXPERT_INLINE Mask greater(Vec a, Vec b) {
+    Mask mask = 0;
+    for (int64_t i = 0; i < kWidth; ++i) mask |= static_cast<Mask>(a.lanes[i] > b.lanes[i]) << i;
+    return mask;
+  }
+  /// Lanes that are neither NaN nor infinite.
+  static ZEXPERT_INLINE Mask is_finite(Vec a) {
+    Mask mask = 0;
+    for (int64_t i = 0; i < kWidth; ++i) mask |= static_cast<Mask>(a.lanes[i] - a.lanes[i] == T(0)) << i;
+    return mask;
+  }
+  /// `a` where the mask's bit is set, else `b`.
+  static ZEXPERT_INLINE Vec select(Mask mask, Vec a, Vec b) {
+    for (int64_t i = 0; i < kWidth; ++i) b.lanes[i] = ((mask >> i) & 1U) != 0 ? a.lanes[i] : b.lanes[i];
+    return b;
+  }
+  ZEXPERT_INLINE T sum() const {
+    T total = lanes[0];
+    for (int64_t i = 1; i < kWidth; ++i) total += lanes[i];
+    return total;
+  }
+  ZEXPERT_INLINE T largest() const {
+    T result = lanes[0];
+    for (int64_t i = 1; i < kWidth; ++i) result = lanes[i] > result ? lanes[i] : result;
+    return result;
+  }
+};
+
+#if defined(ZEXPERT_ISA_AVX512)
+
+template <>
+struct Vec<float> {
+  static constexpr int64_t kWidth = 16;
+  __m512 lanes;
+
+  static ZEXPERT_INLINE Vec broadcast(float value) { return {_mm512_set1_ps(value)}; }
+  static ZEXPERT_INLINE Vec zero() { return {_mm512_setzero_ps()}; }
+  static ZEXPERT_INLINE __mmask16 first(int64_t count) { return static_cast<__mmask16>((1U << count) - 1U); }
+  static ZEXPERT_INLINE Vec widen(__m256i bfloat16_bits) {
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bfloat16_bits), 16))};
+  }
+
+  static ZEXPERT_INLINE Vec load(const float* source) { return {_mm512_loadu_ps(source)}; }
+  static ZEXPERT_INLINE Vec load(const BFloat16* source) {
+    return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(source)));
+  }
+  static ZEXPERT_INLINE Vec load(const Half* source) {
+    return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(source)))};
+  }
+  static ZEXPERT_INLINE Vec load_partial(const float* source, int64_t count, float fill) {
+    return {_mm512_mask_loadu_ps(_mm512_set1_ps(fill), first(count), source)};
+  }
+  static ZEXPERT_INLINE Vec load_partial(const BFloat16* source, int64_t count, float fill) {
+    return select(first(count), widen(_mm256_maskz_loadu_epi16(first(count), source)), broadcast(fill));
+  }
+  static ZEXPERT_INLINE Vec load_partial(const Half* source, int64_t count, float fill) {
+    return select(first(count), {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(count), source))}, broadcast(fill));
+  }
+
+  ZEXPERT_INLINE __m256i as_bfloat16() const {
+    const __m512i word = _mm512_castps_si512(lanes);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(word, 16), _mm512_set1_epi32(1));
+    const __m512i rounded =
+        _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(word, _mm512_set1_epi32(0x7fff)), odd), 16);
+    const __mmask16 is_nan = _mm512_cmp_ps_mask(lanes, lanes, _CMP_UNORD_Q);
+    return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, is_nan, _mm512_set1_epi32(0x7fc0)));
+  }
+  ZEXPERT_INLINE __m256i as_half() const { return _mm512_cvtps_ph(lanes, _MM_FROUND_TO_NEAREST_INT); }
+  ZEXPERT_INLINE void store(float* target) const { _mm512_storeu_ps(target, lanes); }
+  ZEXPERT_INLINE void store(BFloat16* target) const {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(target), as_bfloat16());
+  }
+  ZEXPERT_INLINE void store(Half* target) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(target), as_half()); }
+  ZEXPERT_INLINE void store_partial(float* target, int64_t count) const {
+    _mm512_mask_storeu_ps(target, first(count), lanes);
+  }
+  ZEXPERT_INLINE void store_partial(BFloat16* target, int64_t count) const {
+    _mm256_mask_storeu_epi16(target, first(count), as_bfloat16());
+  }
+  ZEXPERT_INLINE void store_partial(Half* target, int64_t count) const {
+    _mm256_mask_storeu_epi16(target, first(count), as_half());
+  }
+
+  friend ZEXPERT_INLINE Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.lanes, b.lanes)}; }
+  friend ZEXPERT_INLINE Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.lanes, b.lanes)}; }
+  friend ZEXPERT_INLINE Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.lanes, b.lanes)}; }
+  friend ZEXPERT_INLINE Vec operator/(Vec a, Vec b) { return {_mm512_div_ps(a.lanes, b.lanes)}; }
+  static ZEXPERT_INLINE Vec multiply_add(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.lanes, b.lanes, c.lanes)}; }
+  static ZEXPERT_INLINE Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.lanes, b.lanes)}; }
+  static ZEXPERT_INLINE Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.lanes, b.lanes)}; }
+  static ZEXPERT_INLINE Vec sqrt(Vec a) { return {_mm512_sqrt_ps(a.lanes)}; }
+  static ZEXPERT_INLINE Vec abs(Vec a) { return {_mm512_abs_ps(a.lanes)}; }
+  static ZEXPERT_INLINE Mask greater_equal(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.lanes, b.lanes, _CMP_GE_OQ); }
+  static ZEXPERT_INLINE Mask greater(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.lanes, b.lanes, _CMP_GT_OQ); }
+  static ZEXPERT_INLINE Mask is_finite(Vec a) {
+    constexpr int kNanOrInfinity = 0x01 | 0x08 | 0x10 | 0x80;
+    return static_cast<Mask>(static_cast<__mmask16>(~_mm512_fpclass_ps_mask(a.lanes, kNanOrInfinity)));
+  }
+  static ZEXPERT_INLINE Vec select(Mask mask, Vec a, Vec b) {
+    return {_mm512_mask_mov_ps(b.lanes, static_cast<__mmask16>(mask), a.lanes)};
+  }
+  ZEXPERT_INLINE float sum() const { return _mm512_reduce_add_ps(lanes); }
+  ZEXPERT_INLINE float largest() const { return _mm512_reduce_max_ps(lanes); }
+};
+
+#elif defined(ZEXPERT_ISA_AVX2)
+
+template <>
+struct Vec<float> {
+  static constexpr int64_t kWidth = 8;
+  __m256 lanes;
+
+  static ZEXPERT_INLINE Vec broadcast(float value) { return {_mm256_set1_ps(value)}; }
+  static ZEXPERT_INLINE Vec zero() { return {_mm256_setzero_ps()}; }
+  static ZEXPERT_INLINE Vec widen(__m128i bfloat16_bits) {
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bfloat16_bits), 16))};
+  }
+
+  static ZEXPERT_INLINE Vec load(const float* source) { return {_mm256_loadu_ps(source)}; }
+  static ZEXPERT_INLINE Vec load(const BFloat16* source) {
+    return widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source)));
+  }
+  static ZEXPERT_INLINE Vec load(const Half* source) {
+    return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source)))};
+  }
+  template <typename From>
+  static ZEXPERT_INLINE Vec load_partial(const From* source, int64_t count, float fill) {
+    float buffer[kWidth];
+    for (int64_t i = 0; i < kWidth; ++i) buffer[i] = i < count ? static_cast<float>(source[i]) : fill;
+    return load(buffer);
+  }
+
+  ZEXPERT_INLINE void store(float* target) const { _mm256_storeu_ps(target, lanes); }
+  ZEXPERT_INLINE void store(BFloat16* target) const {
+    const __m256i word = _mm256_castps_si256(lanes);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(word, 16), _mm256_set1_epi32(1));
+    __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(word, _mm256_set1_epi32(0x7fff)), odd), 16);
+    const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(lanes, lanes, _CMP_UNORD_Q));
+    rounded = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc0), is_nan);
+    const __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256(rounded, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(target), packed);
+  }
+  ZEXPERT_INLINE void store(Half* target) const {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(target), _mm256_cvtps_ph(lanes, _MM_FROUND_TO_NEAREST_INT));
+  }
+  template <typename To>
+  ZEXPERT_INLINE void store_partial(To* target, int64_t count) const {
+    To buffer[kWidth];
+    store(buffer);
+    for (int64_t i = 0; i < count; ++i) target[i] = buffer[i];
+  }
+
+  friend ZEXPERT_INLINE Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.lanes, b.lanes)}; }
+  friend ZEXPERT_INLINE Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.lanes, b.lanes)}; }
+  friend ZEXPERT_INLINE Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.lanes, b.lanes)}; }
+  friend ZEXPERT_INLINE Vec operator/(Vec a, Vec b) { return {_mm256_div_ps(a.lanes, b.lanes)}; }
+  static ZEXPERT_INLINE Vec multiply_add(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.lanes, b.lanes, c.lanes)}; }
+  static ZEXPERT_INLINE Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.lanes, b.lanes)}; }
+  static ZEXPERT_INLINE Vec min(Vec a, Vec b) { return {_mm256_min_ps(a.lanes, b.lanes)}; }
+  static ZEXPERT_INLINE Vec sqrt(Vec a) { return {_mm256_sqrt_ps(a.lanes)}; }
+  static ZEXPERT_INLINE Vec abs(Vec a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0F), a.lanes)}; }
+  static ZEXPERT_INLINE Mask bits(__m256 comparison) { return static_cast<Mask>(_mm256_movemask_ps(comparison)); }
+  static ZEXPERT_INLINE Mask greater_equal(Vec a, Vec b) { return bits(_mm256_cmp_ps(a.lanes, b.lanes, _CMP_GE_OQ)); }
+  static ZEXPERT_INLINE Mask greater(Vec a, Vec b) { return bits(_mm256_cmp_ps(a.lanes, b.lanes, _CMP_GT_OQ)); }
+  static ZEXPERT_INLINE Mask is_finite(Vec a) {
+    return bits(_mm256_cmp_ps(_mm256_sub_ps(a.lanes, a.lanes), _mm256_setzero_ps(), _CMP_EQ_OQ));
+  }
+  static ZEXPERT_INLINE Vec select(Mask mask, Vec a, Vec b) {
+    const __m256i lane_bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    const __m256i set = _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(mask)), lane_bit);
+    return {_mm256_blendv_ps(b.lanes, a.lanes, _mm256_castsi256_ps(_mm256_cmpeq_epi32(set, lane_bit)))};
+  }
+  ZEXPERT_INLINE float sum() const {
+    __m128 half = _mm_add_ps(_mm256_castps256_ps128(lanes), _mm256_extractf128_ps(lanes, 1));
+    half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+  }
+  ZEXPERT_INLINE float largest() const {
+    __m128 half = _mm_max_ps(_mm256_castps256_ps128(lanes), _mm256_extractf128_ps(lanes, 1));
+    half = _mm_max_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half)));
+  }
+};
+
+#endif
+
+/// exp(x), within 2 units in the last place. exp(-inf) = 0, exp(NaN) = NaN, and results keep their subnormal bits.
+ZEXPERT_INLINE Vec<double> exp(Vec<double> x) {
+  for (int64_t i = 0; i < Vec<double>::kWidth; ++i) x.lanes[i] = std::exp(x.lanes[i]);
+  return x;
+}
+
+#if defined(ZEXPERT_ISA_AVX512) || defined(ZEXPERT_ISA_AVX2)
+/// x * 2^n for an integral n within [-300, 300].
+ZEXPERT_INLINE Vec<float> scale_by_power_of_two(Vec<float> x, Vec<float> n) {
+#if defined(ZEXPERT_ISA_AVX512)
+  return {_mm512_scalef_ps(x.lanes, n.lanes)};
+#else
+  // Two factors, so that results below 2^-126 and up to 2^128 are reached without leaving the exponent's range.
+  const __m256i exponent = _mm256_cvtps_epi32(n.lanes);
+  const __m256i first = _mm256_srai_epi32(exponent, 1);
+  const __m256i second = _mm256_sub_epi32(exponent, first);
+  const __m256i one = _mm256_set1_epi32(127);
+  const Vec<float> first_factor{_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(first, one), 23))};
+  const Vec<float> second_factor{_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(second, one), 23))};
+  return (x * first_factor) * second_factor;
+#endif
+}
+
+ZEXPERT_INLINE Vec<float> round_to_integer(Vec<float> x) {
+#if defined(ZEXPERT_ISA_AVX512)
+  return {_mm512_roundscale_ps(x.lanes, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+#else
+  return {_mm256_round_ps(x.lanes, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+#endif
+}
+
+ZEXPERT_INLINE Vec<float> exp(Vec<float> x) {
+  using V = Vec<float>;
+  // exp(x) = 2^n * exp(r), n = round(x / ln 2), |r| <= ln(2) / 2; ln 2 in two parts keeps r exact. The clamp's
+  // bounds lie where the result is 0 and infinity; written this way round it lets NaN through.
+  x = V::min(V::broadcast(130.0F), V::max(V::broadcast(-150.0F), x));
+  const V n = round_to_integer(x * V::broadcast(1.44269504088896341F));
+  V r = V::multiply_add(n, V::broadcast(-0.693145751953125F), x);
+  r = V::multiply_add(n, V::broadcast(-1.42860682030941723212e-6F), r);
+  V p = V::broadcast(1.9875691500e-4F);
+  p = V::multiply_add(p, r, V::broadcast(1.3981999507e-3F));
+  p = V::multiply_add(p, r, V::broadcast(8.3334519073e-3F));
+  p = V::multiply_add(p, r, V::broadcast(4.1665795894e-2F));
+  p = V::multiply_add(p, r, V::broadcast(1.6666665459e-1F));
+  p = V::multiply_add(p, r, V::broadcast(5.0000001201e-1F));
+  p = V::multiply_add(p, r * r, r) + V::broadcast(1.0F);
+  return scale_by_power_of_two(p, n);
+}
+#else
+ZEXPERT_INLINE Vec<float> exp(Vec<float> x) {
+  for (int64_t i = 0; i < Vec<float>::kWidth; ++i) x.lanes[i] = std::exp(x.lanes[i]);
+  return x;
+}
+#endif
+
+/// 1 / (1 + exp(-x)).
+template <typename T>
+ZEXPERT_INLINE Vec<T> sigmoid(Vec<T> x) {
+  const Vec<T> one = Vec<T>::broadcast(T(1));
+  return one / (one + exp(Vec<T>::zero() - x));
+}

@@ -1,0 +1,39 @@
+// grouped_mlp: each expert's feed-forward network over its segment of rows.
+#pragma once
+
+#include <cstdint>
+
+#include "zexpert/scalar_types.h"
+
+namespace zexpert {
+
+/// Segments of at most this many rows stream the expert's weights through zexpert's own kernel; longer ones are worth
+/// a matrix-product library's packing.
+inline constexpr int64_t kFewRows = 16;
+
+/// For every expert e with expert_offsets[e + 1] - expert_offsets[e] in [1, max_rows], for its rows r:
+///   out[r] = (silu(rows[r] @ gate_e.T) * (rows[r] @ up_e.T)) @ down_e.T,  [gate_e; up_e] = w13[e], down_e = w2[e].
+/// Sums in float32 (float64 for float64 data); the activation stays in that type and the result is rounded once.
+/// Rows of other experts and rows past the last offset are neither read nor written.
+struct GroupedMlpParams {
+  const void* rows = nullptr;               ///< [num_rows, hidden_size]; unit inner stride
+  const int32_t* expert_offsets = nullptr;  ///< [num_experts + 1]; from 0, ascending, at most num_rows
+  const void* w13_weight = nullptr;         ///< [num_experts, 2 * intermediate_size, hidden_size]; inner two contiguous
+  const void* w2_weight = nullptr;          ///< [num_experts, hidden_size, intermediate_size]; inner two contiguous
+  void* out = nullptr;                      ///< [num_rows, hidden_size]; unit inner stride
+  ScalarType data_type = ScalarType::kFloat32;
+  int64_t num_rows = 0;
+  int64_t num_experts = 0;
+  int64_t hidden_size = 0;
+  int64_t intermediate_size = 0;
+  int64_t rows_row_stride = 0;
+  int64_t out_row_stride = 0;
+  int64_t w13_expert_stride = 0;
+  int64_t w2_expert_stride = 0;
+  int64_t max_rows = INT64_MAX;  ///< segments with more rows are left to the caller
+};
+
+/// Throws Error, before anything is written, if expert_offsets is not an ascending sequence from 0 to at most num_rows.
+void grouped_mlp_cpu(const GroupedMlpParams& params);
+
+}  // namespace zexpert

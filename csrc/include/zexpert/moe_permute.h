@@ -1,0 +1,26 @@
+// moe_permute: token rows copied into the plan's order.
+#pragma once
+
+#include <cstdint>
+
+#include "zexpert/scalar_types.h"
+
+namespace zexpert {
+
+/// rows[r] = hidden_states[row_slots[r] / top_k] for r below num_rows; later rows are left untouched.
+struct MoePermuteParams {
+  const void* hidden_states = nullptr;  ///< [num_tokens, hidden_size]; unit inner stride
+  const int32_t* row_slots = nullptr;   ///< [at least num_rows]; every entry in [0, num_tokens * top_k)
+  void* rows = nullptr;                 ///< [at least num_rows, hidden_size]; type of hidden_states, contiguous
+  ScalarType data_type = ScalarType::kFloat32;
+  int64_t num_rows = 0;  ///< rows that do work: the plan's last offset
+  int64_t num_tokens = 0;
+  int64_t top_k = 1;
+  int64_t hidden_size = 0;
+  int64_t hidden_row_stride = 0;
+};
+
+/// Throws Error, before anything is written, if an entry of row_slots is out of range.
+void moe_permute_cpu(const MoePermuteParams& params);
+
+}  // namespace zexpert

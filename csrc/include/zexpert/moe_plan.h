@@ -1,0 +1,26 @@
+// moe_plan: the stable counting sort of slots by expert that everything after routing follows.
+#pragma once
+
+#include <cstdint>
+
+#include "zexpert/scalar_types.h"
+
+namespace zexpert {
+
+/// Orders the slots that do work (id >= 0) by expert, slots of one expert in slot order. Row r of the order is slot
+/// row_slots[r] (slot t * top_k + k); expert e's rows are expert_offsets[e] .. expert_offsets[e + 1] - 1.
+/// slot_rows is the inverse, -1 for a slot that does no work; row_slots is -1 from the last offset on.
+struct MoePlanParams {
+  const void* topk_ids = nullptr;  ///< [num_slots]; contiguous; every id in [-1, num_experts)
+  ScalarType ids_type = ScalarType::kInt32;
+  int32_t* expert_offsets = nullptr;  ///< [num_experts + 1]
+  int32_t* row_slots = nullptr;       ///< [num_slots]
+  int32_t* slot_rows = nullptr;       ///< [num_slots]
+  int64_t num_slots = 0;              ///< num_tokens * top_k, below 2^31
+  int64_t num_experts = 0;            ///< real experts
+};
+
+/// Throws Error, before anything is written, if an id lies outside [-1, num_experts).
+void moe_plan_cpu(const MoePlanParams& params);
+
+}  // namespace zexpert

@@ -1,0 +1,87 @@
+// RoutingSpec: the validated description of a routing, held by routers and taken by biased_topk.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "zexpert/enums.h"
+#include "zexpert/error.h"
+
+namespace zexpert {
+
+/// Largest number of experts a token can choose.
+inline constexpr int64_t kMaxTopK = 64;
+
+/// Stands for a count that the width of the logits decides.
+inline constexpr int64_t kFromLogits = -1;
+
+/// How tokens choose among experts ordered [real R | identity I | constant C | drop D], N = R + I + C + D.
+///
+/// Two counts may be left to the logits: `num_experts` (N), and `num_identity_experts` (I = N - R - C, no drop
+/// experts). What is neither real, identity nor constant is a drop expert.
+struct RoutingSpec {
+  int64_t top_k = 1;
+  int64_t num_real_experts = 1;
+  int64_t num_experts = kFromLogits;
+  int64_t num_identity_experts = kFromLogits;
+  int64_t num_constant_experts = 0;
+  ScoringFunc scoring_func = ScoringFunc::kSoftmax;
+  bool renormalize = false;
+  bool drop_before_renormalize = false;
+  double routed_scaling_factor = 1.0;
+  int64_t num_expert_group = 1;
+  int64_t topk_group = 1;
+
+  /// Throws Error, naming the field, unless every field is in range and the fields agree with each other.
+  void validate() const {
+    ZEXPERT_CHECK(num_real_experts >= 1, "num_real_experts must be at least 1, got ", num_real_experts);
+    ZEXPERT_CHECK(num_identity_experts >= kFromLogits, "num_identity_experts must not be negative, got ",
+                  num_identity_experts);
+    ZEXPERT_CHECK(num_constant_experts >= 0, "num_constant_experts must not be negative, got ", num_constant_experts);
+    ZEXPERT_CHECK(top_k >= 1 && top_k <= kMaxTopK, "top_k must be between 1 and ", kMaxTopK, ", got ", top_k);
+    ZEXPERT_CHECK(std::isfinite(routed_scaling_factor), "routed_scaling_factor must be finite, got ",
+                  routed_scaling_factor);
+    ZEXPERT_CHECK(num_expert_group >= 1 && num_real_experts % num_expert_group == 0,
+                  "num_expert_group must divide the number of real experts (", num_real_experts, "), got ",
+                  num_expert_group);
+    ZEXPERT_CHECK(topk_group >= 1 && topk_group <= num_expert_group,
+                  "topk_group must be between 1 and num_expert_group (", num_expert_group, "), got ", topk_group);
+    if (num_experts != kFromLogits) {
+      const int64_t identity = num_identity_experts == kFromLogits ? 0 : num_identity_experts;
+      const int64_t counted = num_real_experts + identity + num_constant_experts;
+      ZEXPERT_CHECK(num_experts >= counted, "num_experts (the width of the logits) must be at least ", counted,
+                    ", the real, identity and constant experts together, got ", num_experts);
+      ZEXPERT_CHECK(top_k <= num_experts, "top_k must be at most the number of experts (", num_experts, "), got ",
+                    top_k);
+    }
+  }
+
+  /// This spec for logits `width` wide: every count known. Throws Error if the width does not fit.
+  RoutingSpec for_width(int64_t width) const {
+    ZEXPERT_CHECK(num_experts == kFromLogits || num_experts == width, "logits must have ", num_experts,
+                  " columns, one per expert, got ", width);
+    RoutingSpec resolved = *this;
+    resolved.num_experts = width;
+    resolved.validate();
+    if (num_identity_experts == kFromLogits) {
+      resolved.num_identity_experts = width - num_real_experts - num_constant_experts;
+    }
+    return resolved;
+  }
+
+  /// Drop experts D. Meaningful only where every count is known.
+  int64_t num_drop_experts() const {
+    return num_experts - num_real_experts - num_identity_experts - num_constant_experts;
+  }
+
+  bool operator==(const RoutingSpec& other) const {
+    return top_k == other.top_k && num_real_experts == other.num_real_experts && num_experts == other.num_experts &&
+           num_identity_experts == other.num_identity_experts && num_constant_experts == other.num_constant_experts &&
+           scoring_func == other.scoring_func && renormalize == other.renormalize &&
+           drop_before_renormalize == other.drop_before_renormalize &&
+           routed_scaling_factor == other.routed_scaling_factor && num_expert_group == other.num_expert_group &&
+           topk_group == other.topk_group;
+  }
+};
+
+}  // namespace zexpert

@@ -1,0 +1,113 @@
+// Element types that kernels read and write, with their conversions to and from float.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+namespace zexpert {
+
+enum class ScalarType : int8_t { kFloat32, kFloat64, kBFloat16, kFloat16, kInt32, kInt64 };
+
+inline const char* name(ScalarType type) {
+  switch (type) {
+    case ScalarType::kFloat32: return "float32";
+    case ScalarType::kFloat64: return "float64";
+    case ScalarType::kBFloat16: return "bfloat16";
+    case ScalarType::kFloat16: return "float16";
+    case ScalarType::kInt32: return "int32";
+    case ScalarType::kInt64: return "int64";
+  }
+  return "unknown";
+}
+
+namespace detail {
+template <typename To, typename From>
+inline To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From), "bit_cast needs types of one size");
+  To to;
+  std::memcpy(&to, &from, sizeof(To));
+  return to;
+}
+}  // namespace detail
+
+/// The upper half of a float32. Converting to it rounds to nearest, ties to even; NaN stays NaN.
+struct BFloat16 {
+  uint16_t bits = 0;
+
+  BFloat16() = default;
+  explicit BFloat16(float value) {
+    const auto word = detail::bit_cast<uint32_t>(value);
+    const bool is_nan = (word & 0x7fffffffU) > 0x7f800000U;
+    bits =
+        is_nan ? static_cast<uint16_t>(0x7fc0U) : static_cast<uint16_t>((word + 0x7fffU + ((word >> 16U) & 1U)) >> 16U);
+  }
+  explicit BFloat16(double value) : BFloat16(static_cast<float>(value)) {}
+  explicit operator float() const { return detail::bit_cast<float>(static_cast<uint32_t>(bits) << 16U); }
+  explicit operator double() const { return static_cast<double>(static_cast<float>(*this)); }
+};
+
+/// IEEE 754 binary16. Converting to it rounds to nearest, ties to even; NaN stays NaN.
+struct Half {
+  uint16_t bits = 0;
+
+  Half() = default;
+  explicit Half(float value) {
+    const auto word = detail::bit_cast<uint32_t>(value);
+    const uint32_t sign = (word >> 16U) & 0x8000U;
+    const uint32_t magnitude = word & 0x7fffffffU;
+    uint32_t half = 0;
+    if (magnitude > 0x7f800000U) {
+      half = 0x7e00U;
+    } else if (magnitude >= 0x477ff000U) {  // 65520 and above round to infinity
+      half = 0x7c00U;
+    } else if (magnitude < 0x38800000U) {
+      // Below 2^-14 the result is subnormal: adding 0.5 lets the float adder do the rounding.
+      const float sum = detail::bit_cast<float>(magnitude) + 0.5F;
+      half = detail::bit_cast<uint32_t>(sum) - 0x3f000000U;
+    } else {
+      half = (magnitude + 0xc8000fffU + ((magnitude >> 13U) & 1U)) >> 13U;
+    }
+    bits = static_cast<uint16_t>(sign | half);
+  }
+  explicit Half(double value) : Half(static_cast<float>(value)) {}
+  explicit operator float() const {
+    const uint32_t sign = static_cast<uint32_t>(bits & 0x8000U) << 16U;
+    const uint32_t magnitude = bits & 0x7fffU;
+    if (magnitude >= 0x7c00U) {  // infinity and NaN
+      return detail::bit_cast<float>(sign | 0x7f800000U | ((magnitude & 0x3ffU) << 13U));
+    }
+    if (magnitude < 0x400U) {  // zero and subnormals, in units of 2^-24
+      const float value = static_cast<float>(magnitude) * 5.9604644775390625e-8F;
+      return detail::bit_cast<float>(detail::bit_cast<uint32_t>(value) | sign);
+    }
+    return detail::bit_cast<float>(sign | ((magnitude << 13U) + 0x38000000U));
+  }
+  explicit operator double() const { return static_cast<double>(static_cast<float>(*this)); }
+};
+
+/// The type values of T are computed in: float64 for float64, float32 for all else.
+template <typename T>
+struct Accumulate {
+  using type = float;
+};
+template <>
+struct Accumulate<double> {
+  using type = double;
+};
+template <typename T>
+using accumulate_t = typename Accumulate<T>::type;
+
+/// Calls `fn` with a value of the C++ type of `type`, one of the four floating types.
+template <typename Fn>
+inline void visit_floating(ScalarType type, Fn&& fn) {
+  switch (type) {
+    case ScalarType::kFloat32: return fn(float{});
+    case ScalarType::kFloat64: return fn(double{});
+    case ScalarType::kBFloat16: return fn(BFloat16{});
+    case ScalarType::kFloat16: return fn(Half{});
+    case ScalarType::kInt32:
+    case ScalarType::kInt64: break;
+  }
+}
+
+}  // namespace zexpert
