@@ -88,6 +88,11 @@ struct Vec {
     for (int64_t i = 0; i < kWidth; ++i) mask |= static_cast<Mask>(a.lanes[i] > b.lanes[i]) << i;
     return mask;
   }
+  /// `count`, plus 1 where a > b.
+  static ZEXPERT_INLINE Vec count_greater(Vec count, Vec a, Vec b) {
+    for (int64_t i = 0; i < kWidth; ++i) count.lanes[i] += a.lanes[i] > b.lanes[i] ? T(1) : T(0);
+    return count;
+  }
   /// Lanes that are neither NaN nor infinite.
   static ZEXPERT_INLINE Mask is_finite(Vec a) {
     Mask mask = 0;
@@ -104,9 +109,21 @@ struct Vec {
     for (int64_t i = 1; i < kWidth; ++i) total += lanes[i];
     return total;
   }
+  /// target[0..3] = the sums of a, b, c and d, each added up in one order whatever its place among the four.
+  static ZEXPERT_INLINE void sums(Vec a, Vec b, Vec c, Vec d, T* target) {
+    target[0] = a.sum();
+    target[1] = b.sum();
+    target[2] = c.sum();
+    target[3] = d.sum();
+  }
   ZEXPERT_INLINE T largest() const {
     T result = lanes[0];
     for (int64_t i = 1; i < kWidth; ++i) result = lanes[i] > result ? lanes[i] : result;
+    return result;
+  }
+  ZEXPERT_INLINE T smallest() const {
+    T result = lanes[0];
+    for (int64_t i = 1; i < kWidth; ++i) result = lanes[i] < result ? lanes[i] : result;
     return result;
   }
 };
@@ -177,6 +194,10 @@ struct Vec<float> {
   static ZEXPERT_INLINE Vec abs(Vec a) { return {_mm512_abs_ps(a.lanes)}; }
   static ZEXPERT_INLINE Mask greater_equal(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.lanes, b.lanes, _CMP_GE_OQ); }
   static ZEXPERT_INLINE Mask greater(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.lanes, b.lanes, _CMP_GT_OQ); }
+  static ZEXPERT_INLINE Vec count_greater(Vec count, Vec a, Vec b) {
+    const __mmask16 is_greater = _mm512_cmp_ps_mask(a.lanes, b.lanes, _CMP_GT_OQ);
+    return {_mm512_mask_add_ps(count.lanes, is_greater, count.lanes, _mm512_set1_ps(1.0F))};
+  }
   static ZEXPERT_INLINE Mask is_finite(Vec a) {
     constexpr int kNanOrInfinity = 0x01 | 0x08 | 0x10 | 0x80;
     return static_cast<Mask>(static_cast<__mmask16>(~_mm512_fpclass_ps_mask(a.lanes, kNanOrInfinity)));
@@ -185,7 +206,17 @@ struct Vec<float> {
     return {_mm512_mask_mov_ps(b.lanes, static_cast<__mmask16>(mask), a.lanes)};
   }
   ZEXPERT_INLINE float sum() const { return _mm512_reduce_add_ps(lanes); }
+  static ZEXPERT_INLINE void sums(Vec a, Vec b, Vec c, Vec d, float* target) {
+    // Within each 128 bits: neighbours of a and b, of c and d, then the four partial sums side by side.
+    const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a.lanes, b.lanes), _mm512_unpackhi_ps(a.lanes, b.lanes));
+    const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c.lanes, d.lanes), _mm512_unpackhi_ps(c.lanes, d.lanes));
+    const __m512 abcd = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, _MM_SHUFFLE(1, 0, 1, 0)),
+                                      _mm512_shuffle_ps(ab, cd, _MM_SHUFFLE(3, 2, 3, 2)));
+    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(abcd), _mm512_extractf32x8_ps(abcd, 1));
+    _mm_storeu_ps(target, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+  }
   ZEXPERT_INLINE float largest() const { return _mm512_reduce_max_ps(lanes); }
+  ZEXPERT_INLINE float smallest() const { return _mm512_reduce_min_ps(lanes); }
 };
 
 #elif defined(ZEXPERT_ISA_AVX2)
@@ -247,6 +278,10 @@ struct Vec<float> {
   static ZEXPERT_INLINE Mask bits(__m256 comparison) { return static_cast<Mask>(_mm256_movemask_ps(comparison)); }
   static ZEXPERT_INLINE Mask greater_equal(Vec a, Vec b) { return bits(_mm256_cmp_ps(a.lanes, b.lanes, _CMP_GE_OQ)); }
   static ZEXPERT_INLINE Mask greater(Vec a, Vec b) { return bits(_mm256_cmp_ps(a.lanes, b.lanes, _CMP_GT_OQ)); }
+  static ZEXPERT_INLINE Vec count_greater(Vec count, Vec a, Vec b) {
+    const __m256 is_greater = _mm256_cmp_ps(a.lanes, b.lanes, _CMP_GT_OQ);
+    return {_mm256_add_ps(count.lanes, _mm256_and_ps(is_greater, _mm256_set1_ps(1.0F)))};
+  }
   static ZEXPERT_INLINE Mask is_finite(Vec a) {
     return bits(_mm256_cmp_ps(_mm256_sub_ps(a.lanes, a.lanes), _mm256_setzero_ps(), _CMP_EQ_OQ));
   }
@@ -260,10 +295,19 @@ struct Vec<float> {
     half = _mm_add_ps(half, _mm_movehl_ps(half, half));
     return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
   }
+  static ZEXPERT_INLINE void sums(Vec a, Vec b, Vec c, Vec d, float* target) {
+    const __m256 abcd = _mm256_hadd_ps(_mm256_hadd_ps(a.lanes, b.lanes), _mm256_hadd_ps(c.lanes, d.lanes));
+    _mm_storeu_ps(target, _mm_add_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps(abcd, 1)));
+  }
   ZEXPERT_INLINE float largest() const {
     __m128 half = _mm_max_ps(_mm256_castps256_ps128(lanes), _mm256_extractf128_ps(lanes, 1));
     half = _mm_max_ps(half, _mm_movehl_ps(half, half));
     return _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half)));
+  }
+  ZEXPERT_INLINE float smallest() const {
+    __m128 half = _mm_min_ps(_mm256_castps256_ps128(lanes), _mm256_extractf128_ps(lanes, 1));
+    half = _mm_min_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_min_ss(half, _mm_movehdup_ps(half)));
   }
 };
 
@@ -274,6 +318,7 @@ ZEXPERT_INLINE Vec<double> exp(Vec<double> x) {
   for (int64_t i = 0; i < Vec<double>::kWidth; ++i) x.lanes[i] = std::exp(x.lanes[i]);
   return x;
 }
+ZEXPERT_INLINE Vec<double> exp_up_to_130(Vec<double> x) { return exp(x); }
 
 #if defined(ZEXPERT_ISA_AVX512) || defined(ZEXPERT_ISA_AVX2)
 /// x * 2^n for an integral n within [-300, 300].
@@ -292,36 +337,34 @@ ZEXPERT_INLINE Vec<float> scale_by_power_of_two(Vec<float> x, Vec<float> n) {
 #endif
 }
 
-ZEXPERT_INLINE Vec<float> round_to_integer(Vec<float> x) {
-#if defined(ZEXPERT_ISA_AVX512)
-  return {_mm512_roundscale_ps(x.lanes, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
-#else
-  return {_mm256_round_ps(x.lanes, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
-#endif
-}
-
-ZEXPERT_INLINE Vec<float> exp(Vec<float> x) {
+/// exp(x) for x up to 130.
+ZEXPERT_INLINE Vec<float> exp_up_to_130(Vec<float> x) {
   using V = Vec<float>;
-  // exp(x) = 2^n * exp(r), n = round(x / ln 2), |r| <= ln(2) / 2; ln 2 in two parts keeps r exact. The clamp's
-  // bounds lie where the result is 0 and infinity; written this way round it lets NaN through.
-  x = V::min(V::broadcast(130.0F), V::max(V::broadcast(-150.0F), x));
-  const V n = round_to_integer(x * V::broadcast(1.44269504088896341F));
+  // exp(x) = 2^n * exp(r), n = round(x / ln 2), |r| <= ln(2) / 2; ln 2 in two parts keeps r exact. Below -150 the
+  // result is 0. The clamp is written this way round to let NaN through.
+  x = V::max(V::broadcast(-150.0F), x);
+  // At 1.5 * 2^23 a float counts in ones: the sum rounds to an integer.
+  const V shift = V::broadcast(12582912.0F);
+  const V n = V::multiply_add(x, V::broadcast(1.44269504088896341F), shift) - shift;
   V r = V::multiply_add(n, V::broadcast(-0.693145751953125F), x);
   r = V::multiply_add(n, V::broadcast(-1.42860682030941723212e-6F), r);
-  V p = V::broadcast(1.9875691500e-4F);
-  p = V::multiply_add(p, r, V::broadcast(1.3981999507e-3F));
-  p = V::multiply_add(p, r, V::broadcast(8.3334519073e-3F));
-  p = V::multiply_add(p, r, V::broadcast(4.1665795894e-2F));
-  p = V::multiply_add(p, r, V::broadcast(1.6666665459e-1F));
-  p = V::multiply_add(p, r, V::broadcast(5.0000001201e-1F));
-  p = V::multiply_add(p, r * r, r) + V::broadcast(1.0F);
+  // Minimax in relative error: 4e-9 off before rounding.
+  V p = V::broadcast(0x1.6a23dp-10F);
+  p = V::multiply_add(p, r, V::broadcast(0x1.123a2p-7F));
+  p = V::multiply_add(p, r, V::broadcast(0x1.5558f2p-5F));
+  p = V::multiply_add(p, r, V::broadcast(0x1.555492p-3F));
+  p = V::multiply_add(p, r, V::broadcast(0x1.fffffcp-2F));
+  p = V::multiply_add(p, r, V::broadcast(1.0F));
+  p = V::multiply_add(p, r, V::broadcast(1.0F));
   return scale_by_power_of_two(p, n);
 }
+ZEXPERT_INLINE Vec<float> exp(Vec<float> x) { return exp_up_to_130(Vec<float>::min(Vec<float>::broadcast(130.0F), x)); }
 #else
 ZEXPERT_INLINE Vec<float> exp(Vec<float> x) {
   for (int64_t i = 0; i < Vec<float>::kWidth; ++i) x.lanes[i] = std::exp(x.lanes[i]);
   return x;
 }
+ZEXPERT_INLINE Vec<float> exp_up_to_130(Vec<float> x) { return exp(x); }
 #endif
 
 /// 1 / (1 + exp(-x)).
@@ -329,4 +372,45 @@ template <typename T>
 ZEXPERT_INLINE Vec<T> sigmoid(Vec<T> x) {
   const Vec<T> one = Vec<T>::broadcast(T(1));
   return one / (one + exp(Vec<T>::zero() - x));
+}
+
+/// x, rounded where it stands: compilers may otherwise fuse a product into the sum that takes it.
+template <typename T>
+ZEXPERT_INLINE Vec<T> unfused(Vec<T> x) {
+#if defined(ZEXPERT_ISA_AVX512) || defined(ZEXPERT_ISA_AVX2)
+  if constexpr (std::is_same_v<T, float>) {
+    __asm__("" : "+v"(x.lanes));
+    return x;
+  }
+#endif
+  for (int64_t i = 0; i < Vec<T>::kWidth; ++i) __asm__("" : "+m"(x.lanes[i]));
+  return x;
+}
+
+/// log(1 + x) for x within [0, 1], within 2 units in the last place.
+ZEXPERT_INLINE Vec<float> log1p_of_fraction(Vec<float> x) {
+  // log(1 + x) = 2 atanh(s), s = x / (2 + x) <= 1/3; the series in s^2 ends below half a unit in the last place.
+  using V = Vec<float>;
+  const V s = x / (V::broadcast(2.0F) + x);
+  const V square = s * s;
+  V p = V::broadcast(2.0F / 15.0F);
+  p = V::multiply_add(p, square, V::broadcast(2.0F / 13.0F));
+  p = V::multiply_add(p, square, V::broadcast(2.0F / 11.0F));
+  p = V::multiply_add(p, square, V::broadcast(2.0F / 9.0F));
+  p = V::multiply_add(p, square, V::broadcast(2.0F / 7.0F));
+  p = V::multiply_add(p, square, V::broadcast(2.0F / 5.0F));
+  p = V::multiply_add(p, square, V::broadcast(2.0F / 3.0F));
+  const V twice = s + s;
+  return V::multiply_add(p * square, s, twice);
+}
+ZEXPERT_INLINE Vec<double> log1p_of_fraction(Vec<double> x) {
+  for (int64_t i = 0; i < Vec<double>::kWidth; ++i) x.lanes[i] = std::log1p(x.lanes[i]);
+  return x;
+}
+
+/// log(1 + exp(x)), for any x.
+template <typename T>
+ZEXPERT_INLINE Vec<T> softplus(Vec<T> x) {
+  using V = Vec<T>;
+  return V::max(x, V::zero()) + log1p_of_fraction(exp(V::zero() - V::abs(x)));
 }

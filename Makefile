@@ -1,0 +1,113 @@
+# Every target sets up what it needs: a virtual environment in .venv with pinned tools and PyTorch, and the build.
+#
+#   PYTHON=python3.12   the Python to use
+#   JOBS=4              compilers at a time
+SHELL := /bin/sh
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+JOBS ?= $(shell nproc)
+CMAKE_BUILD := build/cmake
+SANITIZE_BUILD := build/cmake-sanitize
+
+BIN := $(CURDIR)/.venv/bin
+export PATH := $(BIN):$(PATH)
+export MAX_JOBS := $(JOBS)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+# A file, or a folder whose list of files changed, makes the installed package out of date.
+SOURCES := setup.py pyproject.toml python/zexpert/_version.py $(shell find csrc -not -name '*.orig')
+CXX_FILES := $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+TOOLS := .venv/tools.stamp
+BENCH_TOOLS := .venv/bench.stamp
+INSTALLED := .venv/installed.stamp
+
+.PHONY: help
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' Makefile
+
+.PHONY: demo
+demo: $(INSTALLED) ## run a layer in LongCat-Flash's routing shape on a text (TEXT=file) and print a table
+	python examples/demo.py $(if $(TEXT),--text "$(TEXT)") $(DEMO_ARGS)
+
+.PHONY: test
+test: test-python test-cpp ## run all tests
+
+.PHONY: test-python
+test-python: $(INSTALLED) ## run the Python tests (PYTEST_ARGS="-k router")
+	python -m pytest $(PYTEST_ARGS)
+
+.PHONY: test-cpp
+test-cpp: $(TOOLS) ## build with CMake, warnings as errors, and run the C++ tests
+	@third_party/check_system.sh python googletest
+	cmake -S . -B $(CMAKE_BUILD) -G Ninja -DZEXPERT_TORCH=ON -DZEXPERT_CUDA=OFF \
+	  -DCMAKE_PREFIX_PATH="$$(python -c 'import torch; print(torch.utils.cmake_prefix_path)')"
+	cmake --build $(CMAKE_BUILD) --parallel $(JOBS)
+	ctest --test-dir $(CMAKE_BUILD) --output-on-failure
+
+.PHONY: test-sanitize
+test-sanitize: $(TOOLS) ## run the C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	@third_party/check_system.sh python googletest
+	cmake -S . -B $(SANITIZE_BUILD) -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo \
+	  -DZEXPERT_SANITIZE=address,undefined -DZEXPERT_TORCH=OFF -DZEXPERT_CUDA=OFF
+	cmake --build $(SANITIZE_BUILD) --parallel $(JOBS)
+	UBSAN_OPTIONS=print_stacktrace=1 ctest --test-dir $(SANITIZE_BUILD) --output-on-failure
+
+.PHONY: lint
+lint: $(TOOLS) ## check format, style and types (ruff, mypy --strict, clang-format)
+	ruff check .
+	ruff format --check .
+	mypy
+	clang-format --dry-run -Werror $(CXX_FILES)
+
+.PHONY: format
+format: $(TOOLS) ## format the code as lint wants it
+	ruff check --fix .
+	ruff format .
+	clang-format -i $(CXX_FILES)
+
+.PHONY: bench
+bench: $(INSTALLED) $(BENCH_TOOLS) ## compare with plain PyTorch and transformers on this CPU
+	@mkdir -p benchmarks/results
+	python benchmarks/cpu_routing.py --json benchmarks/results/cpu_routing.json $(BENCH_ARGS)
+	python benchmarks/cpu_layer.py --json benchmarks/results/cpu_layer.json $(BENCH_ARGS)
+
+.PHONY: wheel
+wheel: $(TOOLS) ## build the wheel into dist (with CUDA as ZEXPERT_CUDA says)
+	python -m pip wheel . --no-build-isolation --no-deps --wheel-dir dist
+
+.PHONY: install
+install: $(INSTALLED) ## build zexpert and install it into .venv
+
+.PHONY: clean
+clean: ## remove what was built, but for .venv
+	rm -rf build dist python/*.egg-info python/zexpert/lib python/zexpert/_C.*.so $(INSTALLED)
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+
+.PHONY: distclean
+distclean: clean ## remove .venv as well
+	rm -rf .venv
+
+$(TOOLS): third_party/requirements-dev.txt
+	@third_party/check_system.sh $(PYTHON)
+	@test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet -r $<
+	@touch $@
+
+$(BENCH_TOOLS): third_party/requirements-bench.txt $(TOOLS)
+	python -m pip install --quiet -r $<
+	@touch $@
+
+# The library lies in the source tree, where another environment's build may have put or removed it.
+$(INSTALLED): $(TOOLS) $(SOURCES) $(if $(wildcard python/zexpert/lib/libzexpert.so),,rebuild)
+	@mkdir -p build
+	@echo "building zexpert (log: build/install.log)"
+	@python -m pip install --verbose --no-build-isolation --no-deps -e . > build/install.log 2>&1 || \
+	  { tail -n 60 build/install.log; exit 1; }
+	@sed -n '/zexpert build/,/^ *$$/p' build/install.log
+	@touch $@
+
+.PHONY: rebuild
+rebuild:

@@ -1,0 +1,341 @@
+"""Side-by-side timing in one run: interleaved contenders, rotated inputs, checked outputs, floors and JSON.
+
+What keeps a comparison honest is here, not in each benchmark:
+- contenders take turns, repetition by repetition, so a slow moment of the machine falls on all of them;
+- every call gets the next input of a rotation that is larger than the last-level cache, so nobody finds its data warm;
+- medians and quartiles are reported, after a warm-up;
+- an output passes if its error against a float64 reference is at most twice plain PyTorch's error in the same dtype.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MOST_OTHER_LOAD = 0.05  # share of the processors that others may use before a time is suspect
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one contender: quartiles over the repetitions."""
+
+    median: float
+    lower_quartile: float
+    upper_quartile: float
+    repeats: int
+
+    @classmethod
+    def of(cls, seconds: Sequence[float]) -> Timing:
+        if len(seconds) == 1:
+            return cls(seconds[0], seconds[0], seconds[0], 1)
+        lower, median, upper = statistics.quantiles(seconds, n=4, method="inclusive")
+        return cls(median, lower, upper, len(seconds))
+
+
+@dataclass(frozen=True)
+class ErrorCheck:
+    """Largest errors against the float64 reference, and whether the error rule holds everywhere."""
+
+    max_error: float
+    plain_error: float
+    passed: bool
+
+
+def check_error(output: Tensor, plain: Tensor, reference: Tensor) -> ErrorCheck:
+    """The error rule: no element of `output` is further from the float64 `reference` than twice the largest error of
+    `plain`, plain PyTorch's result in the same dtype, plus one rounding of the element itself."""
+    if reference.numel() == 0:
+        return ErrorCheck(0.0, 0.0, passed=output.shape == reference.shape)
+    error = (output.double() - reference).abs()
+    plain_error = (plain.double() - reference).abs().max().item()
+    allowed = 2.0 * plain_error + torch.finfo(output.dtype).eps * reference.abs()
+    passed = output.shape == reference.shape and bool((error <= allowed).all())  # a NaN fails
+    return ErrorCheck(error.max().item(), plain_error, passed)
+
+
+def rotation_length(bytes_per_input: int, num_contenders: int, at_most_bytes: int = 3 << 30) -> int:
+    """How many inputs to rotate so that they exceed the last-level cache, within a memory budget.
+
+    The length shares no factor with the number of contenders, so that each of them meets every input.
+    """
+    wanted = math.ceil(1.5 * last_level_cache_bytes() / max(bytes_per_input, 1)) + 1
+    length = max(2, min(wanted, 64, at_most_bytes // max(bytes_per_input, 1)))
+    while math.gcd(length, max(num_contenders, 1)) != 1:
+        length += 1
+    return length
+
+
+def measure(
+    contenders: Mapping[str, Callable[[int], object]],
+    *,
+    num_inputs: int,
+    repeats: int,
+    warmup: int = 2,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, Timing]:
+    """Times the contenders in turns. Each is called with the index of the next input, in [0, num_inputs).
+
+    The order within a repetition rotates, so that nobody always follows the same neighbour. Each contender runs
+    `warmup` repetitions untimed.
+    """
+    if repeats < 1:
+        raise ValueError(f"repeats must be at least 1, got {repeats}")
+    names = list(contenders)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    call = 0
+    for repetition in range(warmup + repeats):
+        shift = repetition % len(names)
+        for name in names[shift:] + names[:shift]:
+            run = contenders[name]
+            index = call % num_inputs
+            call += 1
+            start = clock()
+            result = run(index)
+            elapsed = clock() - start
+            del result
+            if repetition >= warmup:
+                seconds[name].append(elapsed)
+    return {name: Timing.of(values) for name, values in seconds.items()}
+
+
+# ---- What the machine can do ---------------------------------------------------------------------------------------
+
+
+def last_level_cache_bytes() -> int:
+    """Size of the largest cache the first processor sees; 32 MiB where the system does not tell."""
+    sizes = [32 << 20]
+    units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = path.read_text().strip()
+        if text and text[-1] in units:
+            sizes.append(int(text[:-1]) * units[text[-1]])
+    return max(sizes)
+
+
+def read_bandwidth(num_bytes: int | None = None, repeats: int = 5) -> float:
+    """Bytes per second at which this machine reads memory, with torch's current number of threads."""
+    if num_bytes is None:
+        num_bytes = min(2 * last_level_cache_bytes(), 2 << 30)
+    data = torch.zeros(max(num_bytes // 4, 1))
+    timing = measure({"read": lambda _: data.sum()}, num_inputs=1, repeats=repeats)["read"]
+    return data.numel() * 4 / timing.lower_quartile
+
+
+def matmul_rate(dtype: torch.dtype, size: int = 2048, repeats: int = 5) -> float:
+    """Floating-point operations per second of a large square matrix product of `dtype`."""
+    a = torch.randn(size, size).to(dtype)
+    timing = measure({"matmul": lambda _: a @ a}, num_inputs=1, repeats=repeats)["matmul"]
+    return 2 * size**3 / timing.lower_quartile
+
+
+def processor_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def processor_features() -> list[str]:
+    """The vector extensions that decide which kernels run, as Linux names them."""
+    cpuinfo = Path("/proc/cpuinfo")
+    flags: set[str] = set()
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("flags"):
+                flags = set(line.partition(":")[2].split())
+                break
+    wanted = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_bf16", "avx512_fp16", "amx_bf16")
+    return [feature for feature in wanted if feature in flags]
+
+
+def installed_version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def environment() -> dict[str, Any]:
+    """Machine and versions, for the JSON file and the head of the report."""
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    versions |= {name: installed_version(name) for name in ("zexpert", "transformers")}
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "processor": processor_name(),
+        "features": processor_features(),
+        "cores": os.cpu_count(),
+        "last_level_cache_bytes": last_level_cache_bytes(),
+        "system": platform.platform(),
+        "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "versions": versions,
+    }
+
+
+class OtherLoad:
+    """How much of the machine's processor time went to others while a block ran, between 0 and 1.
+
+    Processes beside the benchmark, and the host's other guests (steal). Times from a busy machine mean little. 0 where
+    the system does not tell.
+    """
+
+    def __enter__(self) -> OtherLoad:
+        self.share = 0.0
+        self._start = self._sample()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        wall, busy, own = (end - start for end, start in zip(self._sample(), self._start, strict=True))
+        if wall > 0 and busy > 0:
+            self.share = min(max((busy - own) / (wall * (os.cpu_count() or 1)), 0.0), 1.0)
+
+    @staticmethod
+    def _sample() -> tuple[float, float, float]:
+        """Seconds: on the clock, of processors being busy, of that for this process."""
+        times = os.times()
+        busy = 0.0
+        stat = Path("/proc/stat")
+        if stat.exists():
+            user, nice, system, _idle, _iowait, irq, softirq, steal = stat.read_text().split()[1:9]
+            ticks = sum(map(int, (user, nice, system, irq, softirq, steal)))
+            busy = ticks / os.sysconf("SC_CLK_TCK")
+        return time.perf_counter(), busy, times.user + times.system
+
+
+# ---- Reports -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Target:
+    """A speed-up that a case must reach."""
+
+    over: str
+    at_least: float
+
+    def verdict(self, speedup: float) -> str:
+        return f"{'met' if speedup >= self.at_least else 'missed'} (>= {self.at_least:g}x {self.over})"
+
+
+@dataclass
+class CaseResult:
+    """One line group of a report: the contenders on one case."""
+
+    case: str
+    subject: str
+    floor: float
+    timings: dict[str, Timing]
+    checks: dict[str, ErrorCheck]
+    other_load: float
+    target: Target | None = None
+
+    def speedup(self, over: str) -> float:
+        return self.timings[over].median / self.timings[self.subject].median
+
+    def as_json(self) -> dict[str, Any]:
+        speedups = {name: self.speedup(name) for name in self.timings if name != self.subject}
+        target = None
+        if self.target is not None and self.target.over in self.timings:
+            reached = self.speedup(self.target.over)
+            target = asdict(self.target) | {"reached": reached, "met": reached >= self.target.at_least}
+        return {
+            "case": self.case,
+            "floor_s": self.floor,
+            "timings_s": {name: asdict(timing) for name, timing in self.timings.items()},
+            "share_of_floor": {name: self.floor / timing.median for name, timing in self.timings.items()},
+            "speedup_of_" + self.subject + "_over": speedups,
+            "other_load": self.other_load,
+            "checks": {name: asdict(check) for name, check in self.checks.items()},
+            "target": target,
+        }
+
+
+def format_seconds(seconds: float) -> str:
+    return f"{seconds * 1e6:.1f} us" if seconds < 1e-3 else f"{seconds * 1e3:.2f} ms"
+
+
+def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Aligned plain text: the first column to the left, the others to the right."""
+    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
+    lines = []
+    for row in [header, *rows]:
+        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        lines.append("  ".join(cells).rstrip())
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(lines)
+
+
+def print_case(result: CaseResult) -> None:
+    """The case's timings, then the floor, the checks that failed and the target."""
+    rows = []
+    for name, timing in result.timings.items():
+        check = result.checks.get(name)
+        rows.append(
+            [
+                name,
+                format_seconds(timing.median),
+                f"{format_seconds(timing.lower_quartile)} .. {format_seconds(timing.upper_quartile)}",
+                "" if name == result.subject else f"{result.speedup(name):.2f}x",
+                f"{100 * result.floor / timing.median:.0f}%",
+                "" if check is None else f"{check.max_error:.1e} {'ok' if check.passed else 'WRONG'}",
+            ]
+        )
+    print(f"\n{result.case}; floor {format_seconds(result.floor)}")
+    print(format_table(["contender", "median", "quartiles", result.subject + " is", "of floor", "max error"], rows))
+    if result.target is not None and result.target.over in result.timings:
+        print(f"target {result.target.verdict(result.speedup(result.target.over))}")
+    if result.other_load > MOST_OTHER_LOAD:
+        print(
+            f"others used {100 * result.other_load:.0f}% of the processors meanwhile: measure again on a quiet machine"
+        )
+
+
+def finish(benchmark: str, settings: Mapping[str, Any], results: Sequence[CaseResult], json_path: Path | None) -> int:
+    """Writes the JSON file, if asked for, and returns the exit code: 1 if an output is wrong, whatever the times."""
+    if json_path is not None:
+        json_path.parent.mkdir(parents=True, exist_ok=True)
+        report = {
+            "benchmark": benchmark,
+            "settings": dict(settings),
+            "environment": environment(),
+            "results": [result.as_json() for result in results],
+        }
+        json_path.write_text(json.dumps(report, indent=2) + "\n")
+        print(f"\nwritten: {json_path}")
+    wrong = [
+        f"{result.case}: {name}" for result in results for name, check in result.checks.items() if not check.passed
+    ]
+    for line in wrong:
+        print(f"WRONG OUTPUT: {line}")
+    return 1 if wrong else 0
+
+
+def positive_ints(text: str) -> list[int]:
+    """An argparse type: "1,16,512" as a list of positive integers."""
+    values = [int(part) for part in text.split(",")]
+    if any(value < 1 for value in values):
+        raise ValueError("values must be positive")
+    return values
+
+
+def dtype_names(text: str) -> list[str]:
+    """An argparse type: "float32,bfloat16" as a list of names in DTYPES."""
+    names = text.split(",")
+    unknown = [name for name in names if name not in DTYPES]
+    if unknown:
+        raise ValueError(f"unknown dtype {unknown[0]}")
+    return names

@@ -1,0 +1,138 @@
+// Compiled once per instruction set by biased_topk.cpp through for_each_isa.h, with the two parts below, which like
+// this file include nothing else.
+#include "cpu/biased_topk_scores.h"
+#include "cpu/biased_topk_select.h"
+
+/// The sum of a group's two largest keys; the only one where there is one; -inf where there is none or NaN.
+template <typename T>
+T score_group(const T* keys, int64_t group_size) {
+  using V = Vec<T>;
+  constexpr T kNan = std::numeric_limits<T>::quiet_NaN();
+  constexpr T kInfinity = std::numeric_limits<T>::infinity();
+  V largest = V::broadcast(-kInfinity);
+  V second = V::broadcast(-kInfinity);
+  int64_t num_choosable = 0;
+  for (int64_t i = 0; i < group_size; i += V::kWidth) {
+    const V key = i + V::kWidth <= group_size ? V::load(keys + i) : V::load_partial(keys + i, group_size - i, kNan);
+    num_choosable += __builtin_popcount(V::greater_equal(key, key));
+    second = V::max(V::min(key, largest), second);
+    largest = V::max(key, largest);
+  }
+  const T first = largest.largest();
+  if (num_choosable < 2) {
+    return first;
+  }
+  // Without one lane that holds the largest, the largest of what is left is the second.
+  const Mask holds_first = V::greater_equal(largest, V::broadcast(first));
+  const V rest = V::select(holds_first & (~holds_first + 1), V::broadcast(-kInfinity), largest);
+  const T sum = first + V::max(rest, second).largest();
+  return sum == sum ? sum : -kInfinity;
+}
+
+/// Takes the keys of all groups but the best topk_group away.
+template <typename T>
+void apply_groups(const RoutingSpec& spec, T* keys, T* group_scores, int32_t* group_order) {
+  const int64_t group_size = spec.num_real_experts / spec.num_expert_group;
+  for (int64_t group = 0; group < spec.num_expert_group; ++group) {
+    group_scores[group] = score_group(keys + group * group_size, group_size);
+    group_order[group] = static_cast<int32_t>(group);
+  }
+  const auto is_better = [group_scores](int32_t a, int32_t b) {
+    return group_scores[a] > group_scores[b] || (group_scores[a] == group_scores[b] && a < b);
+  };
+  std::nth_element(group_order, group_order + spec.topk_group, group_order + spec.num_expert_group, is_better);
+  for (int64_t i = spec.topk_group; i < spec.num_expert_group; ++i) {
+    T* group_keys = keys + group_order[i] * group_size;
+    std::fill(group_keys, group_keys + group_size, std::numeric_limits<T>::quiet_NaN());
+  }
+}
+
+/// Divides the weights by their sum, in slot order; a sum of 0 leaves weights 0.
+template <typename T>
+void renormalize(T* weights, int64_t count) {
+  T sum = 0;
+  for (int64_t k = 0; k < count; ++k) sum += weights[k];
+  for (int64_t k = 0; k < count; ++k) weights[k] = sum != 0 ? weights[k] / sum : T(0);
+}
+
+/// The weights of the chosen experts, before the scaling factor.
+template <typename T>
+void weigh(const RoutingSpec& spec, const T* scores, T factor, const int32_t* chosen, int64_t count, T* weights) {
+  const int64_t first_drop = spec.num_experts - spec.num_drop_experts();
+  for (int64_t k = 0; k < count; ++k) {
+    const bool is_dropped = spec.drop_before_renormalize && chosen[k] >= first_drop;
+    weights[k] = is_dropped ? T(0) : scores[chosen[k]] * factor;
+  }
+  if (spec.renormalize) {
+    renormalize(weights, count);
+  }
+}
+
+/// Sends each slot's weight where its expert's kind wants it and writes the token's results.
+template <typename T, typename Id>
+void write_weights(const BiasedTopKParams& params, int64_t token, const int32_t* chosen, int64_t count,
+                   const T* weights) {
+  const RoutingSpec& spec = params.spec;
+  const int64_t first_constant = spec.num_real_experts + spec.num_identity_experts;
+  const auto scale = static_cast<T>(spec.routed_scaling_factor);
+  T* topk_weights = static_cast<T*>(params.topk_weights) + token * spec.top_k;
+  Id* topk_ids = static_cast<Id*>(params.topk_ids) + token * spec.top_k;
+  T zero_weight = 0;
+  for (int64_t k = 0; k < count; ++k) {
+    const bool is_real = chosen[k] < spec.num_real_experts;
+    const bool is_identity = !is_real && chosen[k] < first_constant;
+    topk_weights[k] = is_real ? weights[k] * scale : T(0);
+    topk_ids[k] = is_real ? static_cast<Id>(chosen[k]) : Id(-1);
+    zero_weight += is_identity ? weights[k] : T(0);
+  }
+  std::fill(topk_weights + count, topk_weights + spec.top_k, T(0));
+  std::fill(topk_ids + count, topk_ids + spec.top_k, Id(-1));
+  static_cast<T*>(params.zero_weight)[token] = zero_weight * scale;
+
+  if (spec.num_constant_experts > 0) {
+    T* constant_weight = static_cast<T*>(params.constant_weight) + token * spec.num_constant_experts;
+    std::fill(constant_weight, constant_weight + spec.num_constant_experts, T(0));
+    for (int64_t k = 0; k < count; ++k) {
+      const int64_t constant = chosen[k] - first_constant;
+      if (constant >= 0 && constant < spec.num_constant_experts) {
+        constant_weight[constant] = weights[k] * scale;
+      }
+    }
+  }
+}
+
+template <typename Logit, typename T>
+void route_token(const SharedByRows<T>& shared, int64_t token, const Workspace<T>& workspace) {
+  const BiasedTopKParams& params = shared.params;
+  const RoutingSpec& spec = params.spec;
+  T* scores = workspace.scores.get();
+  T* keys = workspace.keys.get();
+  const Logit* row = static_cast<const Logit*>(params.logits) + token * params.logits_row_stride;
+
+  const T factor = load_scores(row, shared, scores);
+  make_keys(scores, factor, shared.bias, shared.padded_experts, keys);
+  if (spec.topk_group < spec.num_expert_group) {
+    apply_groups(spec, keys, workspace.group_scores.get(), workspace.group_order.get());
+  }
+  int32_t chosen[kMaxCounted];
+  T weights[kMaxTopK];
+  const int64_t count = select_top_k(keys, shared.padded_experts, spec.top_k, workspace.candidates.get(), chosen);
+  weigh(spec, scores, factor, chosen, count, weights);
+  if (params.ids_type == ScalarType::kInt64) {
+    write_weights<T, int64_t>(params, token, chosen, count, weights);
+  } else {
+    write_weights<T, int32_t>(params, token, chosen, count, weights);
+  }
+}
+
+template <typename Logit, typename T>
+void biased_topk(const SharedByRows<T>& shared) {
+  // Below this many logits a range costs less than waking a thread.
+  constexpr int64_t kGrainLogits = 32768;
+  const BiasedTopKParams& params = shared.params;
+  const int64_t grain = std::max<int64_t>(kGrainLogits / shared.padded_experts, 1);
+  parallel_for(0, params.num_tokens, grain, [&](int64_t begin, int64_t end) {
+    const Workspace<T> workspace(shared.padded_experts, params.spec.num_expert_group);
+    for (int64_t token = begin; token < end; ++token) route_token<Logit>(shared, token, workspace);
+  });
+}

@@ -1,0 +1,143 @@
+// From keys to the experts with the largest. A part of biased_topk_kernel.h, compiled once per instruction set.
+//
+// The largest keys of kLanes interleaved parts of the row are kept; the k-th largest of those is a lower bound of the
+// row's k-th key that few keys reach (15 of 768 for k = 12). Those few are sorted by counting, for each, how many are
+// larger: no step branches on the data.
+
+/// Up to this many candidates are sorted by counting; more, as when whole rows tie, by insertion.
+constexpr int64_t kMaxCounted = 128;
+
+/// ranks[i] = how many of the values are greater than values[i]. Both arrays are whole vectors, two of them or more; what
+/// pads the values is -inf.
+template <typename T>
+void count_greater(const T* values, int64_t num_values, T* ranks) {
+  using V = Vec<T>;
+  for (int64_t i = 0; i < num_values; i += V::kWidth) {
+    const V value = V::load(values + i);
+    V even = V::zero();
+    V odd = V::zero();
+    for (int64_t j = 0; j < num_values; j += 2) {  // two counters halve the wait for the last addition
+      even = V::count_greater(even, V::broadcast(values[j]), value);
+      odd = V::count_greater(odd, V::broadcast(values[j + 1]), value);
+    }
+    (even + odd).store(ranks + i);
+  }
+}
+
+/// The k-th largest of the largest keys of kLanes interleaved parts of the row; -inf where fewer than k parts have a
+/// choosable key.
+template <int64_t kLanes, typename T>
+T bound_kth_key(const T* keys, int64_t padded_experts, int64_t k) {
+  using V = Vec<T>;
+  constexpr T kInfinity = std::numeric_limits<T>::infinity();
+  constexpr int64_t kVectors = std::max(kLanes, kBlock) / V::kWidth;
+  V maxima[static_cast<size_t>(kVectors)];
+  for (V& lane_maxima : maxima) lane_maxima = V::broadcast(-kInfinity);
+  for (int64_t i = 0; i < padded_experts; i += kVectors * V::kWidth) {
+    for (int64_t j = 0; j < kVectors; ++j) maxima[j] = V::max(V::load(keys + i + j * V::kWidth), maxima[j]);
+  }
+  for (int64_t j = kLanes / V::kWidth; j < kVectors; ++j) {
+    maxima[j % (kLanes / V::kWidth)] = V::max(maxima[j], maxima[j % (kLanes / V::kWidth)]);
+  }
+  alignas(64) T values[static_cast<size_t>(kLanes)];
+  alignas(64) T ranks[static_cast<size_t>(kLanes)];
+  for (int64_t j = 0; j < kLanes / V::kWidth; ++j) maxima[j].store(values + j * V::kWidth);
+  count_greater(values, kLanes, ranks);
+  // The k-th largest is the smallest that fewer than k exceed.
+  V kth = V::broadcast(kInfinity);
+  for (int64_t j = 0; j < kLanes; j += V::kWidth) {
+    const Mask among_k = V::greater(V::broadcast(static_cast<T>(k)), V::load(ranks + j));
+    kth = V::min(V::select(among_k, V::load(values + j), V::broadcast(kInfinity)), kth);
+  }
+  return kth.smallest();
+}
+
+/// Lists, in order, the experts whose key is at least `bound`; returns how many.
+template <typename T>
+int64_t collect_candidates(const T* keys, int64_t padded_experts, T bound, int32_t* candidates) {
+  using V = Vec<T>;
+  constexpr int64_t kAtOnce = 4;
+  static_assert(kAtOnce <= Workspace<T>::kSlack, "writes past the last candidate must stay in the workspace");
+  int64_t count = 0;
+  for (int64_t block = 0; block < padded_experts; block += kBlock) {
+    uint64_t found = 0;
+    for (int64_t j = 0; j < kBlock; j += V::kWidth) {
+      const Mask mask = V::greater_equal(V::load(keys + block + j), V::broadcast(bound));
+      found |= static_cast<uint64_t>(mask) << j;
+    }
+    // A block seldom has more than kAtOnce: writing that many whatever was found leaves no branch to mispredict.
+    const int64_t end = count + __builtin_popcountll(found);
+    do {
+      for (int64_t j = 0; j < kAtOnce; ++j) {
+        int64_t expert = block + __builtin_ctzll(found | (uint64_t{1} << (kBlock - 1)));
+        __asm__("" : "+r"(expert));  // stays scalar: shuffles into a vector would take longer than the stores they save
+        candidates[count + j] = static_cast<int32_t>(expert);
+        found &= found - 1;
+      }
+      count += kAtOnce;
+    } while (count < end);
+    count = end;
+  }
+  return count;
+}
+
+/// Sorts at most kMaxCounted candidates by descending key, equal keys in the order in which they are.
+template <typename T>
+void sort_by_counting(const T* keys, int32_t* candidates, int64_t count, int32_t* sorted) {
+  using V = Vec<T>;
+  alignas(64) T values[kMaxCounted];
+  // What fills up the last vector sorts behind the candidates: the loops below run as often for any count.
+  constexpr int64_t kRound = 16;
+  static_assert(kRound <= Workspace<T>::kSlack && kRound % V::kWidth == 0, "");
+  const int64_t padded = (count + kRound - 1) / kRound * kRound;
+  for (int64_t i = 0; i < kRound; ++i) candidates[count + i] = 0;
+  for (int64_t i = 0; i < padded; ++i) {
+    values[i] = i < count ? keys[candidates[i]] : -std::numeric_limits<T>::infinity();
+  }
+  for (int64_t block = 0; block < padded; block += V::kWidth) {
+    const V own = V::load(values + block);
+    for (int64_t lane = 0; lane < V::kWidth; ++lane) {
+      const V value = V::broadcast(values[block + lane]);
+      const Mask before = (Mask{1} << lane) - 1;
+      int64_t rank = __builtin_popcount((V::greater_equal(own, value) & before) | V::greater(own, value));
+      for (int64_t j = 0; j < block; j += V::kWidth) rank += __builtin_popcount(V::greater_equal(V::load(values + j), value));
+      for (int64_t j = block + V::kWidth; j < padded; j += V::kWidth) rank += __builtin_popcount(V::greater(V::load(values + j), value));
+      sorted[rank] = candidates[block + lane];
+    }
+  }
+}
+
+/// The k first of the candidates by descending key, equal keys in the order in which they are; returns how many.
+template <typename T>
+int64_t sort_by_insertion(const T* keys, const int32_t* candidates, int64_t num_candidates, int64_t k,
+                          int32_t* sorted) {
+  int64_t count = 0;
+  for (int64_t i = 0; i < num_candidates; ++i) {
+    const T key = keys[candidates[i]];
+    if (count == k && !(key > keys[sorted[k - 1]])) {
+      continue;
+    }
+    int64_t position = count < k ? count++ : k - 1;
+    for (; position > 0 && key > keys[sorted[position - 1]]; --position) sorted[position] = sorted[position - 1];
+    sorted[position] = candidates[i];
+  }
+  return count;
+}
+
+/// The experts with the k largest keys, descending, equal keys in expert order; returns how many, fewer than k where
+/// fewer are choosable. `chosen` has room for kMaxCounted.
+template <typename T>
+int64_t select_top_k(const T* keys, int64_t padded_experts, int64_t k, int32_t* candidates, int32_t* chosen) {
+  T bound;
+  switch (num_lanes(k)) {
+    case 32: bound = bound_kth_key<32>(keys, padded_experts, k); break;
+    case 64: bound = bound_kth_key<64>(keys, padded_experts, k); break;
+    default: bound = bound_kth_key<128>(keys, padded_experts, k); break;
+  }
+  const int64_t num_candidates = collect_candidates(keys, padded_experts, bound, candidates);
+  if (num_candidates > kMaxCounted) {
+    return sort_by_insertion(keys, candidates, num_candidates, k, chosen);
+  }
+  sort_by_counting(keys, candidates, num_candidates, chosen);
+  return std::min(num_candidates, k);
+}

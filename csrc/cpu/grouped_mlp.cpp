@@ -1,0 +1,66 @@
+#include "zexpert/grouped_mlp.h"
+
+#include <atomic>
+#include <memory>
+#include <vector>
+
+#include "zexpert/error.h"
+#include "zexpert/parallel.h"
+
+namespace zexpert {
+namespace {
+
+/// An expert with rows to compute here.
+struct Segment {
+  int64_t expert;
+  int64_t first_row;
+  int64_t num_rows;
+  int64_t first_activation_row;  ///< activations of the segments lie packed one after another
+};
+
+void check_offsets(const GroupedMlpParams& params) {
+  const int32_t* offsets = params.expert_offsets;
+  ZEXPERT_CHECK(offsets[0] == 0, "expert_offsets must start at 0, got ", offsets[0]);
+  for (int64_t expert = 0; expert < params.num_experts; ++expert) {
+    ZEXPERT_CHECK(offsets[expert] <= offsets[expert + 1], "expert_offsets must ascend, got ", offsets[expert + 1],
+                  " after ", offsets[expert]);
+  }
+  ZEXPERT_CHECK(offsets[params.num_experts] <= params.num_rows, "expert_offsets must be at most the number of rows (",
+                params.num_rows, "), got ", offsets[params.num_experts]);
+}
+
+std::vector<Segment> find_segments(const GroupedMlpParams& params) {
+  std::vector<Segment> segments;
+  int64_t activation_rows = 0;
+  for (int64_t expert = 0; expert < params.num_experts; ++expert) {
+    const int64_t first_row = params.expert_offsets[expert];
+    const int64_t num_rows = params.expert_offsets[expert + 1] - first_row;
+    if (num_rows >= 1 && num_rows <= params.max_rows) {
+      segments.push_back({expert, first_row, num_rows, activation_rows});
+      activation_rows += num_rows;
+    }
+  }
+  return segments;
+}
+
+}  // namespace
+}  // namespace zexpert
+
+#define ZEXPERT_KERNEL_FILE "cpu/grouped_mlp_kernel.h"
+#include "cpu/simd/for_each_isa.h"
+
+namespace zexpert {
+
+void grouped_mlp_cpu(const GroupedMlpParams& params) {
+  check_offsets(params);
+  const std::vector<Segment> segments = find_segments(params);
+  if (segments.empty() || params.hidden_size == 0) {
+    return;
+  }
+  visit_floating(params.data_type, [&](auto element) {
+    using T = decltype(element);
+    ZEXPERT_DISPATCH(grouped_mlp<T>, params, segments)
+  });
+}
+
+}  // namespace zexpert

@@ -1,0 +1,116 @@
+#include "zexpert/kernel_plan.h"
+
+#include <algorithm>
+#include <array>
+#include <string_view>
+
+#include "zexpert/cpu_capability.h"
+#include "zexpert/error.h"
+#include "zexpert/grouped_mlp.h"
+
+namespace zexpert {
+namespace {
+
+constexpr std::array<std::string_view, 7> kOps = {
+    "biased_topk", "zero_expert_accumulate", "moe_plan", "moe_permute", "silu_and_mul", "grouped_mlp", "moe_finalize"};
+constexpr std::array<std::string_view, 2> kDevices = {"cpu", "cuda"};
+constexpr std::array<std::string_view, 4> kFloatingTypes = {"float32", "float64", "bfloat16", "float16"};
+constexpr std::array<std::string_view, 2> kIndexTypes = {"int32", "int64"};
+
+/// "a", "b" or "c"
+template <size_t N>
+std::string listed(const std::array<std::string_view, N>& choices) {
+  std::string text;
+  for (size_t i = 0; i < N; ++i) {
+    text += i == 0 ? "" : (i + 1 == N ? " or " : ", ");
+    text += '"';
+    text += choices[i];
+    text += '"';
+  }
+  return text;
+}
+
+template <size_t N>
+void check_choice(const char* argument, const std::string& value, const std::array<std::string_view, N>& choices) {
+  ZEXPERT_CHECK(std::find(choices.begin(), choices.end(), value) != choices.end(), argument, " must be ",
+                listed(choices), ", got \"", value, "\"");
+}
+
+void check_size(const char* argument, std::optional<int64_t> value, int64_t least) {
+  ZEXPERT_CHECK(!value || *value >= least, argument, " must be at least ", least, ", got ", *value);
+}
+
+const char* instruction_set(CpuCapability capability) {
+  switch (capability) {
+    case CpuCapability::kAvx512: return "avx512";
+    case CpuCapability::kAvx2: return "avx2";
+    case CpuCapability::kDefault: return "default";
+  }
+  return "unknown";
+}
+
+/// The rows of all experts together, from whichever sizes say it.
+int64_t total_rows(const KernelQuery& query) {
+  if (query.num_rows) {
+    return *query.num_rows;
+  }
+  ZEXPERT_CHECK(query.num_tokens && query.top_k,
+                "grouped_mlp chooses its kernel by rows per expert: num_rows, or num_tokens and top_k, must be given");
+  return *query.num_tokens * *query.top_k;
+}
+
+KernelPlan plan_grouped_mlp(const KernelQuery& query, const char* isa) {
+  ZEXPERT_CHECK(query.num_experts.has_value(),
+                "grouped_mlp chooses its kernel by rows per expert: num_experts must be given");
+  const int64_t rows = total_rows(query);
+  const int64_t mean = (rows + *query.num_experts - 1) / *query.num_experts;
+  const std::string about = std::to_string(rows) + " rows for " + std::to_string(*query.num_experts) +
+                            " experts are at most " + std::to_string(mean) + " each if spread evenly, ";
+  const std::string limit = std::to_string(kFewRows);
+  if (mean <= kFewRows) {
+    return {query.op, "cpu", std::string("grouped_mlp_") + isa,
+            about + "and a segment of up to " + limit +
+                " rows is bound by reading its weights, which this kernel streams."};
+  }
+  return {query.op, "torch", "matmul",
+          about + "and a segment of more than " + limit + " rows repays a matrix-product library's packing."};
+}
+
+}  // namespace
+
+KernelPlan kernel_plan(const KernelQuery& query) {
+  check_choice("op", query.op, kOps);
+  check_choice("device", query.device, kDevices);
+  const bool is_index_op = query.op == "moe_plan";
+  if (query.dtype) {
+    if (is_index_op) {
+      check_choice("dtype (of moe_plan's ids)", *query.dtype, kIndexTypes);
+    } else {
+      check_choice("dtype", *query.dtype, kFloatingTypes);
+    }
+  }
+  check_size("num_tokens", query.num_tokens, 0);
+  check_size("num_rows", query.num_rows, 0);
+  check_size("num_experts", query.num_experts, 1);
+  check_size("top_k", query.top_k, 1);
+  check_size("hidden_size", query.hidden_size, 1);
+  check_size("intermediate_size", query.intermediate_size, 1);
+  ZEXPERT_CHECK(query.device == "cpu", "device must be \"cpu\": ", query.op, " has no CUDA kernel, got \"",
+                query.device, "\"");
+
+  const char* isa = instruction_set(cpu_capability());
+  if (query.op == "grouped_mlp") {
+    return plan_grouped_mlp(query, isa);
+  }
+  if (is_index_op) {
+    return {query.op, "cpu", "counting_sort", "The slots are counted and placed by integer code without vectors."};
+  }
+  if (query.op == "moe_permute") {
+    return {query.op, "cpu", "row_copy", "Rows are copied whole, whatever their type."};
+  }
+  return {query.op, "cpu", query.op + "_" + isa,
+          std::string("The kernel is compiled for several instruction sets, and ") + name(cpu_capability()) +
+              " is the best of them that this machine has and ZEXPERT_CPU_CAPABILITY allows."};
+}
+
+}  // namespace zexpert

@@ -1,0 +1,48 @@
+#include "zexpert/kernel_plan.h"
+
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <optional>
+#include <string>
+
+#include "bindings.h"
+
+namespace py = pybind11;
+
+namespace zexpert::python {
+
+void bind_kernel_plan(py::module_& module) {
+  py::class_<KernelPlan>(module, "KernelPlan", "The kernel that an operator call runs, and why.")
+      .def_readonly("op", &KernelPlan::op)
+      .def_readonly("backend", &KernelPlan::backend)
+      .def_readonly("kernel", &KernelPlan::kernel)
+      .def_readonly("reason", &KernelPlan::reason)
+      .def("__repr__", [](const KernelPlan& plan) {
+        return py::str("KernelPlan(op={!r}, backend={!r}, kernel={!r}, reason={!r})")
+            .format(plan.op, plan.backend, plan.kernel, plan.reason);
+      });
+
+  module.def(
+      "kernel_plan",
+      [](std::string op, std::string device, std::optional<std::string> dtype, std::optional<int64_t> num_tokens,
+         std::optional<int64_t> num_rows, std::optional<int64_t> num_experts, std::optional<int64_t> top_k,
+         std::optional<int64_t> hidden_size, std::optional<int64_t> intermediate_size) {
+        KernelQuery query;
+        query.op = std::move(op);
+        query.device = std::move(device);
+        query.dtype = std::move(dtype);
+        query.num_tokens = num_tokens;
+        query.num_rows = num_rows;
+        query.num_experts = num_experts;
+        query.top_k = top_k;
+        query.hidden_size = hidden_size;
+        query.intermediate_size = intermediate_size;
+        return kernel_plan(query);
+      },
+      py::arg("op"), py::kw_only(), py::arg("device") = "cpu", py::arg("dtype") = py::none(),
+      py::arg("num_tokens") = py::none(), py::arg("num_rows") = py::none(), py::arg("num_experts") = py::none(),
+      py::arg("top_k") = py::none(), py::arg("hidden_size") = py::none(), py::arg("intermediate_size") = py::none());
+}
+
+}  // namespace zexpert::python

@@ -1,0 +1,70 @@
+// Checks of the ops' arguments. Each throws zexpert::Error with one sentence that names the argument, what it must be
+// and what it was. Ops call them in this order: device, dtype, dimensions, sizes, layout.
+#pragma once
+
+#include <cstdint>
+#include <initializer_list>
+
+#include "torch/tensor.h"
+#include "zexpert/error.h"
+
+HIDDEN_NAMESPACE_BEGIN(zexpert, ops)
+
+inline void check_device(const Tensor& tensor, const char* name, const Tensor& other, const char* other_name) {
+  const auto device = tensor.device();
+  const auto wanted = other.device();
+  ZEXPERT_CHECK(device == wanted, name, " must be on ", text(wanted), " like ", other_name, ", got ", text(device));
+}
+
+inline void check_floating(const Tensor& tensor, const char* name) {
+  const DType dtype = tensor.scalar_type();
+  ZEXPERT_CHECK(is_floating(dtype), name, " must be float32, float64, bfloat16 or float16, got ", text(dtype));
+}
+
+inline void check_dtype(const Tensor& tensor, const char* name, DType wanted) {
+  const DType dtype = tensor.scalar_type();
+  ZEXPERT_CHECK(dtype == wanted, name, " must be ", text(wanted), ", got ", text(dtype));
+}
+
+/// For a dtype that follows from another argument's.
+inline void check_dtype(const Tensor& tensor, const char* name, DType wanted, const Tensor& other,
+                        const char* other_name) {
+  const DType dtype = tensor.scalar_type();
+  ZEXPERT_CHECK(dtype == wanted, name, " must be ", text(wanted), " beside ", text(other.scalar_type()), " ",
+                other_name, ", got ", text(dtype));
+}
+
+/// `dimensions` says what they are, as in "[tokens, experts]".
+inline void check_dims(const Tensor& tensor, const char* name, int64_t num_dims, const char* dimensions) {
+  ZEXPERT_CHECK(tensor.dim() == num_dims, name, " must have ", num_dims, num_dims == 1 ? " dimension " : " dimensions ",
+                dimensions, ", got shape ", text(tensor.sizes()));
+}
+
+/// `dimensions` says what the sizes are, as in "[tokens, experts]".
+inline void check_shape(const Tensor& tensor, const char* name, std::initializer_list<int64_t> wanted,
+                        const char* dimensions) {
+  check_dims(tensor, name, static_cast<int64_t>(wanted.size()), dimensions);
+  bool fits = true;
+  int64_t dim = 0;
+  for (const int64_t size : wanted) {
+    fits = fits && tensor.size(dim++) == size;
+  }
+  ZEXPERT_CHECK(fits, name, " must have shape ", text(Sizes(wanted)), " ", dimensions, ", got ", text(tensor.sizes()));
+}
+
+/// `expert_offsets` is [experts + 1], so it holds one offset at least.
+inline void check_expert_offsets_dims(const Tensor& expert_offsets) {
+  check_dims(expert_offsets, "expert_offsets", 1, "[experts + 1]");
+  ZEXPERT_CHECK(expert_offsets.size(0) >= 1, "expert_offsets must have at least 1 element, got shape ",
+                text(expert_offsets.sizes()));
+}
+
+/// The number of rows that do work, read from contiguous int32 offsets in host memory.
+inline int64_t last_offset(const Tensor& expert_offsets, int64_t num_rows) {
+  const int64_t last = expert_offsets.const_data_ptr<int32_t>()[expert_offsets.size(0) - 1];
+  ZEXPERT_CHECK(last >= 0 && last <= num_rows, "expert_offsets must end between 0 and the number of rows (", num_rows,
+                "), got ", last);
+  return last;
+}
+
+HIDDEN_NAMESPACE_END(zexpert, ops)

@@ -1,0 +1,36 @@
+// The zexpert operator library: the schema of every op, and torch's thread pool for the CPU kernels. Importing it needs
+// no Python: a C++ process that loads this library sees the ops as torch.ops.zexpert does.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include "zexpert/parallel.h"
+
+namespace {
+
+void torch_pool(int64_t begin, int64_t end, int64_t grain_size, zexpert::ParallelBody body, void* context) {
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(begin, end, grain_size, body, context));
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(zexpert, m) {
+  zexpert::set_parallel_for(&torch_pool);
+
+  m.def(
+      "biased_topk(Tensor logits, Tensor? bias, int top_k, *, int num_real_experts, int? num_identity_experts=None, "
+      "int num_constant_experts=0, str scoring_func=\"softmax\", bool renormalize=False, "
+      "bool drop_before_renormalize=False, float routed_scaling_factor=1.0, int num_expert_group=1, "
+      "int topk_group=1, ScalarType indices_dtype=int) "
+      "-> (Tensor topk_weights, Tensor topk_ids, Tensor zero_weight, Tensor constant_weight)");
+  m.def("zero_expert_accumulate(Tensor hidden_states, Tensor zero_weight) -> Tensor");
+  m.def("zero_expert_accumulate.out(Tensor hidden_states, Tensor zero_weight, *, Tensor(a!) out) -> ()");
+  m.def(
+      "moe_plan(Tensor topk_ids, int num_experts) "
+      "-> (Tensor expert_offsets, Tensor row_slots, Tensor slot_rows)");
+  m.def("moe_permute(Tensor hidden_states, Tensor row_slots, Tensor expert_offsets, int top_k) -> Tensor");
+  m.def("silu_and_mul(Tensor gate_up, Tensor? expert_offsets=None) -> Tensor");
+  m.def("grouped_mlp(Tensor rows, Tensor expert_offsets, Tensor w13_weight, Tensor w2_weight) -> Tensor");
+  m.def(
+      "moe_finalize(Tensor rows, Tensor slot_rows, Tensor topk_weights, Tensor hidden_states, Tensor zero_weight, *, "
+      "Tensor? residual=None, Tensor? constant_weight=None, Tensor? constant_vectors=None) -> Tensor");
+}

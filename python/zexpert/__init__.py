@@ -1,0 +1,28 @@
+"""Mixture-of-experts layers with zero experts: routing, experts and epilogue as fused PyTorch operators."""
+
+# zexpert.ops, which all of these import, loads the operator library or says why that is impossible.
+from zexpert import experts, ops, router, runner
+from zexpert._C import RoutingMethodType, RoutingSpec, ScoringFunc, ZeroExpertType
+from zexpert._info import build_info, kernel_plan
+from zexpert._version import __version__
+from zexpert.layer import FusedMoE
+from zexpert.ops import DispatchPlan, RoutingResult
+from zexpert.router import create_fused_moe_router
+
+__all__ = [
+    "DispatchPlan",
+    "FusedMoE",
+    "RoutingMethodType",
+    "RoutingResult",
+    "RoutingSpec",
+    "ScoringFunc",
+    "ZeroExpertType",
+    "__version__",
+    "build_info",
+    "create_fused_moe_router",
+    "experts",
+    "kernel_plan",
+    "ops",
+    "router",
+    "runner",
+]

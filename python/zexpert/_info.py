@@ -1,0 +1,115 @@
+"""What this zexpert is made of, and which kernel a call runs."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import TypedDict
+
+import torch
+
+from zexpert import _C
+from zexpert._C import KernelPlan
+from zexpert._loader import CUDA_LIBRARY, load_libraries
+
+
+class BuildInfo(TypedDict):
+    """What ``build_info`` returns."""
+
+    version: str
+    """zexpert's."""
+    git_revision: str
+    """Of the commit it was built from, with ``-dirty`` if files differed; "unknown" outside git."""
+    compiler: str
+    """Of the C++ code."""
+    torch_abi_target: str
+    """The earliest PyTorch it runs under."""
+    torch_build_version: str
+    """The PyTorch it was built with."""
+    torch_version: str
+    """The PyTorch it runs under."""
+    cpu_capability: str
+    """Instruction set of the CPU kernels on this machine: "AVX512", "AVX2" or "DEFAULT"."""
+    cuda_library: str
+    """ "loaded", "not built", or "not loaded: ..." with the reason."""
+    cuda_archs: list[str]
+    """GPU architectures that the CUDA library was compiled for, such as ``["9.0a"]``."""
+    cuda_toolkit: str | None
+    """Version of the CUDA toolkit that compiled it; None unless the library is loaded."""
+
+
+def build_info() -> BuildInfo:
+    """What this zexpert was built from and what it runs on."""
+    libraries = load_libraries()
+    module = _C.build_info()
+    toolkit, archs = _cuda_library_info() if libraries.cuda_loaded else (None, module["cuda_archs"])
+    return {
+        "version": module["version"],
+        "git_revision": module["git_revision"],
+        "compiler": module["compiler"],
+        "torch_abi_target": module["torch_abi_target"],
+        "torch_build_version": module["torch_build_version"],
+        "torch_version": str(torch.__version__),
+        "cpu_capability": module["cpu_capability"],
+        "cuda_library": libraries.cuda_state,
+        "cuda_archs": archs,
+        "cuda_toolkit": toolkit,
+    }
+
+
+def _cuda_library_info() -> tuple[str, list[str]]:
+    """Toolkit version and architectures as the loaded library states them."""
+    library = ctypes.CDLL(str(CUDA_LIBRARY))
+    library.zexpert_cuda_toolkit_version.restype = ctypes.c_int
+    library.zexpert_cuda_architectures.restype = ctypes.c_char_p
+    version: int = library.zexpert_cuda_toolkit_version()  # 1000 * major + 10 * minor
+    architectures: bytes = library.zexpert_cuda_architectures()
+    return f"{version // 1000}.{version % 1000 // 10}", architectures.decode().replace(";", " ").split()
+
+
+def kernel_plan(
+    op: str,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype | None = None,
+    num_tokens: int | None = None,
+    num_rows: int | None = None,
+    num_experts: int | None = None,
+    top_k: int | None = None,
+    hidden_size: int | None = None,
+    intermediate_size: int | None = None,
+) -> KernelPlan:
+    """The kernel that a call of ``op`` would run on this machine, without running it.
+
+    Only the sizes that the choice depends on need be given. ``grouped_mlp`` chooses by the rows of each expert's
+    segment: it needs ``num_experts``, and ``num_rows`` or ``num_tokens`` with ``top_k``; the plan is for rows spread
+    evenly over the experts.
+
+    Args:
+        op: the operator's name, such as "biased_topk".
+        device: of its tensors.
+        dtype: of its data; float32 unless given. For ``moe_plan``, of the ids; int32 unless given.
+        num_tokens: T.
+        num_rows: rows of all experts together, T * K unless given.
+        num_experts: experts that have a feed-forward network.
+        top_k: K.
+        hidden_size: H.
+        intermediate_size: F.
+
+    Returns:
+        ``op``, ``backend`` ("cpu" or "cuda" for zexpert's kernels, "torch" for PyTorch's matrix product), ``kernel``
+        (its short name) and ``reason`` (one sentence).
+
+    Raises:
+        ValueError: unknown operator, device or dtype, a size out of range, or one that is needed and missing.
+    """
+    return _C.kernel_plan(
+        op,
+        device=device.type if isinstance(device, torch.device) else device,
+        dtype=str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype,
+        num_tokens=num_tokens,
+        num_rows=num_rows,
+        num_experts=num_experts,
+        top_k=top_k,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+    )

@@ -1,0 +1,76 @@
+"""Loads zexpert's libraries into PyTorch, or says why that is impossible."""
+
+from __future__ import annotations
+
+import functools
+import sysconfig
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+if TYPE_CHECKING:
+    from zexpert._C import _BuildInfo
+
+PACKAGE = Path(__file__).resolve().parent
+CORE_LIBRARY = PACKAGE / "lib" / "libzexpert.so"
+CUDA_LIBRARY = PACKAGE / "lib" / "libzexpert_cuda.so"
+
+_HOW_TO_BUILD = (
+    "install a wheel, or build in the source tree with: pip install -e . --no-build-isolation "
+    "(which needs torch>=2.10, pybind11>=3.0, ninja, setuptools and wheel)"
+)
+
+
+class LoadedLibraries(NamedTuple):
+    """Which libraries serve this process."""
+
+    cuda_loaded: bool
+    cuda_state: str
+    """ "loaded", "not built", or "not loaded: ..." with the reason."""
+
+
+@functools.cache
+def load_libraries() -> LoadedLibraries:
+    """Loads ``libzexpert.so``, and ``libzexpert_cuda.so`` where it exists and PyTorch has CUDA. Repeats do nothing.
+
+    Raises:
+        ImportError: a library is missing, or does not load; the message says what was built against what.
+    """
+    info = _module_build_info()
+    if not CORE_LIBRARY.exists():
+        raise ImportError(f"{CORE_LIBRARY} is missing, so this copy of zexpert is not built: {_HOW_TO_BUILD}")
+    _load(CORE_LIBRARY, info)
+    if not CUDA_LIBRARY.exists():
+        return LoadedLibraries(False, "not built")
+    if torch.version.cuda is None:
+        # The library needs libtorch_cuda.so. A wheel with CUDA serves a PyTorch without it all the same.
+        return LoadedLibraries(False, f"not loaded: PyTorch {torch.__version__} has no CUDA")
+    _load(CUDA_LIBRARY, info)
+    return LoadedLibraries(True, "loaded")
+
+
+def _module_build_info() -> _BuildInfo:
+    try:
+        from zexpert import _C
+    except ImportError as error:
+        wanted = f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+        found = sorted(path.name for path in PACKAGE.glob("_C.*.so"))
+        if wanted in found:
+            raise ImportError(f"{PACKAGE / wanted} does not load ({error}): {_HOW_TO_BUILD}") from error
+        others = f"; built for other Pythons: {', '.join(found)}" if found else ""
+        raise ImportError(
+            f"{PACKAGE / wanted} is missing, so zexpert is not built for this Python{others}: {_HOW_TO_BUILD}"
+        ) from error
+    return _C.build_info()
+
+
+def _load(library: Path, info: _BuildInfo) -> None:
+    try:
+        torch.ops.load_library(str(library))
+    except (OSError, RuntimeError) as error:
+        raise ImportError(
+            f"{library} does not load under PyTorch {torch.__version__}: {error}. It was built with PyTorch "
+            f"{info['torch_build_version']} and runs under PyTorch {info['torch_abi_target']} or later. "
+            f"To get one that fits, {_HOW_TO_BUILD}"
+        ) from error

@@ -1,0 +1,1 @@
+"""The `zexpert` command. Needs the extra zexpert[cli]: typer, rich, matplotlib."""

@@ -1,0 +1,103 @@
+"""Commands: `zexpert demo` and `zexpert generate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+
+from zexpert.cli.text import load_text
+
+app = typer.Typer(
+    help="Mixture-of-experts layers with zero experts.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+console = Console()
+
+
+@app.callback()
+def main() -> None:
+    """Mixture-of-experts layers with zero experts."""
+
+
+def fail(message: str) -> typer.Exit:
+    """Prints a user's mistake in one sentence; raise the result."""
+    Console(stderr=True).print(f"[bold red]error:[/] {message}", highlight=False)
+    return typer.Exit(2)
+
+
+def choose_device(name: str) -> torch.device:
+    """The device called `name`; for "auto" the GPU where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise fail(f'--device must be "auto" or a device such as "cpu" or "cuda:0", got "{name}"') from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise fail(f"--device {name} needs a GPU that PyTorch can use, and there is none")
+    return device
+
+
+@app.command()
+def demo(
+    text: Annotated[
+        Path | None, typer.Option(help="File to train on; without it, the documentation strings of Python's library.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 450,
+    seed: Annotated[int, typer.Option(help="Seed of the weights, the batches and the sampled text.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder for the pictures and the checkpoint.")] = Path("zexpert-demo"),
+    resume: Annotated[Path | None, typer.Option(help="Checkpoint of an earlier demo to go on from.")] = None,
+    device: Annotated[str, typer.Option(help='"auto" takes the GPU where there is one.')] = "auto",
+    generate_bytes: Annotated[int, typer.Option(min=0, help="Bytes of text to generate.")] = 300,
+) -> None:
+    """Train a small byte-level LongCat-style model, then show where it spends its compute."""
+    from zexpert.cli.demo import run_demo
+
+    chosen = choose_device(device)
+    try:
+        run_demo(
+            console,
+            text=load_text(text, min_bytes=4096),
+            steps=steps,
+            seed=seed,
+            out=out,
+            resume=resume,
+            device=chosen,
+            generate_bytes=generate_bytes,
+        )
+    except (ValueError, OSError) as error:
+        raise fail(str(error)) from error
+
+
+@app.command()
+def generate(
+    checkpoint: Annotated[Path, typer.Option(help="Checkpoint that the demo saved.")],
+    prompt: Annotated[str, typer.Option(help="Text to go on from.")] = "Return the ",
+    length: Annotated[int, typer.Option(min=1, help="Bytes to generate.")] = 300,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest byte every time.")] = 0.7,
+    seed: Annotated[int, typer.Option(help="Seed of the sampled text.")] = 0,
+    device: Annotated[str, typer.Option(help='"auto" takes the GPU where there is one.')] = "auto",
+) -> None:
+    """Generate text with a model that the demo trained, coloured by the compute each byte used."""
+    from zexpert.cli.demo import show_generated
+    from zexpert.training.trainer import load_model
+
+    chosen = choose_device(device)
+    if not prompt:
+        raise fail("--prompt must hold at least one byte")
+    try:
+        model = load_model(checkpoint, chosen)
+    except ValueError as error:
+        raise fail(str(error)) from error
+    show_generated(console, model, prompt.encode(), length, temperature=temperature, seed=seed)
+
+
+if __name__ == "__main__":
+    app()

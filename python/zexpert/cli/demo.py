@@ -1,0 +1,241 @@
+"""The demo's story: train, measure, generate, show where the compute goes, time the layer."""
+
+from __future__ import annotations
+
+import signal
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from torch import Tensor
+from torch.nn import functional as F
+
+from zexpert.cli.pictures import coloured_text, save_compute_map, save_training_curves
+from zexpert.layer import FusedMoE
+from zexpert.models.byte_decoder import ByteDecoder, ByteDecoderConfig
+from zexpert.ops.types import RoutingResult
+from zexpert.training.trainer import StepRecord, Trainer, TrainerConfig, load_checkpoint, save_checkpoint
+
+
+def run_demo(
+    console: Console,
+    *,
+    text: Tensor,
+    steps: int,
+    seed: int,
+    out: Path,
+    resume: Path | None,
+    device: torch.device,
+    generate_bytes: int,
+) -> None:
+    """Trains on `text` (uint8 [n]) and shows the result; files go to the folder `out`.
+
+    Raises ValueError or OSError, with one sentence, for a checkpoint that does not fit or a folder that cannot be made.
+    """
+    torch.manual_seed(seed)
+    state = load_checkpoint(resume, device) if resume is not None else None
+    config = ByteDecoderConfig(**state["model_config"]) if state is not None else ByteDecoderConfig()
+    model = ByteDecoder(config).to(device)
+    trainer = Trainer(model, text, TrainerConfig(steps=steps, seed=seed))
+    if state is not None:
+        trainer.load_state_dict(state)
+        if trainer.step >= steps:
+            raise ValueError(f"--steps must be above the {trainer.step} steps that {resume} has done, got {steps}")
+    out.mkdir(parents=True, exist_ok=True)
+
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    console.print(
+        Panel.fit(
+            f"A byte-level decoder, {parameters / 1e6:.1f} M parameters, {config.num_layers} layers, on {device}.\n"
+            f"In every layer each byte picks {config.top_k} of {config.num_experts} feed-forward experts and "
+            f"{config.zero_expert_num} zero experts.\nA zero expert returns its input and costs nothing; a controller "
+            f"of the selection bias holds the mean at\n{trainer.config.target_ffn_experts:g} feed-forward experts per "
+            "byte. Which bytes get more, and which fewer, the model learns.",
+            title="zexpert demo",
+        )
+    )
+    completed = train(console, trainer)
+    checkpoint = out / "checkpoint.pt"
+    save_checkpoint(trainer, checkpoint)
+    if not completed:
+        console.print(f"Interrupted at step {trainer.step} of {steps}. Saved {checkpoint}; go on with")
+        console.print(f"  zexpert demo --resume {checkpoint} --steps {steps}", soft_wrap=True, highlight=False)
+    if not trainer.history:
+        return
+    show_results(console, trainer)
+    show_compute(console, trainer, out)
+    if generate_bytes:
+        prompt = bytes(trainer.held_out_text[:64].tolist())
+        show_generated(console, model, prompt, generate_bytes, temperature=0.7, seed=seed)
+    time_layer(console, trainer)
+    console.print(f"Saved [bold]{out / 'compute_map.png'}[/], [bold]{out / 'training.png'}[/] and the checkpoint.")
+    console.print(
+        f"  zexpert generate --checkpoint {checkpoint} --prompt 'Return the '", soft_wrap=True, highlight=False
+    )
+
+
+def train(console: Console, trainer: Trainer) -> bool:
+    """Trains to the configured number of steps; False if Ctrl-C stopped it after a whole step."""
+    columns = [
+        TextColumn("training"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.description}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    ]
+
+    def describe(record: StepRecord) -> str:
+        return f"{record.bits_per_byte:.2f} bits/byte, {record.ffn_slots_per_token:.2f} experts/byte"
+
+    interrupted = False
+
+    def finish_step(signal_number: int, frame: object) -> None:
+        # A step is not torn in two; a second Ctrl-C stops at once.
+        nonlocal interrupted
+        if interrupted:
+            raise KeyboardInterrupt
+        interrupted = True
+
+    previous = signal.signal(signal.SIGINT, finish_step)
+    try:
+        with Progress(*columns, console=console) as progress:
+            task = progress.add_task("", total=trainer.config.steps, completed=trainer.step)
+            while trainer.step < trainer.config.steps and not interrupted:
+                record = trainer.train_step()
+                progress.update(task, completed=trainer.step, description=describe(record))
+                if not console.is_terminal and trainer.step % 100 == 0:
+                    console.print(f"step {trainer.step}: {describe(record)}")
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    return trainer.step == trainer.config.steps
+
+
+def show_results(console: Console, trainer: Trainer) -> None:
+    """A table: loss, and the compute per byte against its target."""
+    recent = trainer.history[-50:]
+    target = trainer.controller.target_ffn_experts
+    measured = statistics.fmean(record.ffn_slots_per_token for record in recent)
+    top_k = trainer.model.config.top_k
+    table = Table(title=f"After {trainer.step} steps", show_header=False)
+    table.add_row("training text", f"{statistics.fmean(r.bits_per_byte for r in recent):.3f} bits per byte")
+    table.add_row("held-out text", f"{trainer.held_out_bits_per_byte():.3f} bits per byte (8 is knowing nothing)")
+    table.add_row(
+        "feed-forward experts per byte and layer",
+        f"{measured:.2f} of {top_k} (target {target:.2f}, off by {abs(measured / target - 1):.1%})",
+    )
+    table.add_row("slots that cost nothing", f"{1 - measured / top_k:.0%}")
+    console.print(table)
+
+
+@torch.no_grad()
+def count_ffn_slots(model: ByteDecoder, windows: Tensor) -> Tensor:
+    """Feed-forward experts used, int64 [layers, B, T], for every byte of `windows` (int64 [B, T])."""
+    counts: list[Tensor] = []
+
+    def capture(routing: RoutingResult) -> None:
+        counts.append((routing.topk_ids >= 0).sum(dim=1).view(windows.shape))
+
+    routers = [layer.router for layer in model.moe_layers()]
+    for router in routers:
+        router.set_capture_fn(capture)
+    try:
+        model.eval()(windows)
+    finally:
+        for router in routers:
+            router.set_capture_fn(None)
+    return torch.stack(counts).cpu()
+
+
+def show_compute(console: Console, trainer: Trainer, out: Path) -> None:
+    """The start of the held-out text coloured by compute, and the pictures."""
+    model = trainer.model
+    top_k, target = model.config.top_k, trainer.controller.target_ffn_experts
+    windows = trainer.held_out_windows()[:, :-1]
+    slots = count_ffn_slots(model, windows)
+    passage, passage_slots = windows[0].cpu().to(torch.uint8), slots[:, 0]
+    console.print(
+        Panel(coloured_text(passage, passage_slots, top_k), title="Held-out text, brighter where it used more compute")
+    )
+    save_compute_map(
+        out / "compute_map.png",
+        passage,
+        passage_slots,
+        top_k=top_k,
+        all_ffn_slots=slots.flatten(1),
+        target=target,
+    )
+    save_training_curves(out / "training.png", trainer.history, top_k=top_k, target=target)
+
+
+def show_generated(
+    console: Console, model: ByteDecoder, prompt: bytes, length: int, *, temperature: float, seed: int
+) -> None:
+    """Generates `length` bytes after `prompt` and prints all of it, coloured by the compute each byte used."""
+    device = model.embedding.weight.device
+    start = torch.frombuffer(bytearray(prompt), dtype=torch.uint8).to(device)
+    generator = torch.Generator().manual_seed(seed)
+    generated = model.eval().generate(start, length, temperature=temperature, generator=generator)
+    shown = generated[-model.config.context_length :]
+    slots = count_ffn_slots(model, shown[None].long())[:, 0]
+    earlier = generated[: -shown.numel()].tolist() if generated.numel() > shown.numel() else []
+    text = coloured_text(shown.cpu(), slots, model.config.top_k)
+    if earlier:
+        text = console.render_str(bytes(earlier).decode("latin-1"), markup=False) + text
+    console.print(Panel(text, title=f"Generated after {prompt.decode('latin-1')!r}"))
+
+
+def plain_layer(moe: FusedMoE, hidden_states: Tensor, router_logits: Tensor) -> Tensor:
+    """The same layer by PyTorch's own operators: a loop over the experts that were chosen."""
+    router = moe.router
+    scores = torch.softmax(router_logits.float(), dim=-1)
+    _, chosen = (scores + router.e_score_correction_bias).topk(router.top_k, dim=-1)
+    weights = scores.gather(1, chosen) * router.routed_scaling_factor
+    num_experts = moe.w13_weight.shape[0]
+    out = (weights * (chosen >= num_experts)).sum(dim=1, keepdim=True) * hidden_states
+    for expert in range(num_experts):
+        tokens, slots = (chosen == expert).nonzero(as_tuple=True)
+        if tokens.numel():
+            gate, up = F.linear(hidden_states[tokens], moe.w13_weight[expert]).chunk(2, dim=-1)
+            rows = F.linear(F.silu(gate) * up, moe.w2_weight[expert])
+            out.index_add_(0, tokens, rows * weights[tokens, slots, None])
+    return out
+
+
+@torch.no_grad()
+def time_layer(console: Console, trainer: Trainer, repeats: int = 20) -> None:
+    """Times the first trained layer against plain PyTorch on the tokens it meets, side by side."""
+    model = trainer.model.eval()
+    layer = model.layers[0]
+    captured: list[tuple[Tensor, ...]] = []
+    handle = layer.moe.register_forward_pre_hook(lambda module, inputs: captured.append(inputs))  # type: ignore[union-attr]
+    model(trainer.held_out_windows(8)[:, :-1])
+    handle.remove()
+    hidden_states, router_logits = (tensor.flatten(0, 1) for tensor in captured[0])
+    moe: FusedMoE = layer.moe  # type: ignore[assignment]
+
+    contenders = {"zexpert": moe, "plain PyTorch": lambda *inputs: plain_layer(moe, *inputs)}
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    difference = (moe(hidden_states, router_logits) - plain_layer(moe, hidden_states, router_logits)).abs().max()
+    for _ in range(repeats):
+        for name, run in contenders.items():
+            start = time.perf_counter()
+            run(hidden_states, router_logits)
+            if hidden_states.is_cuda:
+                torch.cuda.synchronize()
+            times[name].append(time.perf_counter() - start)
+    table = Table(title=f"One trained layer, {hidden_states.shape[0]} tokens, median of {repeats}")
+    table.add_column("")
+    table.add_column("time", justify="right")
+    table.add_column("speed", justify="right")
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    for name, median in medians.items():
+        table.add_row(name, f"{1e3 * median:.2f} ms", f"{medians['plain PyTorch'] / median:.2f}x")
+    console.print(table)
+    console.print(f"Largest difference between the two: {difference.item():.1e}.")

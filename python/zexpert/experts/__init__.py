@@ -1,0 +1,9 @@
+"""Experts backends: how the chosen experts' feed-forward networks are computed."""
+
+from zexpert.experts.auto import AutoExperts
+from zexpert.experts.cpu import CpuExperts
+from zexpert.experts.factory import create_experts
+from zexpert.experts.interface import MoEExperts
+from zexpert.experts.torch_loop import TorchLoopExperts
+
+__all__ = ["AutoExperts", "CpuExperts", "MoEExperts", "TorchLoopExperts", "create_experts"]

@@ -1,0 +1,23 @@
+"""Experts on zexpert's own CPU kernels."""
+
+import torch
+from torch import Tensor
+
+from zexpert.experts.interface import MoEExperts
+from zexpert.ops.types import DispatchPlan, RoutingResult
+
+
+class CpuExperts(MoEExperts):
+    """Gathers the tokens into one segment of rows per expert and runs each expert over its segment with grouped_mlp."""
+
+    def __init__(self) -> None:
+        super().__init__("cpu", reduces=False)
+
+    def forward(
+        self, hidden_states: Tensor, routing: RoutingResult, plan: DispatchPlan, w13_weight: Tensor, w2_weight: Tensor
+    ) -> Tensor:
+        """[T * K, H] in the plan's order; rows past the last offset are unspecified."""
+        top_k = routing.topk_ids.size(1)
+        rows = torch.ops.zexpert.moe_permute(hidden_states, plan.row_slots, plan.expert_offsets, top_k)
+        output: Tensor = torch.ops.zexpert.grouped_mlp(rows, plan.expert_offsets, w13_weight, w2_weight)
+        return output

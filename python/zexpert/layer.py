@@ -1,0 +1,250 @@
+"""The mixture-of-experts layer."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zexpert._C import ScoringFunc
+from zexpert.experts.factory import create_experts
+from zexpert.router.base_router import BaseRouter
+from zexpert.router.custom_routing_router import CustomRoutingFunction
+from zexpert.router.factory import create_fused_moe_router
+from zexpert.router.zero_expert_spec import ZeroExperts
+from zexpert.runner.chunking_moe_runner import ChunkingMoERunner
+from zexpert.runner.default_moe_runner import DefaultMoERunner
+from zexpert.runner.moe_runner import MoERunner
+
+
+class FusedMoE(nn.Module):
+    """A mixture of real experts, zero experts and shared experts:
+
+        out[t] = sum_k topk_weights[t, k] * FFN_{topk_ids[t, k]}(x[t]) + zero_weight[t] * x[t] + constants[t]
+               + shared_experts(x)[t],                FFN(x) = (silu(x @ gate.T) * (x @ up.T)) @ down.T
+
+    A token that chose a zero expert spends no expert's computation on that slot. An identity expert gives the token
+    itself, a drop expert nothing, and constant expert c gives a1 * x + a2 * v_c with [a1, a2] = softmax(x @ Wc.T)
+    (MoE++, arXiv 2410.07348). The router's logits are the caller's: [..., N] with N = real + zero experts, ordered
+    [real | identity | constant | drop].
+
+    Parameters (`params_dtype`; R real experts, C constant experts, H hidden size, F intermediate size):
+        w13_weight [R, 2F, H]: gate rows, then up rows, of each expert.
+        w2_weight [R, H, F]: down projection of each expert.
+        constant_gate_weight [C, 2, H] and constant_vectors [C, H]: Wc and v_c; None without constant experts.
+
+    Args:
+        num_experts: R, real experts.
+        top_k: K, experts per token, zero experts included.
+        hidden_size: H.
+        intermediate_size: F.
+        zero_expert_type: "identity" (or "copy"), "constant", "drop" (or "zero"); or counts by name, such as
+            {"identity": 1, "constant": 2, "drop": 1}; None for no zero experts.
+        zero_expert_num: number of zero experts; required with a name, optional with counts.
+        e_score_correction_bias: [N], any floating dtype, for selection only. Kept by reference: what a controller
+            writes into it, the next call sees. It moves with the layer, its dtype included when that is converted.
+        scoring_func: "softmax", "sigmoid" or "sqrtsoftplus".
+        renormalize: divide a token's weights by their sum.
+        routed_scaling_factor: factor on every weight.
+        params_dtype: dtype of the parameters, and so of hidden_states; None for torch's default dtype.
+        shared_experts: a module called on hidden_states [T, H] that returns [T, H].
+        chunk_size: most tokens to take through the experts at a time; None for all.
+        expert_parallel_group: must be None.
+        use_grouped_topk, num_expert_group, topk_group: choose within the best groups of real experts.
+        custom_routing_function: see CustomRoutingRouter.
+        drop_before_renormalize: weights of drop experts become 0 before renormalising (MoE++).
+        routing_simulation: see RoutingSimulatorRouter.
+        experts_backend: "auto", "cpu" or "torch"; see zexpert.experts.create_experts.
+        device: where the parameters are made; None for torch's default device.
+
+    Raises:
+        ValueError: if an argument is out of range, is missing beside another, or contradicts another.
+    """
+
+    constant_gate_weight: Tensor | None
+    constant_vectors: Tensor | None
+
+    # Views of what submodules hold, for people; scripts have no use for them.
+    __jit_unused_properties__ = [  # noqa: RUF012
+        "e_score_correction_bias",
+        "experts_backend",
+        "router",
+        "shared_experts",
+    ]
+    __jit_ignored_attributes__ = __jit_unused_properties__
+
+    def __init__(
+        self,
+        num_experts: int,
+        top_k: int,
+        hidden_size: int,
+        intermediate_size: int,
+        *,
+        zero_expert_type: ZeroExperts | None = None,
+        zero_expert_num: int | None = None,
+        e_score_correction_bias: Tensor | None = None,
+        scoring_func: str | ScoringFunc = "softmax",
+        renormalize: bool = False,
+        routed_scaling_factor: float = 1.0,
+        params_dtype: torch.dtype | None = None,
+        shared_experts: nn.Module | None = None,
+        chunk_size: int | None = None,
+        expert_parallel_group: Any = None,
+        use_grouped_topk: bool = False,
+        num_expert_group: int | None = None,
+        topk_group: int | None = None,
+        custom_routing_function: CustomRoutingFunction | None = None,
+        drop_before_renormalize: bool = False,
+        routing_simulation: str | None = None,
+        experts_backend: str = "auto",
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        if expert_parallel_group is not None:
+            raise ValueError("expert_parallel_group must be None: expert parallelism is not available yet")
+        if hidden_size < 1 or intermediate_size < 1:
+            raise ValueError(
+                f"hidden_size and intermediate_size must be at least 1, got {hidden_size} and {intermediate_size}"
+            )
+        if isinstance(zero_expert_type, str) and zero_expert_num is None:
+            raise ValueError(f'zero_expert_num is required with zero_expert_type "{zero_expert_type}"')
+        if params_dtype is not None and not params_dtype.is_floating_point:
+            raise ValueError(f"params_dtype must be a floating-point dtype, got {params_dtype}")
+        if shared_experts is not None and not isinstance(shared_experts, nn.Module):
+            raise ValueError(f"shared_experts must be a torch.nn.Module, got {type(shared_experts).__name__}")
+
+        router = create_fused_moe_router(
+            top_k,
+            num_experts,
+            renormalize=renormalize,
+            use_grouped_topk=use_grouped_topk,
+            num_expert_group=num_expert_group,
+            topk_group=topk_group,
+            scoring_func=scoring_func,
+            routed_scaling_factor=routed_scaling_factor,
+            e_score_correction_bias=e_score_correction_bias,
+            custom_routing_function=custom_routing_function,
+            zero_expert_type=zero_expert_type,
+            zero_expert_num=zero_expert_num,
+            num_logical_experts=num_experts,
+            drop_before_renormalize=drop_before_renormalize,
+            routing_simulation=routing_simulation,
+        )
+        experts = create_experts(experts_backend)
+        self.runner: MoERunner
+        if chunk_size is None:
+            self.runner = DefaultMoERunner(router, experts, shared_experts)
+        else:
+            self.runner = ChunkingMoERunner(router, experts, shared_experts, chunk_size=chunk_size)
+
+        self.num_experts = num_experts
+        self.hidden_size = hidden_size
+        self.intermediate_size = intermediate_size
+        num_constants = router.num_constant_experts
+        self.w13_weight = nn.Parameter(
+            torch.empty(num_experts, 2 * intermediate_size, hidden_size, dtype=params_dtype, device=device)
+        )
+        self.w2_weight = nn.Parameter(
+            torch.empty(num_experts, hidden_size, intermediate_size, dtype=params_dtype, device=device)
+        )
+        if num_constants > 0:
+            self.constant_gate_weight = nn.Parameter(
+                torch.empty(num_constants, 2, hidden_size, dtype=params_dtype, device=device)
+            )
+            self.constant_vectors = nn.Parameter(
+                torch.empty(num_constants, hidden_size, dtype=params_dtype, device=device)
+            )
+        else:
+            self.register_parameter("constant_gate_weight", None)
+            self.register_parameter("constant_vectors", None)
+        self.register_load_state_dict_pre_hook(check_shapes_of_state_dict)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws every parameter uniformly from +-1 / sqrt(fan_in), as nn.Linear does. The bias is the caller's."""
+        for parameter, fan_in in (
+            (self.w13_weight, self.hidden_size),
+            (self.w2_weight, self.intermediate_size),
+            (self.constant_gate_weight, self.hidden_size),
+            (self.constant_vectors, self.hidden_size),
+        ):
+            if parameter is not None:
+                bound = 1.0 / math.sqrt(fan_in)
+                nn.init.uniform_(parameter, -bound, bound)
+
+    @property
+    def router(self) -> BaseRouter:
+        """The router, part of the runner."""
+        router = self.runner.router
+        assert isinstance(router, BaseRouter)
+        return router
+
+    @property
+    def shared_experts(self) -> nn.Module | None:
+        """The shared experts, part of the runner."""
+        return self.runner.shared_experts
+
+    @property
+    def e_score_correction_bias(self) -> Tensor | None:
+        """The router's selection bias [N], the very tensor that routing reads."""
+        return self.router.e_score_correction_bias
+
+    @property
+    def experts_backend(self) -> str:
+        """Name of the experts backend that computes tokens on the parameters' device: "cpu" or "torch"."""
+        return self.runner.experts.backend_for(self.w13_weight)
+
+    def forward(self, hidden_states: Tensor, router_logits: Tensor) -> Tensor:
+        """The layer's output.
+
+        Args:
+            hidden_states: [..., H], of the parameters' dtype.
+            router_logits: [..., N] with the same leading dimensions, any floating dtype.
+
+        Returns:
+            [..., H], dtype of hidden_states.
+
+        Raises:
+            ValueError: if a shape or a dtype does not fit.
+        """
+        if hidden_states.dim() < 1 or hidden_states.size(-1) != self.hidden_size:
+            raise ValueError(
+                f"hidden_states must have shape [..., {self.hidden_size}], got {list(hidden_states.shape)}"
+            )
+        if router_logits.dim() < 1 or router_logits.shape[:-1] != hidden_states.shape[:-1]:
+            raise ValueError(
+                f"router_logits must have the leading dimensions of hidden_states "
+                f"({list(hidden_states.shape[:-1])}), got shape {list(router_logits.shape)}"
+            )
+        out: Tensor = self.runner(
+            hidden_states.reshape(-1, self.hidden_size),
+            router_logits.reshape(-1, router_logits.size(-1)),
+            self.w13_weight,
+            self.w2_weight,
+            self.constant_gate_weight,
+            self.constant_vectors,
+        )
+        return out.reshape(hidden_states.shape)
+
+    def extra_repr(self) -> str:
+        return (
+            f"num_experts={self.num_experts}, hidden_size={self.hidden_size}, "
+            f"intermediate_size={self.intermediate_size}, dtype={self.w13_weight.dtype}"
+        )
+
+
+def check_shapes_of_state_dict(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object) -> None:
+    """Pre-hook of load_state_dict: raises RuntimeError, before anything of `module` or its submodules is loaded, if an
+    entry has another shape than what it is for. Submodules that load by rules of their own are left to them.
+    """
+    for module_name, submodule in module.named_modules(prefix=prefix.removesuffix(".")):
+        if type(submodule)._load_from_state_dict is not nn.Module._load_from_state_dict:
+            continue
+        own = {**submodule._parameters, **submodule._buffers}
+        for name, tensor in own.items():
+            key = f"{module_name}.{name}" if module_name else name
+            given = state_dict.get(key)
+            if name in submodule._non_persistent_buffers_set or tensor is None or not isinstance(given, Tensor):
+                continue
+            if given.shape != tensor.shape:
+                raise RuntimeError(f"{key} must have shape {list(tensor.shape)}, got {list(given.shape)}")

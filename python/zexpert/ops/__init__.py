@@ -1,0 +1,26 @@
+"""The ops, one file each: a typed function over ``torch.ops.zexpert.<name>`` and its fake kernel.
+
+Every op works for no tokens at all, for any strides, and raises a RuntimeError of one sentence, before anything is
+written, for an argument of a wrong device, dtype, shape or range.
+"""
+
+from zexpert.ops.biased_topk import biased_topk
+from zexpert.ops.grouped_mlp import grouped_mlp
+from zexpert.ops.moe_finalize import moe_finalize
+from zexpert.ops.moe_permute import moe_permute
+from zexpert.ops.moe_plan import moe_plan
+from zexpert.ops.silu_and_mul import silu_and_mul
+from zexpert.ops.types import DispatchPlan, RoutingResult
+from zexpert.ops.zero_expert_accumulate import zero_expert_accumulate
+
+__all__ = [
+    "DispatchPlan",
+    "RoutingResult",
+    "biased_topk",
+    "grouped_mlp",
+    "moe_finalize",
+    "moe_permute",
+    "moe_plan",
+    "silu_and_mul",
+    "zero_expert_accumulate",
+]

@@ -1,0 +1,107 @@
+"""Top-k choice of experts with a selection bias, groups and zero experts."""
+
+import torch
+from torch import Tensor
+
+from zexpert.ops._library import check_devices, register_fake, weight_dtype
+from zexpert.ops.types import RoutingResult
+
+
+def biased_topk(
+    logits: Tensor,
+    bias: Tensor | None,
+    top_k: int,
+    *,
+    num_real_experts: int,
+    num_identity_experts: int | None = None,
+    num_constant_experts: int = 0,
+    scoring_func: str = "softmax",
+    renormalize: bool = False,
+    drop_before_renormalize: bool = False,
+    routed_scaling_factor: float = 1.0,
+    num_expert_group: int = 1,
+    topk_group: int = 1,
+    indices_dtype: torch.dtype = torch.int32,
+) -> RoutingResult:
+    """Chooses K of N experts for each of T tokens; experts are ordered [real | identity | constant | drop].
+
+    Computed in float32, in float64 for float64 logits::
+
+        score  = scoring_func(logits)            # softmax over all N
+        key    = score + bias                    # decides the choice and nothing else
+        chosen = the K largest keys, descending, lower index first among equals
+        weight = score[chosen]  (/ its sum, if renormalize)  * routed_scaling_factor
+
+    With ``num_expert_group`` > 1 the real experts are split evenly into groups. A group scores the sum of its two
+    largest keys, and only the best ``topk_group`` groups stay eligible; zero experts always are. A logit that is NaN or
+    infinite, and a key that is NaN, is never chosen, and counts 0 in the softmax; a row that runs out of experts fills
+    up with id -1 and weight 0.
+
+    Args:
+        logits: [T, N], any floating dtype; the router's output.
+        bias: [N], any floating dtype, or None; e_score_correction_bias.
+        top_k: K, 1 to 64, at most N.
+        num_real_experts: R, experts with a feed-forward network.
+        num_identity_experts: experts that return the token; None: all that are not real or constant.
+        num_constant_experts: C, experts that add a learned vector. What is left of N are drop experts.
+        scoring_func: "softmax", "sigmoid" or "sqrtsoftplus" (sqrt(log(1 + exp(logit)))).
+        renormalize: divide by the sum over the K chosen, zero experts included; a sum of 0 gives weights 0.
+        drop_before_renormalize: the drop experts' weights become 0 before that sum is taken (MoE++).
+        routed_scaling_factor: applied last, to slots of every kind.
+        num_expert_group: groups the real experts are split into; divides R.
+        topk_group: groups that stay eligible.
+        indices_dtype: torch.int32 or torch.int64, the type of the ids.
+
+    Returns:
+        RoutingResult: topk_weights [T, K], topk_ids [T, K], zero_weight [T], constant_weight [T, C].
+
+    Raises:
+        RuntimeError: an argument has a wrong device, dtype, shape or value.
+
+    Sources: selection bias, arXiv 2408.15664; groups, DeepSeek-V3, arXiv 2412.19437; zero experts, MoE++,
+    arXiv 2410.07348, and LongCat-Flash, arXiv 2509.01322.
+    """
+    topk_weights, topk_ids, zero_weight, constant_weight = torch.ops.zexpert.biased_topk(
+        logits,
+        bias,
+        top_k,
+        num_real_experts=num_real_experts,
+        num_identity_experts=num_identity_experts,
+        num_constant_experts=num_constant_experts,
+        scoring_func=scoring_func,
+        renormalize=renormalize,
+        drop_before_renormalize=drop_before_renormalize,
+        routed_scaling_factor=routed_scaling_factor,
+        num_expert_group=num_expert_group,
+        topk_group=topk_group,
+        indices_dtype=indices_dtype,
+    )
+    return RoutingResult(topk_weights, topk_ids, zero_weight, constant_weight)
+
+
+@register_fake("biased_topk")
+def _biased_topk_fake(
+    logits: Tensor,
+    bias: Tensor | None,
+    top_k: int,
+    *,
+    num_real_experts: int,
+    num_identity_experts: int | None = None,
+    num_constant_experts: int = 0,
+    scoring_func: str = "softmax",
+    renormalize: bool = False,
+    drop_before_renormalize: bool = False,
+    routed_scaling_factor: float = 1.0,
+    num_expert_group: int = 1,
+    topk_group: int = 1,
+    indices_dtype: torch.dtype = torch.int32,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    check_devices("logits", logits, bias=bias)
+    num_tokens = logits.shape[0]
+    weights = weight_dtype(logits.dtype)
+    return (
+        logits.new_empty((num_tokens, top_k), dtype=weights),
+        logits.new_empty((num_tokens, top_k), dtype=indices_dtype),
+        logits.new_empty((num_tokens,), dtype=weights),
+        logits.new_empty((num_tokens, num_constant_experts), dtype=weights),
+    )

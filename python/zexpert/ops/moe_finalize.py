@@ -1,0 +1,84 @@
+"""The layer's epilogue, one pass over the experts' rows."""
+
+import torch
+from torch import Tensor
+
+from zexpert.ops._library import check_devices, register_fake
+
+
+def moe_finalize(
+    rows: Tensor,
+    slot_rows: Tensor,
+    topk_weights: Tensor,
+    hidden_states: Tensor,
+    zero_weight: Tensor,
+    *,
+    residual: Tensor | None = None,
+    constant_weight: Tensor | None = None,
+    constant_vectors: Tensor | None = None,
+) -> Tensor:
+    """Each token's weighted rows, its zero part, its constants and the residual, summed::
+
+        out[t] = sum_k topk_weights[t, k] * rows[slot_rows[t, k]]     # in slot order, slots with row -1 skipped
+               + zero_weight[t] * hidden_states[t]
+               + sum_c constant_weight[t, c] * constant_vectors[c]
+               + residual[t]
+
+    Accumulated in float32 (float64 for float64 data) in that order and rounded once: bitwise repeatable. Routing
+    weights are float32, or float64 beside float64 hidden_states.
+
+    Args:
+        rows: [M, H], type of hidden_states: the experts' results in the order of a DispatchPlan.
+        slot_rows: [T, K] int32, of the DispatchPlan; every entry in [-1, M).
+        topk_weights: [T, K], of the RoutingResult.
+        hidden_states: [T, H], any floating dtype, any strides: the layer's input.
+        zero_weight: [T], of the RoutingResult.
+        residual: [T, H], type of hidden_states: the shared experts' output, or the decoder's residual.
+        constant_weight: [T, C], of the RoutingResult; with constant_vectors, or C = 0.
+        constant_vectors: [C, H], type of hidden_states.
+
+    Returns:
+        [T, H], type of hidden_states.
+
+    Raises:
+        RuntimeError: an argument has a wrong device, dtype or shape; on the CPU, an entry of slot_rows is out of range.
+
+    Source: constant experts, MoE++, arXiv 2410.07348.
+    """
+    out: Tensor = torch.ops.zexpert.moe_finalize(
+        rows,
+        slot_rows,
+        topk_weights,
+        hidden_states,
+        zero_weight,
+        residual=residual,
+        constant_weight=constant_weight,
+        constant_vectors=constant_vectors,
+    )
+    return out
+
+
+@register_fake("moe_finalize")
+def _moe_finalize_fake(
+    rows: Tensor,
+    slot_rows: Tensor,
+    topk_weights: Tensor,
+    hidden_states: Tensor,
+    zero_weight: Tensor,
+    *,
+    residual: Tensor | None = None,
+    constant_weight: Tensor | None = None,
+    constant_vectors: Tensor | None = None,
+) -> Tensor:
+    check_devices(
+        "hidden_states",
+        hidden_states,
+        rows=rows,
+        slot_rows=slot_rows,
+        topk_weights=topk_weights,
+        zero_weight=zero_weight,
+        residual=residual,
+        constant_weight=constant_weight,
+        constant_vectors=constant_vectors,
+    )
+    return hidden_states.new_empty(hidden_states.shape)

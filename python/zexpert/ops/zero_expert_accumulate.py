@@ -1,0 +1,43 @@
+"""The identity experts' part of a layer's output on its own."""
+
+import torch
+from torch import Tensor
+
+from zexpert.ops._library import check_devices, register_fake
+
+
+def zero_expert_accumulate(hidden_states: Tensor, zero_weight: Tensor, out: Tensor | None = None) -> Tensor:
+    """``zero_weight[:, None] * hidden_states``, added into ``out`` if that is given.
+
+    Computed in float32 (float64 for float64 data) and rounded once. For experts whose rows are already summed;
+    elsewhere ``moe_finalize`` adds this part on its way.
+
+    Args:
+        hidden_states: [T, H], any floating dtype, any strides.
+        zero_weight: [T] float32, or float64 beside float64 hidden_states.
+        out: [T, H], type of hidden_states, inner stride 1, rows that do not overlap; may be hidden_states itself.
+
+    Returns:
+        ``out`` if given, else a new tensor [T, H].
+
+    Raises:
+        RuntimeError: an argument has a wrong device, dtype, shape or layout; ``out`` is then as it was.
+
+    Source: the identity ("copy") expert of MoE++, arXiv 2410.07348, and LongCat-Flash, arXiv 2509.01322.
+    """
+    if out is None:
+        result: Tensor = torch.ops.zexpert.zero_expert_accumulate(hidden_states, zero_weight)
+        return result
+    torch.ops.zexpert.zero_expert_accumulate(hidden_states, zero_weight, out=out)
+    return out
+
+
+@register_fake("zero_expert_accumulate")
+def _zero_expert_accumulate_fake(hidden_states: Tensor, zero_weight: Tensor) -> Tensor:
+    check_devices("hidden_states", hidden_states, zero_weight=zero_weight)
+    return hidden_states.new_empty(hidden_states.shape)
+
+
+@register_fake("zero_expert_accumulate.out")
+def _zero_expert_accumulate_out_fake(hidden_states: Tensor, zero_weight: Tensor, *, out: Tensor) -> None:
+    check_devices("hidden_states", hidden_states, zero_weight=zero_weight, out=out)

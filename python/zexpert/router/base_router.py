@@ -1,0 +1,232 @@
+"""What routers have in common: checks, the expert map with its load record, the capture callback."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from zexpert._C import RoutingSpec, name
+from zexpert.ops.types import RoutingResult
+from zexpert.router.fused_moe_router import FusedMoERouter
+
+INDICES_DTYPES = (torch.int32, torch.int64)
+
+
+class BaseRouter(FusedMoERouter):
+    """Template of a router: `select_experts` checks its inputs, calls `_compute_routing`, shows the choice to the
+    capture callback and maps logical experts to physical ones. Subclasses implement `_compute_routing`.
+
+    Args:
+        spec: the validated description of the routing.
+        e_score_correction_bias: [N], any floating dtype, added to the scores for selection only. Kept by reference,
+            as a parameter if it is one, else as a buffer: what a controller writes into it, the next call sees.
+        indices_dtype: dtype of topk_ids, torch.int32 or torch.int64.
+
+    Raises:
+        ValueError: if the bias has another length than the spec has experts, or is no floating vector, or if
+            indices_dtype is neither of the two.
+    """
+
+    e_score_correction_bias: Tensor | None
+    logical_to_physical_map: Tensor | None
+    expert_load: Tensor | None
+    num_experts: int | None
+    num_identity_experts: int | None
+
+    # What torch.jit.script leaves out of a scripted router.
+    __jit_ignored_attributes__ = ["_capture_fn", "spec"]  # noqa: RUF012
+
+    def __init__(
+        self,
+        spec: RoutingSpec,
+        *,
+        e_score_correction_bias: Tensor | None = None,
+        indices_dtype: torch.dtype = torch.int32,
+    ) -> None:
+        super().__init__()
+        if indices_dtype not in INDICES_DTYPES:
+            raise ValueError(f"indices_dtype must be torch.int32 or torch.int64, got {indices_dtype}")
+        check_bias(e_score_correction_bias, spec)
+        self.spec = spec
+        self.indices_dtype = indices_dtype
+
+        # The spec's fields as plain values, which scripts and graphs can read.
+        self.top_k: int = spec.top_k
+        self.num_real_experts: int = spec.num_real_experts
+        self.num_experts = spec.num_experts  # None: the logits' width decides
+        self.num_identity_experts = spec.num_identity_experts  # None: all that are neither real nor constant
+        self.num_constant_experts: int = spec.num_constant_experts
+        self.scoring_func: str = name(spec.scoring_func)
+        self.renormalize: bool = spec.renormalize
+        self.drop_before_renormalize: bool = spec.drop_before_renormalize
+        self.routed_scaling_factor: float = spec.routed_scaling_factor
+        self.num_expert_group: int = spec.num_expert_group
+        self.topk_group: int = spec.topk_group
+        self.has_zero_experts = self.num_identity_experts != 0 or self.num_constant_experts > 0
+
+        if isinstance(e_score_correction_bias, nn.Parameter):
+            self.register_parameter("e_score_correction_bias", e_score_correction_bias)
+        else:
+            self.register_buffer("e_score_correction_bias", e_score_correction_bias)
+        self.register_buffer("logical_to_physical_map", None, persistent=False)
+        self.register_buffer("expert_load", None, persistent=False)
+        self._capture_fn: Callable[[RoutingResult], None] | None = None
+
+    def set_capture_fn(self, capture_fn: Callable[[RoutingResult], None] | None) -> None:
+        """Calls `capture_fn` with every later choice of this router, or stops doing so for None.
+
+        The callback gets the RoutingResult before the expert map: logical expert ids. It sees every slot of every
+        token; a slot that chose a zero expert is there with id -1 and weight 0, and its weight is in zero_weight or
+        constant_weight. The tensors are the ones in use: a callback that keeps them for later does not modify them.
+        Under torch.compile the callback is traced like any code; a scripted router has none.
+        """
+        self._capture_fn = capture_fn
+
+    def set_expert_map(self, logical_to_physical_map: Tensor | None, expert_load: Tensor | None = None) -> None:
+        """Maps the logical experts that tokens choose to the physical experts that weights are stored for.
+
+        Token t uses replica t modulo the number of replicas, so the choice is repeatable. Both tensors are kept by
+        reference (as buffers outside of the state dict): a balancer updates them in place.
+
+        Args:
+            logical_to_physical_map: [R, max_replicas], int32 or int64: the physical experts of each logical expert,
+                padded with -1 at the end; None removes the map and the record.
+            expert_load: [P], int32 or int64: counts the slots routed to each physical expert, added to by every call.
+
+        Raises:
+            ValueError: if a tensor has another shape or dtype, a logical expert has no replica, a -1 stands before a
+                replica, or a physical expert is out of range. The router is unchanged then.
+        """
+        if logical_to_physical_map is None:
+            if expert_load is not None:
+                raise ValueError("expert_load needs a logical_to_physical_map, got None")
+        else:
+            check_expert_map(logical_to_physical_map, expert_load, self.num_real_experts)
+        self.logical_to_physical_map = logical_to_physical_map
+        self.expert_load = expert_load
+
+    def select_experts(self, hidden_states: Tensor, router_logits: Tensor) -> RoutingResult:
+        """See FusedMoERouter.select_experts; topk_ids are physical experts where an expert map is set.
+
+        Raises:
+            ValueError: if hidden_states or router_logits is not two-dimensional, they differ in tokens, the logits
+                are not floating point or not as wide as the router has experts, or the bias is on another device.
+        """
+        self._check_inputs(hidden_states, router_logits)
+        routing = self._compute_routing(hidden_states, router_logits)
+        if not torch.jit.is_scripting():
+            if self._capture_fn is not None:
+                self._capture_fn(routing)
+        expert_map = self.logical_to_physical_map
+        if expert_map is not None:
+            routing = self._map_to_physical(routing, expert_map)
+        return routing
+
+    def _compute_routing(self, hidden_states: Tensor, router_logits: Tensor) -> RoutingResult:
+        """The choice itself, in logical experts and with topk_ids of indices_dtype. Inputs are checked."""
+        raise NotImplementedError
+
+    def _check_inputs(self, hidden_states: Tensor, router_logits: Tensor) -> None:
+        bias = self.e_score_correction_bias
+        if bias is not None and bias.device != router_logits.device:
+            raise ValueError(
+                f"e_score_correction_bias must be on the device of router_logits ({router_logits.device}), "
+                f"got {bias.device}"
+            )
+        if not router_logits.is_floating_point():
+            raise ValueError(f"router_logits must be of a floating-point dtype, got {router_logits.dtype}")
+        if hidden_states.dim() != 2:
+            raise ValueError(
+                f"hidden_states must have 2 dimensions [tokens, hidden_size], got shape {list(hidden_states.shape)}"
+            )
+        if router_logits.dim() != 2:
+            raise ValueError(
+                f"router_logits must have 2 dimensions [tokens, experts], got shape {list(router_logits.shape)}"
+            )
+        if router_logits.size(0) != hidden_states.size(0):
+            raise ValueError(
+                f"router_logits must have one row per token of hidden_states ({hidden_states.size(0)}), "
+                f"got {router_logits.size(0)}"
+            )
+        num_experts = self.num_experts
+        if num_experts is not None and router_logits.size(1) != num_experts:
+            raise ValueError(
+                f"router_logits must have one column per expert ({num_experts}), got {router_logits.size(1)}"
+            )
+
+    def _biased_topk(self, router_logits: Tensor) -> RoutingResult:
+        topk_weights, topk_ids, zero_weight, constant_weight = torch.ops.zexpert.biased_topk(
+            router_logits,
+            self.e_score_correction_bias,
+            self.top_k,
+            num_real_experts=self.num_real_experts,
+            num_identity_experts=self.num_identity_experts,
+            num_constant_experts=self.num_constant_experts,
+            scoring_func=self.scoring_func,
+            renormalize=self.renormalize,
+            drop_before_renormalize=self.drop_before_renormalize,
+            routed_scaling_factor=self.routed_scaling_factor,
+            num_expert_group=self.num_expert_group,
+            topk_group=self.topk_group,
+            indices_dtype=self.indices_dtype,
+        )
+        return RoutingResult(topk_weights, topk_ids, zero_weight, constant_weight)
+
+    def _map_to_physical(self, routing: RoutingResult, expert_map: Tensor) -> RoutingResult:
+        logical = routing.topk_ids
+        works = logical >= 0
+        replicas = expert_map[logical.clamp(min=0).to(torch.int64)].to(torch.int64)
+        replica_count = (replicas >= 0).sum(dim=2).clamp(min=1)
+        token = torch.arange(logical.size(0), device=logical.device).unsqueeze(1)
+        physical = replicas.gather(2, (token % replica_count).unsqueeze(2)).squeeze(2)
+        expert_load = self.expert_load
+        if expert_load is not None:
+            expert_load.scatter_add_(0, physical.clamp(min=0).flatten(), works.flatten().to(expert_load.dtype))
+        physical = torch.where(works, physical, torch.full_like(physical, -1)).to(logical.dtype)
+        return RoutingResult(routing.topk_weights, physical, routing.zero_weight, routing.constant_weight)
+
+    def extra_repr(self) -> str:
+        return repr(self.spec)
+
+
+def check_bias(bias: Tensor | None, spec: RoutingSpec) -> None:
+    """Raises ValueError unless `bias` is None or a floating vector with an entry per expert of `spec`."""
+    if bias is None:
+        return
+    if not isinstance(bias, Tensor):
+        raise ValueError(f"e_score_correction_bias must be a tensor or None, got {type(bias).__name__}")
+    if not bias.is_floating_point():
+        raise ValueError(f"e_score_correction_bias must be of a floating-point dtype, got {bias.dtype}")
+    if bias.dim() != 1 or (spec.num_experts is not None and bias.size(0) != spec.num_experts):
+        expected = "num_experts" if spec.num_experts is None else spec.num_experts
+        raise ValueError(
+            f"e_score_correction_bias must have shape [{expected}], one entry per expert, got {list(bias.shape)}"
+        )
+
+
+def check_expert_map(expert_map: Tensor, expert_load: Tensor | None, num_real_experts: int) -> None:
+    """Raises ValueError unless the map and the load record are as BaseRouter.set_expert_map describes them."""
+    if expert_map.dtype not in INDICES_DTYPES:
+        raise ValueError(f"logical_to_physical_map must be of dtype int32 or int64, got {expert_map.dtype}")
+    if expert_map.dim() != 2 or expert_map.size(0) != num_real_experts or expert_map.size(1) < 1:
+        raise ValueError(
+            f"logical_to_physical_map must have shape [{num_real_experts}, max_replicas], got {list(expert_map.shape)}"
+        )
+    is_replica = expert_map >= 0
+    if not bool(is_replica[:, 0].all()):
+        expert = int((~is_replica[:, 0]).int().argmax())
+        raise ValueError(f"logical_to_physical_map must name a replica of every expert, got none for expert {expert}")
+    if bool((is_replica[:, 1:] & ~is_replica[:, :-1]).any()) or int(expert_map.min()) < -1:
+        raise ValueError("logical_to_physical_map must be padded with -1 after the replicas of each expert only")
+    if expert_load is None:
+        return
+    if expert_load.dtype not in INDICES_DTYPES or expert_load.dim() != 1:
+        raise ValueError(
+            f"expert_load must be a vector of dtype int32 or int64, got shape {list(expert_load.shape)} "
+            f"of {expert_load.dtype}"
+        )
+    if int(expert_map.max()) >= expert_load.size(0):
+        raise ValueError(
+            f"expert_load must have an entry for every physical expert, the largest of which is "
+            f"{int(expert_map.max())}, got {expert_load.size(0)} entries"
+        )

@@ -1,0 +1,179 @@
+"""The router for a configuration."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from zexpert._C import ScoringFunc
+from zexpert.ops.types import RoutingResult
+from zexpert.router.base_router import BaseRouter
+from zexpert.router.custom_routing_router import CustomRoutingFunction, CustomRoutingRouter
+from zexpert.router.fused_topk_bias_router import FusedTopKBiasRouter
+from zexpert.router.fused_topk_router import FusedTopKRouter
+from zexpert.router.grouped_topk_router import GroupedTopKRouter
+from zexpert.router.routing_simulator_router import RoutingSimulatorRouter
+from zexpert.router.zero_expert_router import ZeroExpertRouter
+from zexpert.router.zero_expert_spec import ZeroExperts
+
+#: Environment variable that names a routing simulation for every router the factory makes.
+ROUTING_SIMULATION_VARIABLE = "ZEXPERT_ROUTING_SIMULATION"
+
+
+def create_fused_moe_router(
+    top_k: int,
+    global_num_experts: int,
+    *,
+    renormalize: bool = False,
+    use_grouped_topk: bool = False,
+    num_expert_group: int | None = None,
+    topk_group: int | None = None,
+    scoring_func: str | ScoringFunc = "softmax",
+    routed_scaling_factor: float = 1.0,
+    e_score_correction_bias: Tensor | None = None,
+    custom_routing_function: CustomRoutingFunction | None = None,
+    zero_expert_type: ZeroExperts | None = None,
+    zero_expert_num: int | None = None,
+    num_logical_experts: int | None = None,
+    drop_before_renormalize: bool = False,
+    routing_simulation: str | None = None,
+    indices_dtype: torch.dtype = torch.int32,
+    logical_to_physical_map: Tensor | None = None,
+    expert_load: Tensor | None = None,
+    capture_fn: Callable[[RoutingResult], None] | None = None,
+) -> BaseRouter:
+    """Makes the router that the arguments ask for; names and order are vLLM's. The first that applies:
+
+        RoutingSimulatorRouter  routing_simulation, or ZEXPERT_ROUTING_SIMULATION in the environment
+        ZeroExpertRouter        zero_expert_type; takes the grouped arguments and the bias too
+        GroupedTopKRouter       use_grouped_topk; takes the bias too
+        CustomRoutingRouter     custom_routing_function
+        FusedTopKBiasRouter     e_score_correction_bias
+        FusedTopKRouter
+
+    Args:
+        top_k: experts per token.
+        global_num_experts: real experts that weights are stored for; replicas of an expert map included.
+        renormalize: divide the weights of a token by their sum.
+        use_grouped_topk: choose within the topk_group best of num_expert_group groups. Without it the two numbers
+            are not used.
+        scoring_func: "softmax", "sigmoid" or "sqrtsoftplus".
+        routed_scaling_factor: factor on every weight.
+        e_score_correction_bias: [N], for selection only, by reference. N counts zero experts too.
+        custom_routing_function: see CustomRoutingRouter.
+        zero_expert_type, zero_expert_num: see ZeroExpertRouter.
+        num_logical_experts: real experts that tokens choose among. Required with zero_expert_type; equal to
+            global_num_experts unless an expert map is given.
+        drop_before_renormalize: weights of drop experts become 0 before renormalising (MoE++).
+        routing_simulation: "uniform_random", "round_robin" or "normal"; None: what the environment says.
+        indices_dtype: dtype of topk_ids, torch.int32 or torch.int64.
+        logical_to_physical_map, expert_load: see BaseRouter.set_expert_map.
+        capture_fn: see BaseRouter.set_capture_fn.
+
+    Raises:
+        ValueError: if an argument is out of range, is missing beside another, or contradicts another.
+    """
+    if zero_expert_type is not None and num_logical_experts is None:
+        raise ValueError("num_logical_experts is required when zero_expert_type is set")
+    if zero_expert_type is None and zero_expert_num is not None:
+        raise ValueError(f"zero_expert_num is {zero_expert_num} but zero_expert_type is missing")
+    if use_grouped_topk and (num_expert_group is None or topk_group is None):
+        raise ValueError(
+            f"num_expert_group and topk_group are required when use_grouped_topk is set, got {num_expert_group} "
+            f"and {topk_group}"
+        )
+    num_real_experts = global_num_experts if num_logical_experts is None else num_logical_experts
+    if logical_to_physical_map is None and num_real_experts != global_num_experts:
+        raise ValueError(
+            f"num_logical_experts must equal global_num_experts ({global_num_experts}) without a "
+            f"logical_to_physical_map, both count real experts, got {num_real_experts}"
+        )
+    if logical_to_physical_map is not None and num_logical_experts is None:
+        num_real_experts = logical_to_physical_map.size(0)
+    groups = num_expert_group if use_grouped_topk and num_expert_group is not None else 1
+    eligible_groups = topk_group if use_grouped_topk and topk_group is not None else 1
+    simulation = routing_simulation or os.environ.get(ROUTING_SIMULATION_VARIABLE)
+
+    router: BaseRouter
+    if simulation:
+        router = RoutingSimulatorRouter(
+            top_k,
+            num_real_experts,
+            simulation,
+            zero_expert_type=zero_expert_type,
+            zero_expert_num=zero_expert_num,
+            e_score_correction_bias=e_score_correction_bias,
+            scoring_func=scoring_func,
+            renormalize=renormalize,
+            routed_scaling_factor=routed_scaling_factor,
+            indices_dtype=indices_dtype,
+        )
+    elif zero_expert_type is not None:
+        router = ZeroExpertRouter(
+            top_k,
+            num_real_experts,
+            zero_expert_type,
+            zero_expert_num,
+            e_score_correction_bias=e_score_correction_bias,
+            scoring_func=scoring_func,
+            renormalize=renormalize,
+            drop_before_renormalize=drop_before_renormalize,
+            routed_scaling_factor=routed_scaling_factor,
+            num_expert_group=groups,
+            topk_group=eligible_groups,
+            indices_dtype=indices_dtype,
+        )
+    elif use_grouped_topk:
+        router = GroupedTopKRouter(
+            top_k,
+            num_real_experts,
+            groups,
+            eligible_groups,
+            e_score_correction_bias=e_score_correction_bias,
+            scoring_func=scoring_func,
+            renormalize=renormalize,
+            routed_scaling_factor=routed_scaling_factor,
+            indices_dtype=indices_dtype,
+        )
+    elif custom_routing_function is not None:
+        router = CustomRoutingRouter(
+            top_k,
+            num_real_experts,
+            custom_routing_function,
+            e_score_correction_bias=e_score_correction_bias,
+            scoring_func=scoring_func,
+            renormalize=renormalize,
+            routed_scaling_factor=routed_scaling_factor,
+            indices_dtype=indices_dtype,
+        )
+    elif e_score_correction_bias is not None:
+        router = FusedTopKBiasRouter(
+            top_k,
+            num_real_experts,
+            e_score_correction_bias,
+            scoring_func=scoring_func,
+            renormalize=renormalize,
+            routed_scaling_factor=routed_scaling_factor,
+            indices_dtype=indices_dtype,
+        )
+    else:
+        router = FusedTopKRouter(
+            top_k,
+            num_real_experts,
+            scoring_func=scoring_func,
+            renormalize=renormalize,
+            routed_scaling_factor=routed_scaling_factor,
+            indices_dtype=indices_dtype,
+        )
+
+    router.set_expert_map(logical_to_physical_map, expert_load)
+    if logical_to_physical_map is not None and int(logical_to_physical_map.max()) >= global_num_experts:
+        raise ValueError(
+            f"logical_to_physical_map must hold physical experts below global_num_experts ({global_num_experts}), "
+            f"got {int(logical_to_physical_map.max())}"
+        )
+    router.set_capture_fn(capture_fn)
+    return router

@@ -1,0 +1,45 @@
+"""The interface of every router."""
+
+from torch import Tensor, nn
+
+from zexpert._C import RoutingMethodType
+from zexpert.ops.types import RoutingResult
+
+
+class FusedMoERouter(nn.Module):
+    """Chooses experts for tokens.
+
+    A router is an nn.Module that torch.jit.script takes as it is, unless its class says otherwise, and that
+    torch.compile traces without a break. Subclasses implement `select_experts`; most derive from BaseRouter instead.
+    The name and the shape of the interface are vLLM's.
+
+    Attributes:
+        routing_method_type: which kind of router this is.
+        has_zero_experts: False where zero_weight is known to be 0 always, so that a runner may skip the zero part.
+        stash_zero_expert_output: whether eager calls keep what ZeroExpertRouter.zero_expert_output needs. A runner
+            switches it off: it adds the zero part itself.
+    """
+
+    routing_method_type: RoutingMethodType
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.has_zero_experts = True
+        self.stash_zero_expert_output = False
+
+    def select_experts(self, hidden_states: Tensor, router_logits: Tensor) -> RoutingResult:
+        """Chooses the experts of each token.
+
+        Args:
+            hidden_states: [T, H], any floating dtype.
+            router_logits: [T, N], any floating dtype; a column per expert, zero experts after the real ones.
+
+        Returns:
+            topk_weights [T, K] and zero_weight [T] and constant_weight [T, C] in float32 (float64 for float64
+            logits), topk_ids [T, K] with -1 for every slot that does no work.
+        """
+        raise NotImplementedError
+
+    def forward(self, hidden_states: Tensor, router_logits: Tensor) -> RoutingResult:
+        """The same as select_experts."""
+        return self.select_experts(hidden_states, router_logits)

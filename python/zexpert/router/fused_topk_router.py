@@ -1,0 +1,48 @@
+"""Plain top-k."""
+
+import torch
+from torch import Tensor
+
+from zexpert._C import RoutingMethodType, RoutingSpec, ScoringFunc
+from zexpert.ops.types import RoutingResult
+from zexpert.router.base_router import BaseRouter
+
+
+class FusedTopKRouter(BaseRouter):
+    """Chooses the experts of the largest scores: no bias, no groups, no zero experts.
+
+    Args:
+        top_k: experts per token.
+        num_real_experts: experts.
+        scoring_func, renormalize, routed_scaling_factor: as in zexpert.ops.biased_topk.
+        indices_dtype: torch.int32 or torch.int64.
+
+    Raises:
+        ValueError: if an argument is out of range.
+    """
+
+    routing_method_type = RoutingMethodType.TOPK
+
+    def __init__(
+        self,
+        top_k: int,
+        num_real_experts: int,
+        *,
+        scoring_func: str | ScoringFunc = "softmax",
+        renormalize: bool = False,
+        routed_scaling_factor: float = 1.0,
+        indices_dtype: torch.dtype = torch.int32,
+    ) -> None:
+        spec = RoutingSpec(
+            top_k=top_k,
+            num_real_experts=num_real_experts,
+            num_experts=num_real_experts,
+            num_identity_experts=0,
+            scoring_func=scoring_func,
+            renormalize=renormalize,
+            routed_scaling_factor=routed_scaling_factor,
+        )
+        super().__init__(spec, indices_dtype=indices_dtype)
+
+    def _compute_routing(self, hidden_states: Tensor, router_logits: Tensor) -> RoutingResult:
+        return self._biased_topk(router_logits)

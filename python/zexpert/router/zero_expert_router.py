@@ -1,0 +1,104 @@
+"""Top-k over real and zero experts."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zexpert._C import RoutingMethodType, ScoringFunc
+from zexpert.ops.types import RoutingResult
+from zexpert.router.base_router import BaseRouter
+from zexpert.router.zero_expert_spec import ZeroExperts, zero_expert_spec
+
+
+class ZeroExpertRouter(BaseRouter):
+    """Chooses among real experts and zero experts, which have no feed-forward network.
+
+    A slot that chose a zero expert has id -1 and weight 0, so no expert computes for it; what its weight does is in
+    zero_weight (identity: times the token itself) and constant_weight (constant), or nowhere (drop).
+    LongCat-Flash (arXiv 2509.01322) uses identity experts, MoE++ (arXiv 2410.07348) all three kinds.
+
+    Args:
+        top_k: experts per token.
+        num_real_experts: experts with a feed-forward network, the first columns of the logits.
+        zero_expert_type: "identity" (or "copy"), "constant", "drop" (or "zero"); or counts by name, such as
+            {"identity": 1, "constant": 2, "drop": 1}.
+        zero_expert_num: number of zero experts. None: what the mapping counts, else what the bias' length leaves,
+            else what the logits' width leaves.
+        e_score_correction_bias: [N], for selection only, by reference; None for none.
+        scoring_func, renormalize, drop_before_renormalize, routed_scaling_factor, num_expert_group, topk_group: as in
+            zexpert.ops.biased_topk. The groups are of real experts; zero experts are always eligible.
+        indices_dtype: torch.int32 or torch.int64.
+
+    Raises:
+        ValueError: if an argument is out of range or contradicts another.
+    """
+
+    routing_method_type = RoutingMethodType.ZERO_EXPERT
+
+    __jit_ignored_attributes__ = ["_capture_fn", "_last_routing", "spec", "zero_expert_output"]  # noqa: RUF012
+    __jit_unused_properties__ = ["zero_expert_output"]  # noqa: RUF012
+
+    def __init__(
+        self,
+        top_k: int,
+        num_real_experts: int,
+        zero_expert_type: ZeroExperts,
+        zero_expert_num: int | None = None,
+        *,
+        e_score_correction_bias: Tensor | None = None,
+        scoring_func: str | ScoringFunc = "softmax",
+        renormalize: bool = False,
+        drop_before_renormalize: bool = False,
+        routed_scaling_factor: float = 1.0,
+        num_expert_group: int = 1,
+        topk_group: int = 1,
+        indices_dtype: torch.dtype = torch.int32,
+    ) -> None:
+        if zero_expert_type is None:
+            raise ValueError("zero_expert_type must be a name or a mapping from names to counts, got None")
+        spec = zero_expert_spec(
+            top_k=top_k,
+            num_real_experts=num_real_experts,
+            zero_expert_type=zero_expert_type,
+            zero_expert_num=zero_expert_num,
+            e_score_correction_bias=e_score_correction_bias,
+            scoring_func=scoring_func,
+            renormalize=renormalize,
+            drop_before_renormalize=drop_before_renormalize,
+            routed_scaling_factor=routed_scaling_factor,
+            num_expert_group=num_expert_group,
+            topk_group=topk_group,
+        )
+        super().__init__(spec, e_score_correction_bias=e_score_correction_bias, indices_dtype=indices_dtype)
+        self.stash_zero_expert_output = True
+        self._last_routing: tuple[Tensor, Tensor] | None = None
+
+    def _compute_routing(self, hidden_states: Tensor, router_logits: Tensor) -> RoutingResult:
+        routing = self._biased_topk(router_logits)
+        if not torch.jit.is_scripting():
+            if self.stash_zero_expert_output and not torch.compiler.is_compiling():
+                self._last_routing = (hidden_states, routing.zero_weight)
+        return routing
+
+    @property
+    def zero_expert_output(self) -> Tensor | None:
+        """[T, H] in the dtype of hidden_states: zero_weight * hidden_states of the last routing, the identity experts'
+        part of the layer's output. Computed here, once: reading it again gives None until the next routing.
+
+        For engines that add the part themselves, with vLLM's name. It is there after eager calls of a router that is
+        used on its own: a runner of zexpert adds the part in its epilogue, and scripts and compiled graphs return
+        zero_weight instead of keeping state.
+        """
+        last_routing = self._last_routing
+        self._last_routing = None
+        if last_routing is None:
+            return None
+        hidden_states, zero_weight = last_routing
+        weight_dtype = torch.float64 if hidden_states.dtype == torch.float64 else torch.float32
+        output: Tensor = torch.ops.zexpert.zero_expert_accumulate(hidden_states, zero_weight.to(weight_dtype))
+        return output
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy or a saved router starts without the last routing's tensors.
+        return {**self.__dict__, "_last_routing": None}

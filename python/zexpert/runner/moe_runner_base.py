@@ -1,0 +1,135 @@
+"""Route, plan, experts, epilogue."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from zexpert.ops.types import DispatchPlan, RoutingResult
+from zexpert.runner.moe_runner import MoERunner
+
+
+class MoERunnerBase(MoERunner):
+    """The path all runners share. See MoERunner for arguments and formula.
+
+    Raises, from forward:
+        ValueError: if hidden_states and the weights differ in dtype or hidden size, constant experts lack their
+            weights, or shared_experts returns another shape than it was given.
+    """
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        router_logits: Tensor,
+        w13_weight: Tensor,
+        w2_weight: Tensor,
+        constant_gate_weight: Tensor | None = None,
+        constant_vectors: Tensor | None = None,
+    ) -> Tensor:
+        routing = self._route(hidden_states, router_logits, w13_weight)
+        return self._run(hidden_states, routing, w13_weight, w2_weight, constant_gate_weight, constant_vectors)
+
+    def _route(self, hidden_states: Tensor, router_logits: Tensor, w13_weight: Tensor) -> RoutingResult:
+        """The router's choice, with weights in the dtype that the data's dtype goes with."""
+        if hidden_states.dtype != w13_weight.dtype:
+            raise ValueError(
+                f"hidden_states must be of the weights' dtype ({w13_weight.dtype}), got {hidden_states.dtype}"
+            )
+        if hidden_states.size(-1) != w13_weight.size(2):
+            raise ValueError(
+                f"hidden_states must have the weights' hidden size ({w13_weight.size(2)}), "
+                f"got {hidden_states.size(-1)}"
+            )
+        routing = self.router.select_experts(hidden_states, router_logits)
+        weight_dtype = torch.float64 if hidden_states.dtype == torch.float64 else torch.float32
+        return RoutingResult(
+            routing.topk_weights.to(weight_dtype),
+            routing.topk_ids,
+            routing.zero_weight.to(weight_dtype),
+            routing.constant_weight.to(weight_dtype),
+        )
+
+    def _run(
+        self,
+        hidden_states: Tensor,
+        routing: RoutingResult,
+        w13_weight: Tensor,
+        w2_weight: Tensor,
+        constant_gate_weight: Tensor | None,
+        constant_vectors: Tensor | None,
+    ) -> Tensor:
+        """Everything after routing: [T, H]."""
+        residual = self._shared_experts_output(hidden_states)
+        constant_weight: Tensor | None = None
+        if routing.constant_weight.size(1) > 0:
+            if constant_gate_weight is None or constant_vectors is None:
+                raise ValueError("constant_gate_weight and constant_vectors are required with constant experts")
+            routing = self._mix_constants(hidden_states, routing, constant_gate_weight)
+            constant_weight = routing.constant_weight
+        else:
+            constant_vectors = None
+
+        expert_offsets, row_slots, slot_rows = torch.ops.zexpert.moe_plan(routing.topk_ids, w13_weight.size(0))
+        if self.routing_stats is not None:
+            self.routing_stats(routing.topk_ids, expert_offsets)
+        plan = DispatchPlan(expert_offsets, row_slots, slot_rows)
+        rows: Tensor = self.experts(hidden_states, routing, plan, w13_weight, w2_weight)
+
+        if self.experts.reduces_for(hidden_states):
+            out = self._maybe_add_zero_expert_output(rows, hidden_states, routing.zero_weight)
+            if constant_weight is not None and constant_vectors is not None:
+                out = out + (constant_weight @ constant_vectors.to(constant_weight.dtype)).to(out.dtype)
+            return out if residual is None else out + residual
+        finalized: Tensor = torch.ops.zexpert.moe_finalize(
+            rows,
+            plan.slot_rows,
+            routing.topk_weights,
+            hidden_states,
+            routing.zero_weight,
+            residual=residual,
+            constant_weight=constant_weight,
+            constant_vectors=constant_vectors,
+        )
+        return finalized
+
+    def _maybe_add_zero_expert_output(self, summed: Tensor, hidden_states: Tensor, zero_weight: Tensor) -> Tensor:
+        """The epilogue's zero part for a backend that returned the sum [T, H] of each token's rows: zero_weight *
+        hidden_states is added, unless the router has no zero experts. For other backends moe_finalize adds it.
+
+        It is added once per token whatever the parallelism: on the token's own rank, after any reduction.
+        """
+        if not self.router.has_zero_experts:
+            return summed
+        if summed.requires_grad or hidden_states.requires_grad or zero_weight.requires_grad:
+            output: Tensor = torch.ops.zexpert.zero_expert_accumulate(hidden_states, zero_weight)
+            return summed + output
+        # Without autograd nobody else holds the sum, and no second [T, H] tensor is needed.
+        torch.ops.zexpert.zero_expert_accumulate(hidden_states, zero_weight, out=summed)
+        return summed
+
+    def _mix_constants(
+        self, hidden_states: Tensor, routing: RoutingResult, constant_gate_weight: Tensor
+    ) -> RoutingResult:
+        """Splits every constant expert's weight between the token and the constant, [a1, a2] = softmax(x @ Wc.T): a1's
+        part joins zero_weight, a2's stays in constant_weight.
+        """
+        num_constants = constant_gate_weight.size(0)
+        dtype = routing.constant_weight.dtype
+        gates = F.linear(hidden_states.to(dtype), constant_gate_weight.flatten(0, 1).to(dtype))
+        mix = torch.softmax(gates.reshape(-1, num_constants, 2), dim=2)
+        return RoutingResult(
+            routing.topk_weights,
+            routing.topk_ids,
+            routing.zero_weight + (routing.constant_weight * mix[:, :, 0]).sum(dim=1),
+            routing.constant_weight * mix[:, :, 1],
+        )
+
+    def _shared_experts_output(self, hidden_states: Tensor) -> Tensor | None:
+        if self.shared_experts is None:
+            return None
+        residual: Tensor = self.shared_experts(hidden_states)
+        if residual.shape != hidden_states.shape:
+            raise ValueError(
+                f"shared_experts must return the shape of hidden_states ({list(hidden_states.shape)}), "
+                f"got {list(residual.shape)}"
+            )
+        return residual.to(hidden_states.dtype)

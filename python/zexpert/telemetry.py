@@ -1,0 +1,219 @@
+"""Where a model spends its expert compute: counts that runners keep while they work, and what can be read from them."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from zexpert.runner.moe_runner import MoERunner
+
+
+class RoutingStats(nn.Module):
+    """What one mixture-of-experts layer's routing did since the last reset.
+
+    A runner that has one (see track_routing) hands it every routing plan. It keeps two integer buffers on the layer's
+    device and adds to them in place: no host synchronisation, nothing that breaks a graph, a script or a CUDA graph.
+    Counts come out only where they are read. The buffers are outside of the state dict.
+
+    Under activation checkpointing a recomputed forward counts again: ratios stay right, num_tokens does not.
+
+    Args:
+        num_experts: R, the experts whose load is counted. With an expert map these are physical experts.
+        top_k: K, slots per token.
+
+    Attributes:
+        expert_load: [R] int64, slots that each real expert got.
+        ffn_slots_histogram: [K + 1] int64, entry k counts the tokens that used k real experts.
+
+    Raises:
+        ValueError: if num_experts or top_k is less than 1.
+    """
+
+    expert_load: Tensor
+    ffn_slots_histogram: Tensor
+
+    def __init__(self, num_experts: int, top_k: int) -> None:
+        super().__init__()
+        if num_experts < 1:
+            raise ValueError(f"num_experts must be at least 1, got {num_experts}")
+        if top_k < 1:
+            raise ValueError(f"top_k must be at least 1, got {top_k}")
+        self.num_experts = num_experts
+        self.top_k = top_k
+        self.register_buffer("expert_load", torch.zeros(num_experts, dtype=torch.int64), persistent=False)
+        self.register_buffer("ffn_slots_histogram", torch.zeros(top_k + 1, dtype=torch.int64), persistent=False)
+
+    def forward(self, topk_ids: Tensor, expert_offsets: Tensor) -> None:
+        """Counts one routing.
+
+        Args:
+            topk_ids: [T, K], int32 or int64, -1 where a slot does no work.
+            expert_offsets: [R + 1] int32, from moe_plan of these ids: its differences are the load.
+        """
+        ffn_slots = (topk_ids >= 0).sum(dim=1)
+        self.ffn_slots_histogram.scatter_add_(0, ffn_slots, torch.ones_like(ffn_slots))
+        self.expert_load.add_(expert_offsets[1:] - expert_offsets[:-1])
+
+    # ---- What the counts say: 0-dimensional tensors on the layer's device, NaN where no token was seen ----
+
+    @property
+    def num_tokens(self) -> Tensor:
+        """Tokens seen, int64."""
+        return self.ffn_slots_histogram.sum()
+
+    @property
+    def mean_ffn_slots(self) -> Tensor:
+        """Real experts per token, float64: between 0 and K."""
+        return self.expert_load.sum().double() / self.num_tokens
+
+    @property
+    def zero_rate(self) -> Tensor:
+        """Share of the slots that did no work, float64: zero experts, and slots no expert could fill."""
+        return 1.0 - self.mean_ffn_slots / self.top_k
+
+    @property
+    def load_imbalance(self) -> Tensor:
+        """Largest load over mean load of the real experts, float64: 1 is even, R is all on one expert."""
+        return self.expert_load.max() / self.expert_load.double().mean()
+
+    @property
+    def load_entropy(self) -> Tensor:
+        """Entropy of the load over the real experts in nats, float64: -sum p ln p, between 0 and ln R."""
+        share = self.expert_load.double() / self.expert_load.sum()
+        return torch.special.entr(share).sum()
+
+    @property
+    def normalized_load_entropy(self) -> Tensor:
+        """load_entropy over its largest value ln R, float64: 1 is even, 0 is all on one expert. 1 where R is 1."""
+        if self.num_experts == 1:
+            return self.load_entropy + 1.0
+        return self.load_entropy / math.log(self.num_experts)
+
+    # ---- Objects ----
+
+    def reset(self) -> None:
+        """Starts again from zero, in place."""
+        self.expert_load.zero_()
+        self.ffn_slots_histogram.zero_()
+
+    def clone(self) -> RoutingStats:
+        """A copy that no runner adds to."""
+        return copy.deepcopy(self)
+
+    def merge(self, other: RoutingStats) -> RoutingStats:
+        """Adds `other`'s counts to this object's, in place, and returns this object.
+
+        Raises:
+            ValueError: if the two count other numbers of experts or slots.
+        """
+        if (other.num_experts, other.top_k) != (self.num_experts, self.top_k):
+            raise ValueError(
+                f"other must count {self.num_experts} experts and {self.top_k} slots per token, got "
+                f"{other.num_experts} and {other.top_k}"
+            )
+        self.expert_load.add_(other.expert_load.to(self.expert_load.device))
+        self.ffn_slots_histogram.add_(other.ffn_slots_histogram.to(self.expert_load.device))
+        return self
+
+    def all_reduced(self, process_group: dist.ProcessGroup | None = None) -> RoutingStats:
+        """A copy with the sums over the ranks of `process_group` (None: all ranks). Every rank of it calls this.
+        Without torch.distributed it is a plain copy. This object is unchanged, so nothing is counted twice later.
+        """
+        total = self.clone()
+        if is_distributed():
+            counts = torch.cat((total.expert_load, total.ffn_slots_histogram))
+            dist.all_reduce(counts, group=process_group)
+            total.expert_load.copy_(counts[: self.num_experts])
+            total.ffn_slots_histogram.copy_(counts[self.num_experts :])
+        return total
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything as plain numbers and lists, for a log. Waits for the device."""
+        return {
+            "num_tokens": int(self.num_tokens),
+            "mean_ffn_slots": float(self.mean_ffn_slots),
+            "zero_rate": float(self.zero_rate),
+            "load_imbalance": float(self.load_imbalance),
+            "load_entropy": float(self.load_entropy),
+            "normalized_load_entropy": float(self.normalized_load_entropy),
+            "ffn_slots_histogram": self.ffn_slots_histogram.tolist(),
+            "expert_load": self.expert_load.tolist(),
+        }
+
+    def __repr__(self) -> str:
+        sizes = f"num_experts={self.num_experts}, top_k={self.top_k}"
+        if self.expert_load.is_meta:
+            return f"RoutingStats({sizes})"
+        tokens = int(self.num_tokens)
+        if tokens == 0:
+            return f"RoutingStats({sizes}, num_tokens=0)"
+        return (
+            f"RoutingStats({sizes}, num_tokens={tokens}, mean_ffn_slots={float(self.mean_ffn_slots):.3f}, "
+            f"zero_rate={float(self.zero_rate):.3f}, load_imbalance={float(self.load_imbalance):.3f}, "
+            f"normalized_load_entropy={float(self.normalized_load_entropy):.3f})"
+        )
+
+
+def is_distributed() -> bool:
+    """Whether there are ranks to reduce over."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def moe_runners(model: nn.Module) -> dict[str, MoERunner]:
+    """The runners in `model`, in the order of its modules, by the name of the layer that owns them."""
+    return {
+        name.removesuffix("runner").removesuffix("."): module
+        for name, module in model.named_modules()
+        if isinstance(module, MoERunner)
+    }
+
+
+def track_routing(model: nn.Module, enabled: bool = True) -> dict[str, RoutingStats]:
+    """Gives every mixture-of-experts layer in `model` a RoutingStats that its runner fills, or takes it away again.
+
+    A layer that has one keeps it, with its counts. Comes before torch.jit.script and torch.compile: they take the
+    layer as it is then.
+
+    Args:
+        model: a FusedMoE layer, a runner, or any module that holds some.
+        enabled: False removes the stats.
+
+    Returns:
+        The stats by layer name, as collect_routing_stats returns them.
+    """
+    for runner in moe_runners(model).values():
+        if not enabled:
+            runner.routing_stats = None
+        elif runner.routing_stats is None:
+            runner.routing_stats = stats_for(runner)
+    return collect_routing_stats(model)
+
+
+def stats_for(runner: MoERunner) -> RoutingStats:
+    """Empty stats with the sizes and on the device of `runner`."""
+    router: Any = runner.router
+    num_experts = router.num_real_experts
+    if router.logical_to_physical_map is not None:
+        # The plan is of physical experts: as many as the record counts, or the map names.
+        load = router.expert_load
+        num_experts = load.numel() if load is not None else int(router.logical_to_physical_map.max()) + 1
+    tensors = [*runner.parameters(), *runner.buffers()]
+    stats = RoutingStats(num_experts, router.top_k)
+    return stats.to(tensors[0].device) if tensors else stats
+
+
+def collect_routing_stats(model: nn.Module) -> dict[str, RoutingStats]:
+    """The stats of every tracked layer in `model` by layer name: the live objects, which later calls add to.
+
+    A layer's name is its name in the model, such as "layers.0.moe"; "" for `model` itself.
+    """
+    stats = {}
+    for name, runner in moe_runners(model).items():
+        if isinstance(runner.routing_stats, RoutingStats):
+            stats[name] = runner.routing_stats
+    return stats

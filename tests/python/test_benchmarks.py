@@ -1,0 +1,201 @@
+"""The benchmark harness measures what it says; the benchmarks run. No test looks at a time."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+import reference
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+
+import harness
+import torch_routing
+
+
+class Clock:
+    """A clock that a contender moves."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def small_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine whose cache is small and whose rates are known, so that tests are quick."""
+    monkeypatch.setattr(harness, "last_level_cache_bytes", lambda: 1 << 12)
+    monkeypatch.setattr(harness, "read_bandwidth", lambda: 1e9)
+    monkeypatch.setattr(harness, "matmul_rate", lambda dtype: 1e9)
+
+
+def test_contenders_take_turns_and_inputs_rotate() -> None:
+    calls: list[tuple[str, int]] = []
+    contenders = {name: (lambda i, name=name: calls.append((name, i))) for name in "abc"}
+    timings = harness.measure(contenders, num_inputs=4, repeats=4, warmup=0)
+    names = "".join(name for name, _ in calls)
+    assert names == "abcbcacababc"
+    assert [index for _, index in calls] == [call % 4 for call in range(12)]
+    assert all(timing.repeats == 4 for timing in timings.values())
+
+
+def test_medians_are_of_timed_repetitions_only() -> None:
+    clock = Clock()
+    durations = iter([100.0, 100.0, 1.0, 2.0, 3.0, 4.0, 10.0])  # the first two are the warm-up
+
+    def run(_: int) -> None:
+        clock.now += next(durations)
+
+    timing = harness.measure({"x": run}, num_inputs=1, repeats=5, warmup=2, clock=clock)["x"]
+    assert timing == harness.Timing(median=3.0, lower_quartile=2.0, upper_quartile=4.0, repeats=5)
+
+
+def test_measure_needs_a_repetition() -> None:
+    with pytest.raises(ValueError, match="repeats must be at least 1, got 0"):
+        harness.measure({"x": lambda _: None}, num_inputs=1, repeats=0)
+
+
+@pytest.mark.parametrize("num_contenders", [1, 2, 3, 4])
+@pytest.mark.parametrize("bytes_per_input", [0, 1, 1 << 20, 1 << 29, 1 << 40])
+def test_rotation_meets_every_input_and_fits(bytes_per_input: int, num_contenders: int) -> None:
+    length = harness.rotation_length(bytes_per_input, num_contenders)
+    assert length >= 2
+    assert math.gcd(length, num_contenders) == 1
+    assert length <= 64 + num_contenders
+
+
+def test_error_rule() -> None:
+    expected = torch.tensor([1.0, -2.0, 1000.0], dtype=torch.float64)
+    exact = expected.float()
+    off = exact + torch.tensor([0.0, 0.0, 0.01])
+    assert harness.check_error(exact, exact, expected).passed
+    assert harness.check_error(off, off, expected).passed
+    assert not harness.check_error(off, exact, expected).passed
+    assert not harness.check_error(exact * torch.nan, off, expected).passed
+    assert harness.check_error(exact[:0], exact[:0], expected[:0]).passed
+
+
+def case_result(passed: bool) -> harness.CaseResult:
+    return harness.CaseResult(
+        case="small",
+        subject="zexpert",
+        floor=1e-3,
+        timings={"zexpert": harness.Timing.of([2e-3, 2e-3]), "plain": harness.Timing.of([4e-3, 8e-3])},
+        checks={"zexpert": harness.ErrorCheck(1e-7, 1e-7, passed)},
+        other_load=0.5,
+        target=harness.Target("plain", 2.5),
+    )
+
+
+def test_report_as_json(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "report.json"
+    assert harness.finish("name", {"repeats": 2}, [case_result(passed=True)], path) == 0
+    report = json.loads(path.read_text())
+    (result,) = report["results"]
+    assert report["benchmark"] == "name"
+    assert report["environment"]["versions"]["torch"] == torch.__version__
+    assert result["target"] == {"over": "plain", "at_least": 2.5, "reached": 3.0, "met": True}
+    assert result["share_of_floor"]["zexpert"] == 0.5
+    assert result["speedup_of_zexpert_over"] == {"plain": 3.0}
+
+
+def test_wrong_output_fails_the_run(capsys: pytest.CaptureFixture[str]) -> None:
+    result = case_result(passed=False)
+    harness.print_case(result)
+    assert harness.finish("name", {}, [result], None) == 1
+    out = capsys.readouterr().out
+    assert "target met (>= 2.5x plain)" in out
+    assert "WRONG OUTPUT: small: zexpert" in out
+    assert "others used 50% of the processors" in out
+
+
+def test_other_load_is_a_share() -> None:
+    with harness.OtherLoad() as others:
+        sum(range(10_000))
+    assert 0.0 <= others.share <= 1.0
+
+
+def test_table_is_aligned() -> None:
+    table = harness.format_table(["name", "time"], [["a", "1 ms"], ["longer", "10 ms"]])
+    assert table.splitlines() == ["name     time", "------  -----", "a        1 ms", "longer  10 ms"]
+
+
+@pytest.mark.parametrize("case", torch_routing.CASES, ids=lambda case: case.name)
+def test_torch_routing_is_the_reference(case: torch_routing.RoutingCase) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(9, case.num_experts, generator=generator, dtype=torch.float64)
+    bias = torch.randn(case.num_experts, generator=generator, dtype=torch.float64) * 0.01 if case.has_bias else None
+    expected = reference.biased_topk(
+        logits,
+        bias,
+        case.top_k,
+        num_real_experts=case.num_real_experts,
+        num_identity_experts=case.num_identity_experts,
+        scoring_func=case.scoring_func,
+        renormalize=case.renormalize,
+        routed_scaling_factor=case.routed_scaling_factor,
+        num_expert_group=case.num_expert_group,
+        topk_group=case.topk_group,
+    )
+    assert not torch_routing.near_ties(logits, bias, case).any()
+    torch.testing.assert_close(
+        torch_routing.dense_weights(*torch_routing.route(logits, bias, case), case),
+        torch_routing.dense_weights(expected.topk_weights, expected.topk_ids, expected.zero_weight, case),
+    )
+
+
+def test_near_ties_are_found() -> None:
+    case = torch_routing.RoutingCase("tie", 4, 0, 0, 2)
+    logits = torch.tensor([[3.0, 2.0, 2.0, 1.0], [3.0, 2.0, 1.0, 0.0]])
+    assert torch_routing.near_ties(logits, None, case).tolist() == [True, False]
+    groups = torch_routing.RoutingCase("tie", 4, 0, 0, 1, num_expert_group=2, topk_group=1)
+    logits = torch.tensor([[3.0, 2.0, 2.0, 3.0], [3.0, 2.0, 2.0, 2.5]])
+    assert torch_routing.near_ties(logits, None, groups).tolist() == [True, False]
+
+
+def run_benchmark(module: ModuleType, arguments: list[str], path: Path) -> dict[str, object]:
+    assert module.main([*arguments, "--json", str(path)]) == 0
+    report: dict[str, object] = json.loads(path.read_text())
+    return report
+
+
+@pytest.mark.usefixtures("small_machine")
+def test_cpu_routing_runs(tmp_path: Path) -> None:
+    import cpu_routing
+
+    arguments = ["--tokens", "1,5", "--dtype", "float32,bfloat16", "--repeats", "1", "--threads", "1"]
+    report = run_benchmark(cpu_routing, arguments, tmp_path / "routing.json")
+    results = report["results"]
+    assert isinstance(results, list)
+    assert len(results) == 4 * len(torch_routing.CASES)
+
+
+@pytest.mark.usefixtures("small_machine")
+def test_cpu_layer_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import cpu_layer
+
+    arguments = ["--tokens", "1,5", "--repeats", "1", "--threads", "1", "--breakdown"]
+    sizes = ["--hidden-size", "32", "--intermediate-size", "16"]
+    report = run_benchmark(cpu_layer, [*arguments, *sizes], tmp_path / "layer.json")
+    results = report["results"]
+    assert isinstance(results, list)
+    assert len(results) == 4
+    assert "grouped_mlp" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("small_machine")
+@pytest.mark.parametrize("module_name", ["cpu_routing", "cpu_layer"])
+@pytest.mark.parametrize("arguments", [["--tokens", "0"], ["--dtype", "int8"], ["--repeats", "-1"]])
+def test_bad_arguments_are_refused(module_name: str, arguments: list[str]) -> None:
+    module = __import__(module_name)
+    with pytest.raises(SystemExit) as stop:
+        module.main(arguments)
+    assert stop.value.code == 2

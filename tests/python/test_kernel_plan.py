@@ -1,0 +1,119 @@
+"""kernel_plan: its answers, its agreement with what the operators do, its errors."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+import zexpert
+
+OPS = [
+    "biased_topk",
+    "zero_expert_accumulate",
+    "moe_plan",
+    "moe_permute",
+    "silu_and_mul",
+    "grouped_mlp",
+    "moe_finalize",
+]
+VECTORISED = ["biased_topk", "zero_expert_accumulate", "silu_and_mul", "moe_finalize"]
+GROUPED = {"num_rows": 8, "num_experts": 4}
+
+
+def most_streamed_rows() -> int:
+    """Rows of the longest segment that grouped_mlp's own kernel takes, as the plan has it."""
+    rows = 1
+    while zexpert.kernel_plan("grouped_mlp", num_rows=rows + 1, num_experts=1).backend == "cpu":
+        rows += 1
+    return rows
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_every_operator_has_a_plan(op: str) -> None:
+    plan = zexpert.kernel_plan(op, **(GROUPED if op == "grouped_mlp" else {}))
+    assert plan.op == op
+    assert plan.backend == "cpu"
+    assert plan.kernel
+    assert plan.reason.endswith(".")
+    assert plan.reason.count(". ") == 0
+    assert repr(plan).startswith(f"KernelPlan(op='{op}', backend='cpu', kernel='{plan.kernel}', reason=")
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_planned_operators_are_those_there_are(op: str) -> None:
+    assert hasattr(torch.ops.zexpert, op)
+
+
+@pytest.mark.parametrize("op", VECTORISED)
+def test_kernel_names_the_instruction_set_in_use(op: str) -> None:
+    capability = zexpert.build_info()["cpu_capability"]
+    plan = zexpert.kernel_plan(op)
+    assert plan.kernel == f"{op}_{capability.lower()}"
+    assert capability in plan.reason
+
+
+def test_plan_follows_the_lowered_capability() -> None:
+    code = "import zexpert; print(zexpert.kernel_plan('biased_topk').kernel)"
+    environment = {**os.environ, "ZEXPERT_CPU_CAPABILITY": "default"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.strip() == "biased_topk_default"
+
+
+@pytest.mark.parametrize("more", [0, 1])
+def test_grouped_mlp_does_what_its_plan_says(more: int) -> None:
+    num_rows = most_streamed_rows() + more
+    plan = zexpert.kernel_plan("grouped_mlp", num_rows=num_rows, num_experts=1)
+    rows = torch.randn(num_rows, 32)
+    expert_offsets = torch.tensor([0, num_rows], dtype=torch.int32)
+    w13_weight, w2_weight = torch.randn(1, 48, 32), torch.randn(1, 32, 24)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        torch.ops.zexpert.grouped_mlp(rows, expert_offsets, w13_weight, w2_weight)
+    called = {event.key for event in profile.key_averages()}
+    assert ("aten::mm" in called) == (plan.backend == "torch") == bool(more)
+
+
+def test_grouped_mlp_spreads_rows_over_experts() -> None:
+    limit = most_streamed_rows()
+    for num_rows, backend in [(0, "cpu"), (8 * limit, "cpu"), (8 * limit + 1, "torch")]:
+        assert zexpert.kernel_plan("grouped_mlp", num_rows=num_rows, num_experts=8).backend == backend
+
+
+def test_num_tokens_and_top_k_stand_for_num_rows() -> None:
+    by_tokens = zexpert.kernel_plan("grouped_mlp", num_tokens=512, top_k=12, num_experts=64)
+    by_rows = zexpert.kernel_plan("grouped_mlp", num_rows=512 * 12, num_experts=64)
+    assert (by_tokens.backend, by_tokens.kernel, by_tokens.reason) == (by_rows.backend, by_rows.kernel, by_rows.reason)
+    assert by_tokens.reason.startswith("6144 rows for 64 experts")
+
+
+def test_torch_types_are_taken_as_well_as_names() -> None:
+    plan = zexpert.kernel_plan("silu_and_mul", device=torch.device("cpu"), dtype=torch.bfloat16)
+    assert plan.kernel == zexpert.kernel_plan("silu_and_mul", device="cpu", dtype="bfloat16").kernel
+    assert zexpert.kernel_plan("moe_plan", dtype=torch.int64).backend == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("op", "arguments", "message"),
+    [
+        ("top_k", {}, r'^op must be "biased_topk", .* or "moe_finalize", got "top_k"$'),
+        ("biased_topk", {"device": "tpu"}, r'^device must be "cpu" or "cuda", got "tpu"$'),
+        ("biased_topk", {"dtype": torch.int8}, r'^dtype must be "float32", .* or "float16", got "int8"$'),
+        ("moe_plan", {"dtype": "float32"}, r'^dtype \(of moe_plan\'s ids\) must be "int32" or "int64", got "float32"$'),
+        ("biased_topk", {"num_tokens": -1}, r"^num_tokens must be at least 0, got -1$"),
+        ("biased_topk", {"top_k": 0}, r"^top_k must be at least 1, got 0$"),
+        ("grouped_mlp", {"num_rows": 1, "num_experts": 0}, r"^num_experts must be at least 1, got 0$"),
+        ("grouped_mlp", {"num_rows": 1}, r"^grouped_mlp chooses .*: num_experts must be given$"),
+        (
+            "grouped_mlp",
+            {"num_tokens": 1, "num_experts": 2},
+            r"^grouped_mlp chooses .*: num_rows, or num_tokens and top_k, must be given$",
+        ),
+    ],
+)
+def test_bad_questions_get_a_sentence(op: str, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        zexpert.kernel_plan(op, **arguments)

@@ -1,0 +1,312 @@
+"""Runners: the output's parts, the chunks, the experts backends."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from layer_cases import HIDDEN, LAYERS, NUM_EXPERTS, SharedExperts, expected_output, make_inputs, make_layer
+from testing import FLOAT_DTYPES, assert_equal, assert_error_rule, weight_dtype
+from torch import Tensor, nn
+from zexpert import DispatchPlan, FusedMoE, RoutingResult, ops
+from zexpert.experts import AutoExperts, CpuExperts, MoEExperts, TorchLoopExperts, create_experts
+from zexpert.router import FusedTopKRouter, ZeroExpertRouter
+from zexpert.runner import ChunkingMoERunner, DefaultMoERunner, MoERunner, MoERunnerBase
+
+BACKENDS = ("cpu", "torch")
+
+
+def weights_of(layer: FusedMoE) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    return layer.w13_weight, layer.w2_weight, layer.constant_gate_weight, layer.constant_vectors
+
+
+def assert_output(layer: FusedMoE, out: Tensor, hidden_states: Tensor, router_logits: Tensor) -> None:
+    plain = expected_output(layer, hidden_states, router_logits, out.dtype)
+    assert out.dtype == hidden_states.dtype
+    assert_error_rule(out, plain, expected_output(layer, hidden_states, router_logits))
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 7, 40])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", LAYERS)
+def test_agrees_with_the_reference(kind: str, backend: str, num_tokens: int) -> None:
+    layer = make_layer(kind, shared_experts=SharedExperts(), experts_backend=backend)
+    inputs = make_inputs(kind, num_tokens)
+    out = layer.runner(*inputs, *weights_of(layer))
+    assert out.shape == (num_tokens, HIDDEN)
+    assert_output(layer, out.detach(), *inputs)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+def test_dtypes(dtype: torch.dtype, backend: str) -> None:
+    layer = make_layer("mixed", params_dtype=dtype, shared_experts=SharedExperts(dtype), experts_backend=backend)
+    inputs = make_inputs("mixed", 21, dtype)
+    assert_output(layer, layer.runner(*inputs, *weights_of(layer)).detach(), *inputs)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_logits_of_another_dtype(backend: str) -> None:
+    for data, logits in ((torch.bfloat16, torch.float32), (torch.float32, torch.float64)):
+        layer = make_layer("identity", params_dtype=data, experts_backend=backend)
+        hidden_states, router_logits = make_inputs("identity", 9)
+        inputs = (hidden_states.to(data), router_logits.to(logits))
+        assert_output(layer, layer.runner(*inputs, *weights_of(layer)).detach(), *inputs)
+    layer = make_layer("identity", params_dtype=torch.float64, experts_backend=backend)
+    hidden_states, router_logits = make_inputs("identity", 9)
+    inputs = (hidden_states.double(), router_logits)
+    out = layer.runner(*inputs, *weights_of(layer)).detach()
+    assert out.dtype == torch.float64
+    torch.testing.assert_close(out, expected_output(layer, *inputs), rtol=1e-5, atol=1e-5)  # the weights are float32
+
+
+# --- Parts of the output
+
+
+class NoExperts(MoEExperts):
+    """Gives rows of zeros, so that the output is everything but the real experts' part."""
+
+    def __init__(self, reduces: bool) -> None:
+        super().__init__("none", reduces)
+
+    def forward(
+        self, hidden_states: Tensor, routing: RoutingResult, plan: DispatchPlan, w13_weight: Tensor, w2_weight: Tensor
+    ) -> Tensor:
+        rows = hidden_states.size(0) if self.reduces else routing.topk_ids.numel()
+        return hidden_states.new_zeros(rows, hidden_states.size(1))
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 7])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_output_is_the_sum_of_its_parts(backend: str, num_tokens: int) -> None:
+    shared = SharedExperts(torch.float64)
+    layer = make_layer("mixed", params_dtype=torch.float64, shared_experts=shared, experts_backend=backend)
+    hidden_states, router_logits = make_inputs("mixed", num_tokens, torch.float64)
+    weights = weights_of(layer)
+    whole = layer.runner(hidden_states, router_logits, *weights)
+
+    routing = layer.router.select_experts(hidden_states, router_logits)
+    plan = ops.moe_plan(routing.topk_ids, NUM_EXPERTS)
+    rows = ops.grouped_mlp(
+        ops.moe_permute(hidden_states, plan.row_slots, plan.expert_offsets, layer.router.top_k), plan.expert_offsets,
+        layer.w13_weight, layer.w2_weight,
+    )  # fmt: skip
+    nothing = torch.zeros(num_tokens, dtype=torch.float64)
+    real_part = ops.moe_finalize(rows, plan.slot_rows, routing.topk_weights, hidden_states, nothing)
+    zero_part = ops.zero_expert_accumulate(hidden_states, routing.zero_weight)
+    assert layer.constant_gate_weight is not None
+    assert layer.constant_vectors is not None
+    constant_part = torch.zeros(num_tokens, HIDDEN, dtype=torch.float64)
+    for c in range(2):
+        mix = torch.softmax(hidden_states @ layer.constant_gate_weight[c].T, dim=1)
+        constant = mix[:, :1] * hidden_states + mix[:, 1:] * layer.constant_vectors[c]
+        constant_part += (routing.constant_weight[:, c, None] * constant).detach()
+
+    torch.testing.assert_close(whole, real_part + zero_part + constant_part + shared(hidden_states))
+    remainder = DefaultMoERunner(layer.router, NoExperts(backend == "torch"), shared)
+    torch.testing.assert_close(
+        remainder(hidden_states, router_logits, *weights), zero_part + constant_part + shared(hidden_states)
+    )
+    if num_tokens == 7:
+        assert all(float(part.detach().abs().max()) > 1e-3 for part in (real_part, zero_part, constant_part))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_only_zero_experts_chosen(backend: str) -> None:
+    layer = make_layer("identity", experts_backend=backend, with_bias=False)
+    hidden_states, router_logits = make_inputs("identity", 5)
+    router_logits[:, :NUM_EXPERTS] = -200.0
+    out = layer.runner(hidden_states, router_logits, *weights_of(layer))
+    torch.testing.assert_close(out, 6.0 * hidden_states)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_expert_chosen(backend: str) -> None:
+    layer = make_layer("identity", experts_backend=backend)
+    hidden_states, router_logits = make_inputs("identity", 5)
+    out = layer.runner(hidden_states, torch.full_like(router_logits, torch.nan), *weights_of(layer))
+    assert_equal(out.detach(), torch.zeros_like(hidden_states))
+
+
+def test_zero_part_is_added_only_where_there_may_be_one() -> None:
+    runner = MoERunnerBase(FusedTopKRouter(1, 2), TorchLoopExperts())
+    summed, hidden_states = torch.zeros(2, 3), torch.ones(2, 3)
+    out = runner._maybe_add_zero_expert_output(summed, hidden_states, torch.ones(2))
+    assert float(out.abs().max()) == 0.0
+    runner = MoERunnerBase(ZeroExpertRouter(1, 2, "identity", 1), TorchLoopExperts())
+    out = runner._maybe_add_zero_expert_output(summed, hidden_states, torch.tensor([2.0, 3.0]))
+    assert_equal(out, torch.tensor([[2.0] * 3, [3.0] * 3]))
+    assert out is summed
+
+
+def test_runner_switches_the_routers_stash_off() -> None:
+    router = ZeroExpertRouter(1, 2, "identity", 1)
+    runner = DefaultMoERunner(router, CpuExperts())
+    runner(torch.ones(2, 4), torch.ones(2, 3), torch.ones(2, 6, 4), torch.ones(2, 4, 3))
+    assert router.zero_expert_output is None
+
+
+def test_expert_map_picks_the_physical_experts_weights() -> None:
+    layer = make_layer("identity")
+    inputs = make_inputs("identity", 11)
+    expected = layer.runner(*inputs, *weights_of(layer))
+    order = torch.tensor([3, 0, 5, 1, 4, 2])
+    expert_load = torch.zeros(NUM_EXPERTS, dtype=torch.int32)
+    layer.router.set_expert_map(order[:, None], expert_load)
+    inverse = order.argsort()
+    out = layer.runner(*inputs, layer.w13_weight[inverse], layer.w2_weight[inverse])
+    torch.testing.assert_close(out, expected)
+    layer.router.set_expert_map(None)
+    assert int(expert_load.sum()) == int((layer.router(*inputs).topk_ids >= 0).sum())
+
+
+# --- Chunks
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 7, 23])
+@pytest.mark.parametrize("chunk_size", [1, 2, 3, 7, 8, 100])
+@pytest.mark.parametrize("kind", ["identity", "mixed"])
+def test_chunks(kind: str, chunk_size: int, num_tokens: int) -> None:
+    shared = SharedExperts()
+    default = make_layer(kind, shared_experts=shared)
+    layer = make_layer(kind, shared_experts=shared, chunk_size=chunk_size)
+    assert isinstance(layer.runner, ChunkingMoERunner)
+    assert layer.runner.chunk_size == chunk_size
+    inputs = make_inputs(kind, num_tokens)
+    seen: list[RoutingResult] = []
+    for each in (default, layer):
+        each.router.set_expert_map(torch.tensor([[0, 1]] + [[e, -1] for e in range(1, NUM_EXPERTS)]))
+        each.router.set_capture_fn(seen.append)
+
+    out = layer.runner(*inputs, *weights_of(layer))
+
+    expected = default.runner(*inputs, *weights_of(default))
+    assert len(seen) == 2
+    for actual_tensor, expected_tensor in zip(*seen, strict=True):
+        assert_equal(actual_tensor, expected_tensor)
+    torch.testing.assert_close(out, expected)
+    for each in (default, layer):
+        each.router.set_expert_map(None)
+    assert_output(layer, layer.runner(*inputs, *weights_of(layer)).detach(), *inputs)
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+def test_chunks_in_every_dtype(dtype: torch.dtype) -> None:
+    layer = make_layer("mixed", chunk_size=5, params_dtype=dtype)
+    inputs = make_inputs("mixed", 17, dtype)
+    assert_output(layer, layer.runner(*inputs, *weights_of(layer)).detach(), *inputs)
+
+
+def test_chunks_of_strided_hidden_states() -> None:
+    layer = make_layer("identity", chunk_size=4)
+    hidden_states, router_logits = make_inputs("identity", 10)
+    transposed = hidden_states.t().contiguous().t()
+    out = layer.runner(transposed, router_logits, *weights_of(layer))
+    assert out.is_contiguous()
+    assert_equal(out.detach(), layer.runner(hidden_states, router_logits, *weights_of(layer)).detach())
+
+
+@pytest.mark.parametrize("chunk_size", [0, -1, 2.0, True, "8"])
+def test_rejects_a_bad_chunk_size(chunk_size: Any) -> None:
+    with pytest.raises(ValueError, match=r"^chunk_size must be an integer of at least 1, got "):
+        ChunkingMoERunner(FusedTopKRouter(1, 2), CpuExperts(), chunk_size=chunk_size)
+
+
+# --- Checks
+
+
+def test_rejects_bad_inputs() -> None:
+    layer = make_layer("mixed")
+    hidden_states, router_logits = make_inputs("mixed", 4)
+    w13, w2, gates, vectors = weights_of(layer)
+    cases: list[tuple[tuple[Any, ...], str]] = [
+        ((hidden_states.half(), router_logits, w13, w2, gates, vectors), r"^hidden_states must be of the weights' dtype"),
+        ((hidden_states[:, :7], router_logits, w13, w2, gates, vectors), r"^hidden_states must have .* \(24\), got 7$"),
+        ((hidden_states, router_logits[:3], w13, w2, gates, vectors), r"^router_logits must have one row per token"),
+        ((hidden_states, router_logits, w13, w2), r"^constant_gate_weight and constant_vectors are required with"),
+    ]
+    for arguments, message in cases:
+        with pytest.raises(ValueError, match=message):
+            layer.runner(*arguments)
+
+
+def test_rejects_shared_experts_of_another_shape() -> None:
+    layer = make_layer("plain", shared_experts=nn.Linear(HIDDEN, HIDDEN + 1))
+    with pytest.raises(ValueError, match=r"^shared_experts must return the shape .*\[4, 24\].*, got \[4, 25\]$"):
+        layer(*make_inputs("plain", 4))
+
+
+def test_shared_experts_of_another_dtype_are_cast() -> None:
+    class Double(nn.Module):
+        def forward(self, hidden_states: Tensor) -> Tensor:
+            return hidden_states.double() * 2
+
+    with_shared = make_layer("plain", shared_experts=Double())
+    inputs = make_inputs("plain", 4)
+    out = with_shared(*inputs)
+    assert out.dtype == torch.float32
+    torch.testing.assert_close(out, make_layer("plain")(*inputs) + 2 * inputs[0])
+
+
+# --- Experts backends
+
+
+def test_create_experts() -> None:
+    assert isinstance(create_experts(), AutoExperts)
+    assert isinstance(create_experts("cpu"), CpuExperts)
+    assert isinstance(create_experts("torch"), TorchLoopExperts)
+    with pytest.raises(ValueError, match=r"^experts_backend must be \"auto\", \"cpu\" or \"torch\", got 'cuda'$"):
+        create_experts("cuda")
+
+
+def test_auto_is_the_cpu_backend_on_a_cpu() -> None:
+    inputs = make_inputs("mixed", 6)
+    auto, cpu = make_layer("mixed"), make_layer("mixed", experts_backend="cpu")
+    assert_equal(auto(*inputs).detach(), cpu(*inputs).detach())
+    assert auto.runner.experts.backend_for(inputs[0]) == "cpu"
+    assert not auto.runner.experts.reduces_for(inputs[0])
+
+
+def test_torch_loop_gradients() -> None:
+    experts = TorchLoopExperts()
+    generator = torch.Generator().manual_seed(0)
+    hidden_states, topk_weights, w13, w2 = (
+        torch.randn(*shape, dtype=torch.float64, generator=generator, requires_grad=True)
+        for shape in ((4, 3), (4, 2), (3, 4, 3), (3, 3, 2))
+    )
+    topk_ids = torch.tensor([[0, 2], [-1, 1], [2, 1], [-1, -1]])
+    plan = ops.moe_plan(topk_ids, 3)
+    unused = torch.zeros(4, dtype=torch.float64)
+
+    def run(*inputs: Tensor) -> Tensor:
+        routing = RoutingResult(inputs[1], topk_ids, unused, unused[:, None])
+        out: Tensor = experts(inputs[0], routing, plan, *inputs[2:])
+        return out
+
+    torch.autograd.gradcheck(run, (hidden_states, topk_weights, w13, w2))
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+def test_torch_loop_over_every_expert_gives_the_same(dtype: torch.dtype) -> None:
+    layer = make_layer("mixed", params_dtype=dtype, experts_backend="torch")
+    hidden_states, router_logits = make_inputs("mixed", 9, dtype)
+    routing = layer.router.select_experts(hidden_states, router_logits)
+    routing = RoutingResult(*(t.to(weight_dtype(dtype)) if t.is_floating_point() else t for t in routing))
+    plan = ops.moe_plan(routing.topk_ids, NUM_EXPERTS)
+    experts = TorchLoopExperts()
+    weights = (layer.w13_weight.detach(), layer.w2_weight.detach())
+    looped = experts(hidden_states, routing, plan, *weights)
+    masked = experts._every_expert(hidden_states, routing, *weights)
+    torch.testing.assert_close(looped, masked)
+
+
+def test_interfaces_leave_the_work_to_subclasses() -> None:
+    hidden_states, router_logits = make_inputs("plain", 1)
+    layer = make_layer("plain")
+    with pytest.raises(NotImplementedError):
+        MoERunner(layer.router, CpuExperts())(hidden_states, router_logits, layer.w13_weight, layer.w2_weight)
+    with pytest.raises(NotImplementedError):
+        MoERunnerBase(layer.router, MoEExperts("none", False))(
+            hidden_states, router_logits, layer.w13_weight, layer.w2_weight
+        )

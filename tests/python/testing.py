@@ -1,0 +1,131 @@
+"""Helpers that the tests share: the error rule, bitwise equality, inputs of every layout."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import reference
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def weight_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type of routing weights beside data of `dtype`."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def coordinate(index: int, shape: torch.Size) -> tuple[int, ...]:
+    return tuple(int(i) for i in torch.unravel_index(torch.tensor(index), shape))
+
+
+def assert_error_rule(actual: Tensor, plain_same_dtype: Tensor, reference: Tensor, name: str = "result") -> None:
+    """Passes if no element of `actual` is further from the float64 `reference` than twice the largest error of plain
+    PyTorch at the same dtype, plus one rounding unit of the output dtype at the element's own magnitude (so that a
+    plain result that happens to be exact does not make the rule impossible). No tolerance is tuned by hand.
+    """
+    assert actual.shape == reference.shape, f"{name} has shape {tuple(actual.shape)}, not {tuple(reference.shape)}"
+    if actual.numel() == 0:
+        return
+    expected = reference.double()
+    plain = plain_same_dtype.to(actual.dtype).double()
+    finite = expected.isfinite()
+    assert_equal(
+        actual.double().masked_fill(finite, 0.0), expected.masked_fill(finite, 0.0), f"{name}, non-finite part"
+    )
+
+    error = (actual.double() - expected).abs().masked_fill(~finite, 0.0)
+    plain_error = float((plain - expected).abs().masked_fill(~finite, 0.0).max())
+    finfo = torch.finfo(actual.dtype)
+    magnitude = expected.abs().masked_fill(~finite, 0.0)
+    if actual.dtype == torch.float64:
+        plain_error = 1e-13 * float(magnitude.max())
+    allowed = 2.0 * plain_error + finfo.eps * magnitude + finfo.smallest_normal
+    excess = (error - allowed).nan_to_num(torch.inf)
+    worst = int(excess.argmax())
+    at = coordinate(worst, actual.shape)
+    if float(excess.flatten()[worst]) > 0.0:
+        raise AssertionError(
+            f"{name}{list(at)} is {float(actual[at])!r}, the reference {float(expected[at])!r}: error"
+            f" {float(error[at]):.3e}, plain PyTorch's largest is {plain_error:.3e};"
+            f" {int((excess > 0).sum())} of {excess.numel()} elements break the rule"
+        )
+
+
+def assert_equal(actual: Tensor, expected: Tensor, name: str = "result") -> None:
+    """Passes if both tensors hold the same values bit for bit in the same dtype; a NaN equals a NaN."""
+    assert actual.shape == expected.shape, f"{name} has shape {tuple(actual.shape)}, not {tuple(expected.shape)}"
+    assert actual.dtype == expected.dtype, f"{name} has dtype {actual.dtype}, not {expected.dtype}"
+    differs = actual != expected
+    if actual.is_floating_point():
+        differs &= ~(actual.isnan() & expected.isnan())
+    if bool(differs.any()):
+        at = coordinate(int(differs.flatten().int().argmax()), actual.shape)
+        raise AssertionError(
+            f"{name}{list(at)} is {actual[at].item()!r}, expected {expected[at].item()!r};"
+            f" {int(differs.sum())} of {differs.numel()} elements differ"
+        )
+
+
+def layouts(tensor: Tensor) -> dict[str, Tensor]:
+    """The same values of a [rows, columns] tensor in every layout an op may be given."""
+    rows, columns = tensor.shape
+    wide = tensor.new_zeros(rows, columns + 3)
+    wide[:, 1 : columns + 1] = tensor
+    spread = tensor.new_zeros(rows, 2 * columns)
+    spread[:, ::2] = tensor
+    return {
+        "contiguous": tensor.contiguous(),
+        "row stride": wide[:, 1 : columns + 1],
+        "transposed": tensor.t().contiguous().t(),
+        "inner stride": spread[:, ::2],
+    }
+
+
+@contextlib.contextmanager
+def unchanged(*tensors: Tensor | None) -> Iterator[None]:
+    """Checks that what runs inside leaves the tensors as they are, however it ends."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    before = [tensor.clone() for tensor in given]
+    try:
+        yield
+    finally:
+        for tensor, copy in zip(given, before, strict=True):
+            assert_equal(tensor, copy, "an input that must not change")
+
+
+def random_logits(num_tokens: int, num_experts: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return (1.5 * torch.randn(num_tokens, num_experts, dtype=torch.float64)).to(dtype)
+
+
+def assert_routing(
+    result: Sequence[Tensor],
+    logits: Tensor,
+    bias: Tensor | None,
+    top_k: int,
+    *,
+    share_decided: float = 0.99,
+    indices_dtype: torch.dtype = torch.int32,
+    **routing: object,
+) -> None:
+    """Passes if `result`, what biased_topk returned, has the reference's ids exactly and its weights by the error rule
+    on every row that rounding cannot decide otherwise, and at least `share_decided` of the rows are such."""
+    topk_weights, topk_ids, zero_weight, constant_weight = result
+    num_tokens = logits.shape[0]
+    weights_dtype = weight_dtype(logits.dtype)
+    assert topk_ids.shape == (num_tokens, top_k)
+    assert topk_ids.dtype == indices_dtype
+    for weight in (topk_weights, zero_weight, constant_weight):
+        assert weight.dtype == weights_dtype
+    assert bool((topk_weights[topk_ids < 0] == 0).all()), "a slot without work must have weight 0"
+
+    decided = reference.decided_rows(logits, bias, top_k, **routing)  # type: ignore[arg-type]
+    assert num_tokens == 0 or float(decided.float().mean()) >= share_decided, "the inputs leave the choice to rounding"
+    expected = reference.biased_topk(logits, bias, top_k, indices_dtype=indices_dtype, **routing)  # type: ignore[arg-type]
+    plain = reference.biased_topk(logits, bias, top_k, dtype=weights_dtype, **routing)  # type: ignore[arg-type]
+    assert_equal(topk_ids[decided], expected.topk_ids[decided], "topk_ids")
+    for name in ("topk_weights", "zero_weight", "constant_weight"):
+        index = reference.RoutingResult._fields.index(name)
+        assert_error_rule(result[index][decided], plain[index][decided], expected[index][decided], name)
