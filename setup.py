@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 os.chdir(ROOT)  # setuptools wants source paths relative to this file
@@ -216,6 +217,15 @@ def python_module() -> Extension:
     )
 
 
+class BuildPython(build_py):
+    """build_py that starts from an empty folder: a module deleted since the last build must not travel in a wheel."""
+
+    def run(self) -> None:
+        if not self.editable_mode:
+            shutil.rmtree(Path(self.build_lib, "zexpert"), ignore_errors=True)
+        super().run()
+
+
 class BuildLibraries(BuildExtension):
     """BuildExtension that keeps objects between builds and gives shared libraries their plain names."""
 
@@ -240,7 +250,6 @@ class BuildLibraries(BuildExtension):
         self.compiler.linker_so_cxx = [
             flag for flag in self.compiler.linker_so_cxx if not flag.startswith(("-L", "-Wl,-rpath"))
         ]
-        self.remove_stale_libraries(Path(self.build_lib))
         super().build_extensions()
 
     def build_extension(self, ext: Extension) -> None:
@@ -253,17 +262,14 @@ class BuildLibraries(BuildExtension):
             self.build_temp = common_build_temp
 
     def copy_extensions_to_source(self) -> None:
-        package = ROOT / "python"
-        (package / "zexpert" / "lib").mkdir(exist_ok=True)
-        self.remove_stale_libraries(package)
-        super().copy_extensions_to_source()
-
-    def remove_stale_libraries(self, root: Path) -> None:
-        """A library that an earlier build with other options left must not travel with this one."""
+        libraries = ROOT / "python" / "zexpert" / "lib"
+        libraries.mkdir(exist_ok=True)
+        # What an earlier build with other options left must not be loaded beside what this one makes.
         made = {extension.name.rpartition(".")[2] for extension in self.extensions}
-        for path in (root / "zexpert" / "lib").glob("*.so"):
+        for path in libraries.glob("*.so"):
             if path.stem not in made:
                 path.unlink()
+        super().copy_extensions_to_source()
 
     def write_build_config(self) -> str:
         """Writes the header that tells the code what it was built from; returns its folder.
@@ -310,5 +316,5 @@ CUDA = decide_cuda()
 
 setup(
     ext_modules=[core_library(), *([cuda_library()] if CUDA.enabled else []), python_module()],
-    cmdclass={"build_ext": BuildLibraries},
+    cmdclass={"build_py": BuildPython, "build_ext": BuildLibraries},
 )

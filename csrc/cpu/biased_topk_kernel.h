@@ -15,8 +15,9 @@ T score_group(const T* keys, int64_t group_size) {
   for (int64_t i = 0; i < group_size; i += V::kWidth) {
     const V key = i + V::kWidth <= group_size ? V::load(keys + i) : V::load_partial(keys + i, group_size - i, kNan);
     num_choosable += __builtin_popcount(V::greater_equal(key, key));
-    second = V::max(V::min(key, largest), second);
-    largest = V::max(key, largest);
+    const V key_or_least = V::max(key, V::broadcast(-kInfinity));  // -inf for a NaN
+    second = V::max(V::min(key_or_least, largest), second);
+    largest = V::max(key_or_least, largest);
   }
   const T first = largest.largest();
   if (num_choosable < 2) {
@@ -107,14 +108,16 @@ void route_token(const SharedByRows<T>& shared, int64_t token, const Workspace<T
   const RoutingSpec& spec = params.spec;
   T* scores = workspace.scores.get();
   T* keys = workspace.keys.get();
-  const Logit* row = static_cast<const Logit*>(params.logits) + token * params.logits_row_stride;
+  const auto* logits = static_cast<const Logit*>(params.logits);
+  const Logit* row = logits + token * params.logits_row_stride;
+  const Logit* next_row = logits + std::min(token + 1, params.num_tokens - 1) * params.logits_row_stride;
 
-  const T factor = load_scores(row, shared, scores);
+  const T factor = load_scores(shared, row, next_row, scores);
   make_keys(scores, factor, shared.bias, shared.padded_experts, keys);
   if (spec.topk_group < spec.num_expert_group) {
     apply_groups(spec, keys, workspace.group_scores.get(), workspace.group_order.get());
   }
-  int32_t chosen[kMaxCounted];
+  int32_t chosen[kMaxTopK];
   T weights[kMaxTopK];
   const int64_t count = select_top_k(keys, shared.padded_experts, spec.top_k, workspace.candidates.get(), chosen);
   weigh(spec, scores, factor, chosen, count, weights);

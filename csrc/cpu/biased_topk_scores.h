@@ -37,41 +37,40 @@ T load_logits(const Logit* row, int64_t num_experts, int64_t padded_experts, T* 
   return V::max(V::max(largest[0], largest[1]), V::max(largest[2], largest[3])).largest();
 }
 
-/// Turns logits into exp(logit - largest) and returns the factor, 1 / sum, that makes them a softmax.
-template <typename T>
-T softmax_in_place(T* logits, int64_t padded_experts, T largest, const T* logits_next) {
+/// Puts transform(logits) in place of logits, and asks for the next row's logits meanwhile: the arithmetic of this pass
+/// hides the time they take to come.
+template <typename T, typename Logit, typename Transform>
+ZEXPERT_INLINE void transform_in_place(T* logits, int64_t padded_experts, const Logit* next_row,
+                                       const Transform& transform) {
   using V = Vec<T>;
-  V sum = V::zero();
   for (int64_t i = 0; i < padded_experts; i += V::kWidth) {
-    __builtin_prefetch(logits_next + i);
-    const V e = exp_up_to_130(V::load(logits + i) - V::broadcast(largest));
-    e.store(logits + i);
-    sum = sum + V::max(e, V::zero());  // a masked expert's NaN counts as 0
+    __builtin_prefetch(next_row + i);
+    transform(V::load(logits + i)).store(logits + i);
   }
-  return T(1) / sum.sum();
-}
-
-template <typename T>
-void sigmoid_in_place(T* logits, int64_t padded_experts) {
-  using V = Vec<T>;
-  for (int64_t i = 0; i < padded_experts; i += V::kWidth) sigmoid(V::load(logits + i)).store(logits + i);
-}
-
-template <typename T>
-void sqrt_softplus_in_place(T* logits, int64_t padded_experts) {
-  using V = Vec<T>;
-  for (int64_t i = 0; i < padded_experts; i += V::kWidth) V::sqrt(softplus(V::load(logits + i))).store(logits + i);
 }
 
 /// Fills `scores` and returns their common factor: expert i's score is scores[i] * factor.
 template <typename T, typename Logit>
-T load_scores(const Logit* row, const SharedByRows<T>& shared, T* scores) {
-  const RoutingSpec& spec = shared.params.spec;
-  const T largest = load_logits(row, spec.num_experts, shared.padded_experts, scores);
-  switch (spec.scoring_func) {
-    case ScoringFunc::kSoftmax: return softmax_in_place(scores, shared.padded_experts, largest, (const T*)(row + 768));
-    case ScoringFunc::kSigmoid: sigmoid_in_place(scores, shared.padded_experts); break;
-    case ScoringFunc::kSqrtSoftplus: sqrt_softplus_in_place(scores, shared.padded_experts); break;
+T load_scores(const SharedByRows<T>& shared, const Logit* row, const Logit* next_row, T* scores) {
+  using V = Vec<T>;
+  const int64_t padded_experts = shared.padded_experts;
+  const V largest = V::broadcast(load_logits(row, shared.params.spec.num_experts, padded_experts, scores));
+  switch (shared.params.spec.scoring_func) {
+    case ScoringFunc::kSoftmax: {
+      V sum = V::zero();
+      transform_in_place(scores, padded_experts, next_row, [&](V logits) {
+        const V e = exp_up_to_130(logits - largest);
+        sum = sum + V::max(e, V::zero());  // a masked expert's NaN counts as 0
+        return e;
+      });
+      return T(1) / sum.sum();
+    }
+    case ScoringFunc::kSigmoid:
+      transform_in_place(scores, padded_experts, next_row, [](V logits) { return sigmoid(logits); });
+      break;
+    case ScoringFunc::kSqrtSoftplus:
+      transform_in_place(scores, padded_experts, next_row, [](V logits) { return V::sqrt(softplus(logits)); });
+      break;
   }
   return T(1);
 }

@@ -7,20 +7,25 @@
 /// Up to this many candidates are sorted by counting; more, as when whole rows tie, by insertion.
 constexpr int64_t kMaxCounted = 128;
 
-/// ranks[i] = how many of the values are greater than values[i]. Both arrays are whole vectors, two of them or more; what
-/// pads the values is -inf.
+/// order[r] = where the r-th largest of the values is, equal values in the order in which they are. Both arrays are
+/// whole vectors.
 template <typename T>
-void count_greater(const T* values, int64_t num_values, T* ranks) {
+void order_by_counting(const T* values, int64_t num_values, int32_t* order) {
   using V = Vec<T>;
-  for (int64_t i = 0; i < num_values; i += V::kWidth) {
-    const V value = V::load(values + i);
-    V even = V::zero();
-    V odd = V::zero();
-    for (int64_t j = 0; j < num_values; j += 2) {  // two counters halve the wait for the last addition
-      even = V::count_greater(even, V::broadcast(values[j]), value);
-      odd = V::count_greater(odd, V::broadcast(values[j + 1]), value);
+  for (int64_t block = 0; block < num_values; block += V::kWidth) {
+    const V own = V::load(values + block);
+    for (int64_t lane = 0; lane < V::kWidth; ++lane) {
+      const V value = V::broadcast(values[block + lane]);
+      const Mask before = (Mask{1} << lane) - 1;
+      int64_t rank = __builtin_popcount(V::greater(own, value) | (V::greater_equal(own, value) & before));
+      for (int64_t i = 0; i < block; i += V::kWidth) {
+        rank += __builtin_popcount(V::greater_equal(V::load(values + i), value));
+      }
+      for (int64_t i = block + V::kWidth; i < num_values; i += V::kWidth) {
+        rank += __builtin_popcount(V::greater(V::load(values + i), value));
+      }
+      order[rank] = static_cast<int32_t>(block + lane);
     }
-    (even + odd).store(ranks + i);
   }
 }
 
@@ -40,16 +45,10 @@ T bound_kth_key(const T* keys, int64_t padded_experts, int64_t k) {
     maxima[j % (kLanes / V::kWidth)] = V::max(maxima[j], maxima[j % (kLanes / V::kWidth)]);
   }
   alignas(64) T values[static_cast<size_t>(kLanes)];
-  alignas(64) T ranks[static_cast<size_t>(kLanes)];
+  int32_t order[static_cast<size_t>(kLanes)];
   for (int64_t j = 0; j < kLanes / V::kWidth; ++j) maxima[j].store(values + j * V::kWidth);
-  count_greater(values, kLanes, ranks);
-  // The k-th largest is the smallest that fewer than k exceed.
-  V kth = V::broadcast(kInfinity);
-  for (int64_t j = 0; j < kLanes; j += V::kWidth) {
-    const Mask among_k = V::greater(V::broadcast(static_cast<T>(k)), V::load(ranks + j));
-    kth = V::min(V::select(among_k, V::load(values + j), V::broadcast(kInfinity)), kth);
-  }
-  return kth.smallest();
+  order_by_counting(values, kLanes, order);
+  return values[order[k - 1]];
 }
 
 /// Lists, in order, the experts whose key is at least `bound`; returns how many.
@@ -69,9 +68,9 @@ int64_t collect_candidates(const T* keys, int64_t padded_experts, T bound, int32
     const int64_t end = count + __builtin_popcountll(found);
     do {
       for (int64_t j = 0; j < kAtOnce; ++j) {
-        int64_t expert = block + __builtin_ctzll(found | (uint64_t{1} << (kBlock - 1)));
-        __asm__("" : "+r"(expert));  // stays scalar: shuffles into a vector would take longer than the stores they save
+        const int64_t expert = block + __builtin_ctzll(found | (uint64_t{1} << (kBlock - 1)));
         candidates[count + j] = static_cast<int32_t>(expert);
+        __asm__("" : : : "memory");  // keeps the stores apart: joined into a vector they take longer
         found &= found - 1;
       }
       count += kAtOnce;
@@ -81,30 +80,27 @@ int64_t collect_candidates(const T* keys, int64_t padded_experts, T bound, int32
   return count;
 }
 
-/// Sorts at most kMaxCounted candidates by descending key, equal keys in the order in which they are.
+/// The k first of at most kMaxCounted candidates by descending key, equal keys in the order in which they are; returns
+/// how many. Writes up to a vector's width past the last candidate.
 template <typename T>
-void sort_by_counting(const T* keys, int32_t* candidates, int64_t count, int32_t* sorted) {
+int64_t sort_by_counting(const T* keys, int32_t* candidates, int64_t num_candidates, int64_t k, int32_t* sorted) {
   using V = Vec<T>;
+  static_assert(V::kWidth <= Workspace<T>::kSlack, "writes past the last candidate must stay in the workspace");
   alignas(64) T values[kMaxCounted];
-  // What fills up the last vector sorts behind the candidates: the loops below run as often for any count.
-  constexpr int64_t kRound = 16;
-  static_assert(kRound <= Workspace<T>::kSlack && kRound % V::kWidth == 0, "");
-  const int64_t padded = (count + kRound - 1) / kRound * kRound;
-  for (int64_t i = 0; i < kRound; ++i) candidates[count + i] = 0;
-  for (int64_t i = 0; i < padded; ++i) {
-    values[i] = i < count ? keys[candidates[i]] : -std::numeric_limits<T>::infinity();
-  }
-  for (int64_t block = 0; block < padded; block += V::kWidth) {
-    const V own = V::load(values + block);
-    for (int64_t lane = 0; lane < V::kWidth; ++lane) {
-      const V value = V::broadcast(values[block + lane]);
-      const Mask before = (Mask{1} << lane) - 1;
-      int64_t rank = __builtin_popcount((V::greater_equal(own, value) & before) | V::greater(own, value));
-      for (int64_t j = 0; j < block; j += V::kWidth) rank += __builtin_popcount(V::greater_equal(V::load(values + j), value));
-      for (int64_t j = block + V::kWidth; j < padded; j += V::kWidth) rank += __builtin_popcount(V::greater(V::load(values + j), value));
-      sorted[rank] = candidates[block + lane];
-    }
-  }
+  int32_t order[kMaxCounted];
+  // Whole vectors throughout: loops whose length changed with every row would be mispredicted in every row.
+  const int64_t last_vector = std::max<int64_t>(num_candidates - 1, 0) / V::kWidth * V::kWidth;
+  const int64_t padded = last_vector + V::kWidth;
+  std::fill(candidates + num_candidates, candidates + num_candidates + V::kWidth, 0);
+  for (int64_t i = 0; i < padded; ++i) values[i] = keys[candidates[i]];
+  const Mask is_candidate = (Mask{1} << (num_candidates - last_vector)) - 1;
+  const V least = V::broadcast(-std::numeric_limits<T>::infinity());
+  V::select(is_candidate, V::load(values + last_vector), least).store(values + last_vector);
+
+  order_by_counting(values, padded, order);
+  const int64_t count = std::min(num_candidates, k);
+  for (int64_t i = 0; i < count; ++i) sorted[i] = candidates[order[i]];
+  return count;
 }
 
 /// The k first of the candidates by descending key, equal keys in the order in which they are; returns how many.
@@ -125,7 +121,7 @@ int64_t sort_by_insertion(const T* keys, const int32_t* candidates, int64_t num_
 }
 
 /// The experts with the k largest keys, descending, equal keys in expert order; returns how many, fewer than k where
-/// fewer are choosable. `chosen` has room for kMaxCounted.
+/// fewer are choosable.
 template <typename T>
 int64_t select_top_k(const T* keys, int64_t padded_experts, int64_t k, int32_t* candidates, int32_t* chosen) {
   T bound;
@@ -138,6 +134,5 @@ int64_t select_top_k(const T* keys, int64_t padded_experts, int64_t k, int32_t* 
   if (num_candidates > kMaxCounted) {
     return sort_by_insertion(keys, candidates, num_candidates, k, chosen);
   }
-  sort_by_counting(keys, candidates, num_candidates, chosen);
-  return std::min(num_candidates, k);
+  return sort_by_counting(keys, candidates, num_candidates, k, chosen);
 }

@@ -1,7 +1,8 @@
 """The mixture-of-experts layer."""
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -157,7 +158,8 @@ class FusedMoE(nn.Module):
         else:
             self.register_parameter("constant_gate_weight", None)
             self.register_parameter("constant_vectors", None)
-        self.register_load_state_dict_pre_hook(check_shapes_of_state_dict)
+        register_pre_hook: Callable[..., Any] = self.register_load_state_dict_pre_hook
+        register_pre_hook(check_shapes_of_state_dict)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -175,9 +177,7 @@ class FusedMoE(nn.Module):
     @property
     def router(self) -> BaseRouter:
         """The router, part of the runner."""
-        router = self.runner.router
-        assert isinstance(router, BaseRouter)
-        return router
+        return cast(BaseRouter, self.runner.router)
 
     @property
     def shared_experts(self) -> nn.Module | None:

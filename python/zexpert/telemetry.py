@@ -1,6 +1,4 @@
-"""Where a model spends its expert compute: counts that runners keep while they work, and what can be read from them."""
-
-from __future__ import annotations
+"""Where a model spends its expert compute: counts that runners keep while they work, and what they say."""
 
 import copy
 import math
@@ -21,6 +19,7 @@ class RoutingStats(nn.Module):
     Counts come out only where they are read. The buffers are outside of the state dict.
 
     Under activation checkpointing a recomputed forward counts again: ratios stay right, num_tokens does not.
+    DistributedDataParallel takes broadcast_buffers=False, or rank 0's counts replace the others' at every forward.
 
     Args:
         num_experts: R, the experts whose load is counted. With an expert map these are physical experts.
@@ -36,6 +35,16 @@ class RoutingStats(nn.Module):
 
     expert_load: Tensor
     ffn_slots_histogram: Tensor
+
+    # What people read; scripts only count.
+    __jit_unused_properties__ = [  # noqa: RUF012
+        "load_entropy",
+        "load_imbalance",
+        "mean_ffn_slots",
+        "normalized_load_entropy",
+        "num_tokens",
+        "zero_rate",
+    ]
 
     def __init__(self, num_experts: int, top_k: int) -> None:
         super().__init__()
@@ -85,7 +94,8 @@ class RoutingStats(nn.Module):
     def load_entropy(self) -> Tensor:
         """Entropy of the load over the real experts in nats, float64: -sum p ln p, between 0 and ln R."""
         share = self.expert_load.double() / self.expert_load.sum()
-        return torch.special.entr(share).sum()
+        entropy: Tensor = torch.special.entr(share).sum()
+        return entropy
 
     @property
     def normalized_load_entropy(self) -> Tensor:
@@ -101,11 +111,11 @@ class RoutingStats(nn.Module):
         self.expert_load.zero_()
         self.ffn_slots_histogram.zero_()
 
-    def clone(self) -> RoutingStats:
+    def clone(self) -> "RoutingStats":
         """A copy that no runner adds to."""
         return copy.deepcopy(self)
 
-    def merge(self, other: RoutingStats) -> RoutingStats:
+    def merge(self, other: "RoutingStats") -> "RoutingStats":
         """Adds `other`'s counts to this object's, in place, and returns this object.
 
         Raises:
@@ -120,7 +130,7 @@ class RoutingStats(nn.Module):
         self.ffn_slots_histogram.add_(other.ffn_slots_histogram.to(self.expert_load.device))
         return self
 
-    def all_reduced(self, process_group: dist.ProcessGroup | None = None) -> RoutingStats:
+    def all_reduced(self, process_group: "dist.ProcessGroup | None" = None) -> "RoutingStats":
         """A copy with the sums over the ranks of `process_group` (None: all ranks). Every rank of it calls this.
         Without torch.distributed it is a plain copy. This object is unchanged, so nothing is counted twice later.
         """

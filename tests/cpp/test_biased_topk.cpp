@@ -2,6 +2,7 @@
 #include <gtest/gtest.h>
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <cmath>
 #include <random>
 #include <vector>
@@ -262,11 +263,18 @@ TEST(BiasedTopK, DropBeforeRenormalize) {
 }
 
 TEST(BiasedTopK, SumOfZeroGivesZeroWeights) {
-  Call call = make_small_call(0, 0, 4, 2);  // only drop experts are chosen
-  call.spec.renormalize = true;
-  call.spec.drop_before_renormalize = true;
-  const Result result = expect_matches_reference(call);
-  EXPECT_EQ(result.topk_weights[0], 0);
+  Call drop_only = make_small_call(0, 0, 4, 2);
+  drop_only.spec.renormalize = true;
+  drop_only.spec.drop_before_renormalize = true;
+  expect_matches_reference(drop_only);
+
+  Call underflow = make_small_call(4, 0, 0, 12);
+  underflow.spec.scoring_func = ScoringFunc::kSigmoid;
+  underflow.spec.renormalize = true;
+  underflow.logits = {Row(12, -200.0)};  // scores of 0 in float32
+  const Result result = run(underflow);
+  EXPECT_EQ(result.topk_ids.id(7), 7);
+  EXPECT_EQ(result.topk_weights[7], 0);
   EXPECT_EQ(result.zero_weight[0], 0);
 }
 
@@ -288,8 +296,9 @@ TEST(BiasedTopK, Groups) {
         call.spec.topk_group = shape.topk_group;
         call.spec = call.spec.for_width(shape.real + shape.zero);
         call.logits_type = logits_type;
-        random.fill(call, 5, 0.05);
+        random.fill(call, 6, 0.05);
         for (size_t i = 0; i < static_cast<size_t>(shape.real); i += 2) call.logits[3][i] = kNan;
+        for (size_t i = 0; i < static_cast<size_t>(shape.real); i += 5) call.logits[5][i] = kNan;
         std::fill(call.logits[4].begin(), call.logits[4].begin() + shape.real, -kInfinity);
         expect_matches_reference(call);
       }
@@ -313,8 +322,11 @@ TEST(BiasedTopK, GroupScoresTieAndLackKeys) {
                    {1, 1, 2, 2, 2, 2, 0, 0}};
     call.bias.reset();
     expect_matches_reference(call);
-    call.bias = Row{kInfinity, -kInfinity, 0, 0, -kInfinity, 0, kNan, 0};
-    expect_matches_reference(call);
+    call.bias = Row{kInfinity, -kInfinity, 0, 0, -kInfinity, 0, kNan, 0};  // the first sums to NaN
+    for (int rotation = 0; rotation < 4; ++rotation) {
+      std::rotate(call.bias->begin(), call.bias->begin() + 2, call.bias->end());
+      expect_matches_reference(call);
+    }
   }
 }
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 # No deadline: the first example pays for lazy loading. The same examples every time: a failure can be repeated.
-hypothesis.settings.register_profile("zexpert", deadline=None, max_examples=60, derandomize=True, database=None)
+hypothesis.settings.register_profile("zexpert", deadline=None, max_examples=100, derandomize=True, database=None)
 hypothesis.settings.load_profile("zexpert")
 
 

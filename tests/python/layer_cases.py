@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-import reference
 import torch
 from torch import Tensor, nn
+
+import reference
 from zexpert import FusedMoE, RoutingSpec
 from zexpert._C import name
 

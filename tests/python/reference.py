@@ -226,6 +226,8 @@ def decided_groups(
 ) -> bool:
     """Whether the choice of one row's groups is beyond rounding. A group's score grows with its members' keys, so the
     keys' bounds give the scores' bounds."""
+    if num_expert_group == 1:
+        return True
     scores, lowest, highest = (
         group_scores(values[:num_real_experts], choosable[:num_real_experts], num_expert_group)
         for values in (keys, lower, upper)

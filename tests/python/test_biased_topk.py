@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from testing import FLOAT_DTYPES, assert_equal, assert_routing, random_logits, unchanged, weight_dtype
 
+from testing import FLOAT_DTYPES, assert_equal, assert_routing, random_logits, unchanged, weight_dtype
 from zexpert.ops import RoutingResult, biased_topk
 
 
@@ -138,7 +138,7 @@ def test_few_tokens(model: Model, num_tokens: int) -> None:
     ],
 )
 def test_odd_sizes(num_experts: int, num_real_experts: int, top_k: int, scoring_func: str) -> None:
-    logits = random_logits(20, num_experts)
+    logits = random_logits(8 if num_experts == 4096 else 20, num_experts)
     routing = {"num_real_experts": num_real_experts, "scoring_func": scoring_func}
     result = biased_topk(logits, None, top_k, **routing)
     # Among 64 of 4096 the gaps are so small that rounding has a say in some rows.
@@ -169,9 +169,7 @@ def test_bias_decides_the_choice_and_nothing_else() -> None:
     bias[[5, 90]] = 100.0
     result = biased_topk(logits, bias, 2, num_real_experts=64)
     scores = torch.softmax(logits.double(), dim=1)
-    assert torch.equal(result.topk_ids, torch.tensor([[5, -1]] * 40, dtype=torch.int32)[:, [0, 1]]) or torch.equal(
-        result.topk_ids.sort(dim=1).values, torch.tensor([[-1, 5]] * 40, dtype=torch.int32)
-    )
+    assert_equal(result.topk_ids.sort(dim=1).values, torch.tensor([[-1, 5]] * 40, dtype=torch.int32))
     torch.testing.assert_close(result.topk_weights.double().sum(1), scores[:, 5], rtol=1e-6, atol=0.0)
     torch.testing.assert_close(result.zero_weight.double(), scores[:, 90], rtol=1e-6, atol=0.0)
 

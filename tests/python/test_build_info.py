@@ -1,4 +1,4 @@
-"""What the build promises: the information it gives, what its libraries link, and what the loader says when they fail."""
+"""What the build promises: its information, what its libraries link, and what the loader says when they fail."""
 
 from __future__ import annotations
 

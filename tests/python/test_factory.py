@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from testing import assert_equal
 from torch import Tensor
+
+from testing import assert_equal
 from zexpert import RoutingMethodType, RoutingResult, create_fused_moe_router
 from zexpert.router import (
     BaseRouter,
@@ -113,7 +114,12 @@ def test_expert_map_and_callback() -> None:
     expert_map = torch.stack([torch.arange(8), torch.full((8,), -1)], dim=1)
     expert_map[3] = torch.tensor([9, 8])
     router = create_fused_moe_router(
-        1, 10, num_logical_experts=8, logical_to_physical_map=expert_map, expert_load=expert_load, capture_fn=seen.append
+        1,
+        10,
+        num_logical_experts=8,
+        logical_to_physical_map=expert_map,
+        expert_load=expert_load,
+        capture_fn=seen.append,
     )
     router_logits = torch.eye(8)[[3, 3, 5]]
     assert router.select_experts(torch.zeros(3, 2), router_logits).topk_ids.tolist() == [[9], [8], [5]]
@@ -140,8 +146,14 @@ def test_expert_map_and_callback() -> None:
         ({**ZERO, "zero_expert_num": 0}, r"^zero_expert_num must be an integer of at least 1, got 0$"),
         ({**ZERO, "num_logical_experts": 7}, r"^num_logical_experts must equal global_num_experts \(8\) .*, got 7$"),
         ({"zero_expert_num": 4}, r"^zero_expert_num is 4 but zero_expert_type is missing$"),
-        ({"use_grouped_topk": True, "topk_group": 2}, r"^num_expert_group and topk_group are required when .* None and 2$"),
-        ({"use_grouped_topk": True, "num_expert_group": 4}, r"^num_expert_group and topk_group are required .* 4 and None$"),
+        (
+            {"use_grouped_topk": True, "topk_group": 2},
+            r"^num_expert_group and topk_group are required when .* None and 2$",
+        ),
+        (
+            {"use_grouped_topk": True, "num_expert_group": 4},
+            r"^num_expert_group and topk_group are required .* 4 and None$",
+        ),
         ({**GROUPED, "num_expert_group": 3}, r"^num_expert_group must divide the number of real experts \(8\), got 3$"),
         ({**GROUPED, "topk_group": 5}, r"^topk_group must be between 1 and num_expert_group \(4\), got 5$"),
         (

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+
 from layer_cases import (
     HIDDEN,
     INTERMEDIATE,
@@ -21,7 +23,6 @@ from layer_cases import (
     num_columns,
 )
 from testing import FLOAT_DTYPES, assert_equal, assert_error_rule
-from torch import Tensor, nn
 from zexpert import FusedMoE, RoutingMethodType, RoutingResult
 from zexpert.router import ZeroExpertRouter
 from zexpert.runner import ChunkingMoERunner, DefaultMoERunner
@@ -191,14 +192,20 @@ def test_custom_routing_function_and_simulation() -> None:
         ({"zero_expert_type": "identity"}, r'^zero_expert_num is required with zero_expert_type "identity"$'),
         ({"zero_expert_num": 3}, r"^zero_expert_num is 3 but zero_expert_type is missing$"),
         ({"zero_expert_type": "swap", "zero_expert_num": 3}, r'^zero_expert_type must be "identity" .*, got "swap"$'),
-        ({"zero_expert_type": "drop", "zero_expert_num": 0}, r"^zero_expert_num must be an integer of at least 1, got 0$"),
+        (
+            {"zero_expert_type": "drop", "zero_expert_num": 0},
+            r"^zero_expert_num must be an integer of at least 1, got 0$",
+        ),
         ({"scoring_func": "tanh"}, r'^scoring_func must be .*, got "tanh"$'),
         ({"params_dtype": torch.int8}, r"^params_dtype must be a floating-point dtype, got torch.int8$"),
         ({"shared_experts": len}, r"^shared_experts must be a torch.nn.Module, got builtin_function_or_method$"),
         ({"chunk_size": 0}, r"^chunk_size must be an integer of at least 1, got 0$"),
         ({"expert_parallel_group": object()}, r"^expert_parallel_group must be None: .* is not available yet$"),
         ({"use_grouped_topk": True}, r"^num_expert_group and topk_group are required when use_grouped_topk is set"),
-        ({"e_score_correction_bias": torch.zeros(7)}, r"^e_score_correction_bias must have shape \[6\], .*, got \[7\]$"),
+        (
+            {"e_score_correction_bias": torch.zeros(7)},
+            r"^e_score_correction_bias must have shape \[6\], .*, got \[7\]$",
+        ),
         ({"routing_simulation": "zipf"}, r"^routing_simulation must be .*, got 'zipf'$"),
         ({"experts_backend": "gpu"}, r"^experts_backend must be \"auto\", \"cpu\" or \"torch\", got 'gpu'$"),
     ],
@@ -221,7 +228,11 @@ def test_rejects_bad_inputs() -> None:
         (hidden_states[:, :5], router_logits, r"^hidden_states must have shape \[..., 24\], got \[6, 5\]$"),
         (torch.tensor(1.0), router_logits, r"^hidden_states must have shape \[..., 24\], got \[\]$"),
         (hidden_states, router_logits[:5], r"^router_logits must have the leading .*\(\[6\]\), got shape \[5, 9\]$"),
-        (hidden_states, router_logits.reshape(2, 3, 9), r"^router_logits must have the leading .*, got shape \[2, 3, 9\]$"),
+        (
+            hidden_states,
+            router_logits.reshape(2, 3, 9),
+            r"^router_logits must have the leading .*, got shape \[2, 3, 9\]$",
+        ),
         (hidden_states, torch.tensor(1.0), r"^router_logits must have the leading .*, got shape \[\]$"),
         (hidden_states, router_logits[:, :8], r"^router_logits must have one column per expert \(9\), got 8$"),
         (hidden_states, router_logits.int(), r"^router_logits must be of a floating-point dtype, got torch.int32$"),

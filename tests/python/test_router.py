@@ -7,11 +7,12 @@ import io
 from typing import Any
 
 import pytest
-import reference
 import torch
+from torch import Tensor, nn
+
+import reference
 from layer_cases import reference_arguments
 from testing import FLOAT_DTYPES, assert_equal, assert_error_rule, weight_dtype
-from torch import Tensor, nn
 from zexpert import RoutingMethodType, RoutingResult, RoutingSpec
 from zexpert.router import (
     BaseRouter,
@@ -135,6 +136,11 @@ def test_rejects_bad_inputs() -> None:
         (hidden_states, router_logits[:6], r"^router_logits must have one row per token .*\(7\), got 6$"),
         (hidden_states, router_logits[:, :7], r"^router_logits must have one column per expert \(8\), got 7$"),
         (hidden_states, router_logits.long(), r"^router_logits must be of a floating-point dtype, got torch.int64$"),
+        (
+            hidden_states.to("meta"),
+            router_logits,
+            r"^hidden_states must be on the device of router_logits \(cpu\), got meta$",
+        ),
         (
             hidden_states.to("meta"),
             router_logits.to("meta"),
@@ -275,13 +281,20 @@ def test_expert_map_update_in_place_is_seen() -> None:
     expert_map.copy_(expert_map.flip(0))
     assert_equal(router.select_experts(*inputs).topk_ids, NUM_REAL - 1 - logical)
     assert not router.state_dict()
+    router.to("meta")
+    assert router.logical_to_physical_map is not None
+    assert router.logical_to_physical_map.device.type == "meta"
 
 
 @pytest.mark.parametrize(
     ("expert_map", "expert_load", "message"),
     [
         (torch.zeros(8, 1), None, r"^logical_to_physical_map must be of dtype int32 or int64, got torch.float32$"),
-        (torch.zeros(7, 1).long(), None, r"^logical_to_physical_map must have shape \[8, max_replicas\], got \[7, 1\]$"),
+        (
+            torch.zeros(7, 1).long(),
+            None,
+            r"^logical_to_physical_map must have shape \[8, max_replicas\], got \[7, 1\]$",
+        ),
         (torch.zeros(8).long(), None, r"^logical_to_physical_map must have shape \[8, max_replicas\], got \[8\]$"),
         (torch.zeros(8, 0).long(), None, r"^logical_to_physical_map must have shape .*, got \[8, 0\]$"),
         (torch.tensor([[0]] * 5 + [[-1]] * 3), None, r"^logical_to_physical_map must name .*, got none for expert 5$"),

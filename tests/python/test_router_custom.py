@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+
 from zexpert import RoutingMethodType
 from zexpert.router import CustomRoutingRouter
 
@@ -62,6 +63,7 @@ def test_rejects_what_cannot_be_called(function: Any) -> None:
         CustomRoutingRouter(2, 4, function)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated:DeprecationWarning")
 def test_cannot_be_scripted() -> None:
     with pytest.raises(RuntimeError, match=r"^CustomRoutingRouter cannot be scripted: custom_routing_function is a"):
         torch.jit.script(CustomRoutingRouter(2, 4, first_experts))

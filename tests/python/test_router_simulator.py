@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from testing import assert_equal
 from torch import Tensor
+
+from testing import assert_equal
 from zexpert import RoutingMethodType, RoutingResult
 from zexpert.router import RoutingSimulatorRouter
 
@@ -32,7 +33,7 @@ def test_a_token_chooses_different_experts(strategy: str, num_tokens: int) -> No
     routing = route(strategy, num_tokens, 16)
     ids = routing.topk_ids
     assert ids.shape == (num_tokens, 4)
-    assert all(len(set(row)) == 4 and 0 <= min(row) and max(row) < 16 for row in ids.tolist())
+    assert all(len(set(row)) == 4 and min(row) >= 0 and max(row) < 16 for row in ids.tolist())
     assert_equal(routing.topk_weights, torch.full((num_tokens, 4), 0.25))
     assert_equal(routing.zero_weight, torch.zeros(num_tokens))
 
@@ -104,9 +105,7 @@ def test_seed_decides() -> None:
 )
 def test_rejects(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        RoutingSimulatorRouter(
-            **{"top_k": 2, "num_real_experts": 4, "routing_simulation": "round_robin", **arguments}
-        )
+        RoutingSimulatorRouter(**{"top_k": 2, "num_real_experts": 4, "routing_simulation": "round_robin", **arguments})
 
 
 def test_rejects_narrow_logits() -> None:

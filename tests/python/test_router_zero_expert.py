@@ -6,8 +6,9 @@ import copy
 from typing import Any
 
 import pytest
-import reference
 import torch
+
+import reference
 from testing import FLOAT_DTYPES, assert_equal, assert_error_rule
 from zexpert.router import ZeroExpertRouter
 
@@ -99,9 +100,7 @@ def test_width_of_the_logits_decides(zero_expert_type: str) -> None:
 
 
 def test_grouped_zero_experts_are_always_eligible() -> None:
-    router = ZeroExpertRouter(
-        2, NUM_REAL, "identity", 1, num_expert_group=2, topk_group=1, scoring_func="sigmoid"
-    )
+    router = ZeroExpertRouter(2, NUM_REAL, "identity", 1, num_expert_group=2, topk_group=1, scoring_func="sigmoid")
     # Expert 0 has the largest key of the real experts, but its group's second is small: experts 2 and 3 are eligible.
     router_logits = torch.tensor([[0.9, -3.0, 0.5, 0.5, 1.0]])
     routing = router.select_experts(torch.zeros(1, 3), router_logits)

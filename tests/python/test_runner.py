@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+
 from layer_cases import HIDDEN, LAYERS, NUM_EXPERTS, SharedExperts, expected_output, make_inputs, make_layer
 from testing import FLOAT_DTYPES, assert_equal, assert_error_rule, weight_dtype
-from torch import Tensor, nn
 from zexpert import DispatchPlan, FusedMoE, RoutingResult, ops
 from zexpert.experts import AutoExperts, CpuExperts, MoEExperts, TorchLoopExperts, create_experts
 from zexpert.router import FusedTopKRouter, ZeroExpertRouter
@@ -88,10 +89,8 @@ def test_output_is_the_sum_of_its_parts(backend: str, num_tokens: int) -> None:
 
     routing = layer.router.select_experts(hidden_states, router_logits)
     plan = ops.moe_plan(routing.topk_ids, NUM_EXPERTS)
-    rows = ops.grouped_mlp(
-        ops.moe_permute(hidden_states, plan.row_slots, plan.expert_offsets, layer.router.top_k), plan.expert_offsets,
-        layer.w13_weight, layer.w2_weight,
-    )  # fmt: skip
+    tokens = ops.moe_permute(hidden_states, plan.row_slots, plan.expert_offsets, layer.router.top_k)
+    rows = ops.grouped_mlp(tokens, plan.expert_offsets, layer.w13_weight, layer.w2_weight)
     nothing = torch.zeros(num_tokens, dtype=torch.float64)
     real_part = ops.moe_finalize(rows, plan.slot_rows, routing.topk_weights, hidden_states, nothing)
     zero_part = ops.zero_expert_accumulate(hidden_states, routing.zero_weight)
@@ -221,7 +220,10 @@ def test_rejects_bad_inputs() -> None:
     hidden_states, router_logits = make_inputs("mixed", 4)
     w13, w2, gates, vectors = weights_of(layer)
     cases: list[tuple[tuple[Any, ...], str]] = [
-        ((hidden_states.half(), router_logits, w13, w2, gates, vectors), r"^hidden_states must be of the weights' dtype"),
+        (
+            (hidden_states.half(), router_logits, w13, w2, gates, vectors),
+            r"^hidden_states must be of the weights' dtype",
+        ),
         ((hidden_states[:, :7], router_logits, w13, w2, gates, vectors), r"^hidden_states must have .* \(24\), got 7$"),
         ((hidden_states, router_logits[:3], w13, w2, gates, vectors), r"^router_logits must have one row per token"),
         ((hidden_states, router_logits, w13, w2), r"^constant_gate_weight and constant_vectors are required with"),
@@ -229,6 +231,17 @@ def test_rejects_bad_inputs() -> None:
     for arguments, message in cases:
         with pytest.raises(ValueError, match=message):
             layer.runner(*arguments)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rejects_experts_that_do_not_exist(backend: str) -> None:
+    def route(*, hidden_states: Tensor, topk: int, **_: Any) -> tuple[Tensor, Tensor]:
+        shape = (hidden_states.shape[0], topk)
+        return torch.ones(shape), torch.full(shape, NUM_EXPERTS)
+
+    layer = make_layer("plain", with_bias=False, custom_routing_function=route, experts_backend=backend)
+    with pytest.raises(RuntimeError, match=r"topk_ids must lie in \[-1, 6\), got 6"):
+        layer(*make_inputs("plain", 4))
 
 
 def test_rejects_shared_experts_of_another_shape() -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 
-import reference
 import torch
 from torch import Tensor
+
+import reference
 
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -100,6 +101,26 @@ def random_logits(num_tokens: int, num_experts: int, dtype: torch.dtype = torch.
     return (1.5 * torch.randn(num_tokens, num_experts, dtype=torch.float64)).to(dtype)
 
 
+def assert_ids(
+    topk_ids: Tensor,
+    logits: Tensor,
+    bias: Tensor | None,
+    top_k: int,
+    *,
+    share_decided: float = 0.99,
+    indices_dtype: torch.dtype = torch.int32,
+    **routing: object,
+) -> Tensor:
+    """Passes if `topk_ids` are the reference's on every row that rounding cannot decide otherwise, and at least
+    `share_decided` of the rows are such. Returns which rows are, [T] bool."""
+    decided = reference.decided_rows(logits, bias, top_k, **routing)  # type: ignore[arg-type]
+    assert len(decided) == 0 or float(decided.float().mean()) >= share_decided, "the inputs leave rows to rounding"
+    expected = reference.biased_topk(logits, bias, top_k, indices_dtype=indices_dtype, **routing)  # type: ignore[arg-type]
+    assert topk_ids.shape == expected.topk_ids.shape
+    assert_equal(topk_ids[decided], expected.topk_ids[decided], "topk_ids")
+    return decided
+
+
 def assert_routing(
     result: Sequence[Tensor],
     logits: Tensor,
@@ -112,20 +133,14 @@ def assert_routing(
 ) -> None:
     """Passes if `result`, what biased_topk returned, has the reference's ids exactly and its weights by the error rule
     on every row that rounding cannot decide otherwise, and at least `share_decided` of the rows are such."""
-    topk_weights, topk_ids, zero_weight, constant_weight = result
-    num_tokens = logits.shape[0]
-    weights_dtype = weight_dtype(logits.dtype)
-    assert topk_ids.shape == (num_tokens, top_k)
-    assert topk_ids.dtype == indices_dtype
-    for weight in (topk_weights, zero_weight, constant_weight):
-        assert weight.dtype == weights_dtype
+    topk_weights, topk_ids = result[:2]
+    decided = assert_ids(
+        topk_ids, logits, bias, top_k, share_decided=share_decided, indices_dtype=indices_dtype, **routing
+    )
     assert bool((topk_weights[topk_ids < 0] == 0).all()), "a slot without work must have weight 0"
-
-    decided = reference.decided_rows(logits, bias, top_k, **routing)  # type: ignore[arg-type]
-    assert num_tokens == 0 or float(decided.float().mean()) >= share_decided, "the inputs leave the choice to rounding"
-    expected = reference.biased_topk(logits, bias, top_k, indices_dtype=indices_dtype, **routing)  # type: ignore[arg-type]
-    plain = reference.biased_topk(logits, bias, top_k, dtype=weights_dtype, **routing)  # type: ignore[arg-type]
-    assert_equal(topk_ids[decided], expected.topk_ids[decided], "topk_ids")
-    for name in ("topk_weights", "zero_weight", "constant_weight"):
-        index = reference.RoutingResult._fields.index(name)
+    dtype = weight_dtype(logits.dtype)
+    plain = reference.biased_topk(logits, bias, top_k, dtype=dtype, **routing)  # type: ignore[arg-type]
+    expected = reference.biased_topk(logits, bias, top_k, **routing)  # type: ignore[arg-type]
+    for index, name in ((0, "topk_weights"), (2, "zero_weight"), (3, "constant_weight")):
+        assert result[index].dtype == dtype, f"{name} has dtype {result[index].dtype}, not {dtype}"
         assert_error_rule(result[index][decided], plain[index][decided], expected[index][decided], name)

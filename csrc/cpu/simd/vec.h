@@ -5,125 +5,107 @@
 
 using Mask = uint32_t;
 
-/// Any machine, and float64 everywhere: plain loops that the compiler turns into the registers there are.
+/// Any machine, and float64 everywhere: the compiler's own vectors, as wide as the instruction set's registers.
 template <typename T>
 struct Vec {
-  static constexpr int64_t kWidth = 64 / static_cast<int64_t>(sizeof(T)) / 2;
-  T lanes[static_cast<size_t>(kWidth)];
+#if defined(ZEXPERT_ISA_AVX512)
+  static constexpr size_t kBytes = 64;
+#elif defined(ZEXPERT_ISA_AVX2)
+  static constexpr size_t kBytes = 32;
+#else
+  static constexpr size_t kBytes = 16;
+#endif
+  using Bit = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
+  typedef T Lanes __attribute__((vector_size(kBytes)));
+  typedef Bit Bits __attribute__((vector_size(kBytes)));
 
-  static ZEXPERT_INLINE Vec broadcast(T value) {
-    Vec result;
-    for (int64_t i = 0; i < kWidth; ++i) result.lanes[i] = value;
-    return result;
-  }
-  static ZEXPERT_INLINE Vec zero() { return broadcast(T(0)); }
+  static constexpr int64_t kWidth = static_cast<int64_t>(kBytes / sizeof(T));
+  Lanes lanes;
+
+  static ZEXPERT_INLINE Vec broadcast(T value) { return {value - Lanes{}}; }
+  static ZEXPERT_INLINE Vec zero() { return {Lanes{}}; }
   template <typename From>
   static ZEXPERT_INLINE Vec load(const From* source) {
     Vec result;
-    for (int64_t i = 0; i < kWidth; ++i) result.lanes[i] = static_cast<T>(source[i]);
+    if constexpr (std::is_same_v<From, T>) {
+      std::memcpy(&result.lanes, source, kBytes);
+    } else {
+      for (int64_t i = 0; i < kWidth; ++i) result.lanes[i] = static_cast<T>(source[i]);
+    }
     return result;
   }
   /// The first `count` lanes from memory, `fill` in the others. Reads nothing past them.
   template <typename From>
   static ZEXPERT_INLINE Vec load_partial(const From* source, int64_t count, T fill) {
-    Vec result = broadcast(fill);
-    for (int64_t i = 0; i < count; ++i) result.lanes[i] = static_cast<T>(source[i]);
-    return result;
+    T buffer[static_cast<size_t>(kWidth)];
+    for (int64_t i = 0; i < kWidth; ++i) buffer[i] = i < count ? static_cast<T>(source[i]) : fill;
+    return load(buffer);
   }
   template <typename To>
   ZEXPERT_INLINE void store(To* target) const {
-    for (int64_t i = 0; i < kWidth; ++i) target[i] = static_cast<To>(lanes[i]);
+    if constexpr (std::is_same_v<To, T>) {
+      std::memcpy(target, &lanes, kBytes);
+    } else {
+      for (int64_t i = 0; i < kWidth; ++i) target[i] = static_cast<To>(lanes[i]);
+    }
   }
   template <typename To>
   ZEXPERT_INLINE void store_partial(To* target, int64_t count) const {
     for (int64_t i = 0; i < count; ++i) target[i] = static_cast<To>(lanes[i]);
   }
 
-  friend ZEXPERT_INLINE Vec operator+(Vec a, Vec b) {
-    for (int64_t i = 0; i < kWidth; ++i) a.lanes[i] += b.lanes[i];
-    return a;
-  }
-  friend ZEXPERT_INLINE Vec operator-(Vec a, Vec b) {
-    for (int64_t i = 0; i < kWidth; ++i) a.lanes[i] -= b.lanes[i];
-    return a;
-  }
-  friend ZEXPERT_INLINE Vec operator*(Vec a, Vec b) {
-    for (int64_t i = 0; i < kWidth; ++i) a.lanes[i] *= b.lanes[i];
-    return a;
-  }
-  friend ZEXPERT_INLINE Vec operator/(Vec a, Vec b) {
-    for (int64_t i = 0; i < kWidth; ++i) a.lanes[i] /= b.lanes[i];
-    return a;
-  }
+  friend ZEXPERT_INLINE Vec operator+(Vec a, Vec b) { return {a.lanes + b.lanes}; }
+  friend ZEXPERT_INLINE Vec operator-(Vec a, Vec b) { return {a.lanes - b.lanes}; }
+  friend ZEXPERT_INLINE Vec operator*(Vec a, Vec b) { return {a.lanes * b.lanes}; }
+  friend ZEXPERT_INLINE Vec operator/(Vec a, Vec b) { return {a.lanes / b.lanes}; }
   /// a * b + c, rounded once where the instruction set has it.
-  static ZEXPERT_INLINE Vec multiply_add(Vec a, Vec b, Vec c) {
-    for (int64_t i = 0; i < kWidth; ++i) c.lanes[i] += a.lanes[i] * b.lanes[i];
-    return c;
-  }
+  static ZEXPERT_INLINE Vec multiply_add(Vec a, Vec b, Vec c) { return {a.lanes * b.lanes + c.lanes}; }
   /// The larger of a and b; b where a is NaN.
-  static ZEXPERT_INLINE Vec max(Vec a, Vec b) {
-    for (int64_t i = 0; i < kWidth; ++i) b.lanes[i] = a.lanes[i] > b.lanes[i] ? a.lanes[i] : b.lanes[i];
-    return b;
-  }
+  static ZEXPERT_INLINE Vec max(Vec a, Vec b) { return {a.lanes > b.lanes ? a.lanes : b.lanes}; }
   /// The smaller of a and b; b where a is NaN.
-  static ZEXPERT_INLINE Vec min(Vec a, Vec b) {
-    for (int64_t i = 0; i < kWidth; ++i) b.lanes[i] = a.lanes[i] < b.lanes[i] ? a.lanes[i] : b.lanes[i];
-    return b;
-  }
+  static ZEXPERT_INLINE Vec min(Vec a, Vec b) { return {a.lanes < b.lanes ? a.lanes : b.lanes}; }
   static ZEXPERT_INLINE Vec sqrt(Vec a) {
     for (int64_t i = 0; i < kWidth; ++i) a.lanes[i] = std::sqrt(a.lanes[i]);
     return a;
   }
   static ZEXPERT_INLINE Vec abs(Vec a) {
-    for (int64_t i = 0; i < kWidth; ++i) a.lanes[i] = std::abs(a.lanes[i]);
-    return a;
+    return {reinterpret_cast<Lanes>(reinterpret_cast<Bits>(a.lanes) & std::numeric_limits<Bit>::max())};
   }
-  static ZEXPERT_INLINE Mask greater_equal(Vec a, Vec b) {
+  /// A comparison's result, all ones in the lanes where it holds, as a Mask.
+  static ZEXPERT_INLINE Mask as_mask(Bits holds) {
+#if defined(ZEXPERT_ISA_AVX512)
+    return _mm512_movepi64_mask(reinterpret_cast<__m512i>(holds));
+#elif defined(ZEXPERT_ISA_AVX2)
+    return static_cast<Mask>(_mm256_movemask_pd(reinterpret_cast<__m256d>(holds)));
+#else
+#if defined(__x86_64__)
+    if constexpr (sizeof(T) == 4) {
+      return static_cast<Mask>(_mm_movemask_ps(reinterpret_cast<__m128>(holds)));
+    }
+#endif
     Mask mask = 0;
-    for (int64_t i = 0; i < kWidth; ++i) mask |= static_cast<Mask>(a.lanes[i] >= b.lanes[i]) << i;
+    for (int64_t i = 0; i < kWidth; ++i) mask |= (static_cast<Mask>(holds[i]) & 1U) << i;
     return mask;
+#endif
   }
-  static ZEXPERT_INLINE Mask greater(Vec a, Vec b) {
-    Mask mask = 0;
-    for (int64_t i = 0; i < kWidth; ++i) mask |= static_cast<Mask>(a.lanes[i] > b.lanes[i]) << i;
-    return mask;
-  }
-  /// `count`, plus 1 where a > b.
-  static ZEXPERT_INLINE Vec count_greater(Vec count, Vec a, Vec b) {
-    for (int64_t i = 0; i < kWidth; ++i) count.lanes[i] += a.lanes[i] > b.lanes[i] ? T(1) : T(0);
-    return count;
-  }
+  static ZEXPERT_INLINE Mask greater_equal(Vec a, Vec b) { return as_mask(a.lanes >= b.lanes); }
+  static ZEXPERT_INLINE Mask greater(Vec a, Vec b) { return as_mask(a.lanes > b.lanes); }
   /// Lanes that are neither NaN nor infinite.
-  static ZEXPERT_INLINE Mask is_finite(Vec a) {
-    Mask mask = 0;
-    for (int64_t i = 0; i < kWidth; ++i) mask |= static_cast<Mask>(a.lanes[i] - a.lanes[i] == T(0)) << i;
-    return mask;
-  }
+  static ZEXPERT_INLINE Mask is_finite(Vec a) { return as_mask(a.lanes - a.lanes == Lanes{}); }
   /// `a` where the mask's bit is set, else `b`.
   static ZEXPERT_INLINE Vec select(Mask mask, Vec a, Vec b) {
-    for (int64_t i = 0; i < kWidth; ++i) b.lanes[i] = ((mask >> i) & 1U) != 0 ? a.lanes[i] : b.lanes[i];
-    return b;
+    Bits lane_bit;
+    for (int64_t i = 0; i < kWidth; ++i) lane_bit[i] = Bit{1} << i;
+    return {((lane_bit & static_cast<Bit>(mask)) == lane_bit) ? a.lanes : b.lanes};
   }
   ZEXPERT_INLINE T sum() const {
     T total = lanes[0];
     for (int64_t i = 1; i < kWidth; ++i) total += lanes[i];
     return total;
   }
-  /// target[0..3] = the sums of a, b, c and d, each added up in one order whatever its place among the four.
-  static ZEXPERT_INLINE void sums(Vec a, Vec b, Vec c, Vec d, T* target) {
-    target[0] = a.sum();
-    target[1] = b.sum();
-    target[2] = c.sum();
-    target[3] = d.sum();
-  }
   ZEXPERT_INLINE T largest() const {
     T result = lanes[0];
     for (int64_t i = 1; i < kWidth; ++i) result = lanes[i] > result ? lanes[i] : result;
-    return result;
-  }
-  ZEXPERT_INLINE T smallest() const {
-    T result = lanes[0];
-    for (int64_t i = 1; i < kWidth; ++i) result = lanes[i] < result ? lanes[i] : result;
     return result;
   }
 };
@@ -194,10 +176,6 @@ struct Vec<float> {
   static ZEXPERT_INLINE Vec abs(Vec a) { return {_mm512_abs_ps(a.lanes)}; }
   static ZEXPERT_INLINE Mask greater_equal(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.lanes, b.lanes, _CMP_GE_OQ); }
   static ZEXPERT_INLINE Mask greater(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.lanes, b.lanes, _CMP_GT_OQ); }
-  static ZEXPERT_INLINE Vec count_greater(Vec count, Vec a, Vec b) {
-    const __mmask16 is_greater = _mm512_cmp_ps_mask(a.lanes, b.lanes, _CMP_GT_OQ);
-    return {_mm512_mask_add_ps(count.lanes, is_greater, count.lanes, _mm512_set1_ps(1.0F))};
-  }
   static ZEXPERT_INLINE Mask is_finite(Vec a) {
     constexpr int kNanOrInfinity = 0x01 | 0x08 | 0x10 | 0x80;
     return static_cast<Mask>(static_cast<__mmask16>(~_mm512_fpclass_ps_mask(a.lanes, kNanOrInfinity)));
@@ -216,7 +194,6 @@ struct Vec<float> {
     _mm_storeu_ps(target, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
   }
   ZEXPERT_INLINE float largest() const { return _mm512_reduce_max_ps(lanes); }
-  ZEXPERT_INLINE float smallest() const { return _mm512_reduce_min_ps(lanes); }
 };
 
 #elif defined(ZEXPERT_ISA_AVX2)
@@ -278,10 +255,6 @@ struct Vec<float> {
   static ZEXPERT_INLINE Mask bits(__m256 comparison) { return static_cast<Mask>(_mm256_movemask_ps(comparison)); }
   static ZEXPERT_INLINE Mask greater_equal(Vec a, Vec b) { return bits(_mm256_cmp_ps(a.lanes, b.lanes, _CMP_GE_OQ)); }
   static ZEXPERT_INLINE Mask greater(Vec a, Vec b) { return bits(_mm256_cmp_ps(a.lanes, b.lanes, _CMP_GT_OQ)); }
-  static ZEXPERT_INLINE Vec count_greater(Vec count, Vec a, Vec b) {
-    const __m256 is_greater = _mm256_cmp_ps(a.lanes, b.lanes, _CMP_GT_OQ);
-    return {_mm256_add_ps(count.lanes, _mm256_and_ps(is_greater, _mm256_set1_ps(1.0F)))};
-  }
   static ZEXPERT_INLINE Mask is_finite(Vec a) {
     return bits(_mm256_cmp_ps(_mm256_sub_ps(a.lanes, a.lanes), _mm256_setzero_ps(), _CMP_EQ_OQ));
   }
@@ -304,11 +277,6 @@ struct Vec<float> {
     half = _mm_max_ps(half, _mm_movehl_ps(half, half));
     return _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half)));
   }
-  ZEXPERT_INLINE float smallest() const {
-    __m128 half = _mm_min_ps(_mm256_castps256_ps128(lanes), _mm256_extractf128_ps(lanes, 1));
-    half = _mm_min_ps(half, _mm_movehl_ps(half, half));
-    return _mm_cvtss_f32(_mm_min_ss(half, _mm_movehdup_ps(half)));
-  }
 };
 
 #endif
@@ -320,12 +288,11 @@ ZEXPERT_INLINE Vec<double> exp(Vec<double> x) {
 }
 ZEXPERT_INLINE Vec<double> exp_up_to_130(Vec<double> x) { return exp(x); }
 
-#if defined(ZEXPERT_ISA_AVX512) || defined(ZEXPERT_ISA_AVX2)
 /// x * 2^n for an integral n within [-300, 300].
 ZEXPERT_INLINE Vec<float> scale_by_power_of_two(Vec<float> x, Vec<float> n) {
 #if defined(ZEXPERT_ISA_AVX512)
   return {_mm512_scalef_ps(x.lanes, n.lanes)};
-#else
+#elif defined(ZEXPERT_ISA_AVX2)
   // Two factors, so that results below 2^-126 and up to 2^128 are reached without leaving the exponent's range.
   const __m256i exponent = _mm256_cvtps_epi32(n.lanes);
   const __m256i first = _mm256_srai_epi32(exponent, 1);
@@ -333,6 +300,16 @@ ZEXPERT_INLINE Vec<float> scale_by_power_of_two(Vec<float> x, Vec<float> n) {
   const __m256i one = _mm256_set1_epi32(127);
   const Vec<float> first_factor{_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(first, one), 23))};
   const Vec<float> second_factor{_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(second, one), 23))};
+  return (x * first_factor) * second_factor;
+#else
+  using Lanes = Vec<float>::Lanes;
+  using Bits = Vec<float>::Bits;
+  const Lanes ones = Vec<float>::broadcast(12582912.0F).lanes;  // 1.5 * 2^23, where a float's last bit counts ones
+  const Bits exponent = reinterpret_cast<Bits>(n.lanes + ones) - reinterpret_cast<Bits>(ones);
+  const Bits first = exponent >> 1;
+  const Bits second = exponent - first;
+  const Vec<float> first_factor{reinterpret_cast<Lanes>((first + 127) << 23)};
+  const Vec<float> second_factor{reinterpret_cast<Lanes>((second + 127) << 23)};
   return (x * first_factor) * second_factor;
 #endif
 }
@@ -359,13 +336,6 @@ ZEXPERT_INLINE Vec<float> exp_up_to_130(Vec<float> x) {
   return scale_by_power_of_two(p, n);
 }
 ZEXPERT_INLINE Vec<float> exp(Vec<float> x) { return exp_up_to_130(Vec<float>::min(Vec<float>::broadcast(130.0F), x)); }
-#else
-ZEXPERT_INLINE Vec<float> exp(Vec<float> x) {
-  for (int64_t i = 0; i < Vec<float>::kWidth; ++i) x.lanes[i] = std::exp(x.lanes[i]);
-  return x;
-}
-ZEXPERT_INLINE Vec<float> exp_up_to_130(Vec<float> x) { return exp(x); }
-#endif
 
 /// 1 / (1 + exp(-x)).
 template <typename T>
@@ -377,13 +347,13 @@ ZEXPERT_INLINE Vec<T> sigmoid(Vec<T> x) {
 /// x, rounded where it stands: compilers may otherwise fuse a product into the sum that takes it.
 template <typename T>
 ZEXPERT_INLINE Vec<T> unfused(Vec<T> x) {
-#if defined(ZEXPERT_ISA_AVX512) || defined(ZEXPERT_ISA_AVX2)
-  if constexpr (std::is_same_v<T, float>) {
-    __asm__("" : "+v"(x.lanes));
-    return x;
-  }
+#if defined(__x86_64__)
+  __asm__("" : "+v"(x.lanes));
+#elif defined(__aarch64__)
+  __asm__("" : "+w"(x.lanes));
+#else
+  __asm__("" : "+m"(x.lanes));
 #endif
-  for (int64_t i = 0; i < Vec<T>::kWidth; ++i) __asm__("" : "+m"(x.lanes[i]));
   return x;
 }
 

@@ -13,8 +13,8 @@ class TorchLoopExperts(MoEExperts):
     hidden_states, the weights and topk_weights. Sums in float32 (float64 for float64), expert by expert, and rounds
     once.
 
-    The loop reads the segments' bounds on the host, one synchronisation per call. A graph cannot hold that, so under
-    torch.compile every expert runs over every token and the result is masked: the same values at a multiple of the work.
+    The loop reads the segments' bounds on the host, one synchronisation per call. A graph cannot hold that: under
+    torch.compile every expert runs over every token and the result is masked, the same values for R / K times the work.
     """
 
     def __init__(self) -> None:
@@ -31,7 +31,7 @@ class TorchLoopExperts(MoEExperts):
         top_k = routing.topk_ids.size(1)
         weights = routing.topk_weights.flatten()
         out = torch.zeros(hidden_states.size(), dtype=weights.dtype, device=hidden_states.device)
-        bounds: list[int] = plan.expert_offsets.tolist()
+        bounds: list[int] = plan.expert_offsets.to(torch.int64).tolist()
         for expert in range(w13_weight.size(0)):
             begin, end = bounds[expert], bounds[expert + 1]
             if begin < end:

@@ -109,8 +109,9 @@ class BaseRouter(FusedMoERouter):
         """See FusedMoERouter.select_experts; topk_ids are physical experts where an expert map is set.
 
         Raises:
-            ValueError: if hidden_states or router_logits is not two-dimensional, they differ in tokens, the logits
-                are not floating point or not as wide as the router has experts, or the bias is on another device.
+            ValueError: if hidden_states or router_logits is not two-dimensional, they differ in tokens or device, the
+                logits are not floating point or not as wide as the router has experts, or the bias is on another
+                device.
         """
         self._check_inputs(hidden_states, router_logits)
         routing = self._compute_routing(hidden_states, router_logits)
@@ -127,6 +128,11 @@ class BaseRouter(FusedMoERouter):
         raise NotImplementedError
 
     def _check_inputs(self, hidden_states: Tensor, router_logits: Tensor) -> None:
+        if hidden_states.device != router_logits.device:
+            raise ValueError(
+                f"hidden_states must be on the device of router_logits ({router_logits.device}), "
+                f"got {hidden_states.device}"
+            )
         bias = self.e_score_correction_bias
         if bias is not None and bias.device != router_logits.device:
             raise ValueError(

@@ -54,9 +54,7 @@ class CustomRoutingRouter(BaseRouter):
         indices_dtype: torch.dtype = torch.int32,
     ) -> None:
         if not callable(custom_routing_function):
-            raise ValueError(
-                f"custom_routing_function must be callable, got {type(custom_routing_function).__name__}"
-            )
+            raise ValueError(f"custom_routing_function must be callable, got {type(custom_routing_function).__name__}")
         spec = RoutingSpec(
             top_k=top_k,
             num_real_experts=num_real_experts,

@@ -36,8 +36,7 @@ class MoERunnerBase(MoERunner):
             )
         if hidden_states.size(-1) != w13_weight.size(2):
             raise ValueError(
-                f"hidden_states must have the weights' hidden size ({w13_weight.size(2)}), "
-                f"got {hidden_states.size(-1)}"
+                f"hidden_states must have the weights' hidden size ({w13_weight.size(2)}), got {hidden_states.size(-1)}"
             )
         routing = self.router.select_experts(hidden_states, router_logits)
         weight_dtype = torch.float64 if hidden_states.dtype == torch.float64 else torch.float32

@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from zexpert.runner.moe_runner import MoERunner
 from zexpert.telemetry import RoutingStats, is_distributed, moe_runners
 
 
@@ -57,6 +56,19 @@ class BiasController:
         """
         raise NotImplementedError
 
+    def check_layer(self, e_score_correction_bias: Tensor, expert_load: Tensor, top_k: int) -> None:
+        """Raises ValueError unless update_bias can update the bias from the load."""
+        if e_score_correction_bias.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                "e_score_correction_bias must be float32 or float64, which small updates do not vanish in, got "
+                f"{e_score_correction_bias.dtype}"
+            )
+        if expert_load.dim() != 1 or not 1 <= expert_load.numel() <= e_score_correction_bias.numel():
+            raise ValueError(
+                f"expert_load must have one entry per real expert, at most {e_score_correction_bias.numel()}, "
+                f"got shape {list(expert_load.shape)}"
+            )
+
     @torch.no_grad()
     def update_bias(
         self, e_score_correction_bias: Tensor, expert_load: Tensor, num_tokens: Tensor | int, top_k: int
@@ -72,21 +84,11 @@ class BiasController:
         Raises:
             ValueError: if the bias is of a dtype that rounds small steps away, or shorter than the load.
         """
-        if e_score_correction_bias.dtype not in (torch.float32, torch.float64):
-            raise ValueError(
-                "e_score_correction_bias must be float32 or float64, which small updates do not vanish in, got "
-                f"{e_score_correction_bias.dtype}"
-            )
-        num_real_experts = expert_load.numel()
-        if expert_load.dim() != 1 or num_real_experts > e_score_correction_bias.numel():
-            raise ValueError(
-                f"expert_load must have one entry per real expert, at most {e_score_correction_bias.numel()}, "
-                f"got shape {list(expert_load.shape)}"
-            )
+        self.check_layer(e_score_correction_bias, expert_load, top_k)
         tokens = torch.as_tensor(num_tokens, dtype=torch.float64, device=expert_load.device)
         change = self.bias_change(expert_load.double(), tokens.clamp(min=1.0), top_k)
         change = torch.where(tokens > 0, change, torch.zeros_like(change))
-        e_score_correction_bias[:num_real_experts].add_(change.to(e_score_correction_bias))
+        e_score_correction_bias[: expert_load.numel()].add_(change.to(e_score_correction_bias))
 
     @torch.no_grad()
     def update(
@@ -106,13 +108,14 @@ class BiasController:
             ValueError: if no layer is tracked, a tracked layer has no bias, or its bias does not fit (update_bias).
         """
         layers = controlled_layers(model)
-        counts = torch.cat([torch.cat((stats.expert_load, stats.num_tokens[None])) for _, stats in layers.values()])
+        for bias, stats in layers:
+            self.check_layer(bias, stats.expert_load, stats.top_k)
+        device = layers[0][0].device
+        counts = torch.cat([torch.cat((stats.expert_load, stats.num_tokens[None])).to(device) for _, stats in layers])
         if is_distributed():
             dist.all_reduce(counts, group=process_group)
-        sizes = [stats.num_experts + 1 for _, stats in layers.values()]
-        for (runner, stats), count in zip(layers.values(), counts.split(sizes), strict=True):
-            router: Any = runner.router
-            bias: Tensor = router.e_score_correction_bias
+        sizes = [stats.num_experts + 1 for _, stats in layers]
+        for (bias, stats), count in zip(layers, counts.split(sizes), strict=True):
             self.update_bias(bias, count[:-1].to(bias.device), count[-1].to(bias.device), stats.top_k)
             if reset_stats:
                 stats.reset()
@@ -168,9 +171,12 @@ class LongCatBiasController(BiasController):
             raise ValueError(f"target_ffn_experts must be finite and above 0, got {value}")
         self._target_ffn_experts = float(value)
 
-    def bias_change(self, expert_load: Tensor, num_tokens: Tensor, top_k: int) -> Tensor:
+    def check_layer(self, e_score_correction_bias: Tensor, expert_load: Tensor, top_k: int) -> None:
+        super().check_layer(e_score_correction_bias, expert_load, top_k)
         if self.target_ffn_experts > top_k:
             raise ValueError(f"target_ffn_experts must be at most top_k ({top_k}), got {self.target_ffn_experts}")
+
+    def bias_change(self, expert_load: Tensor, num_tokens: Tensor, top_k: int) -> Tensor:
         wanted = self.target_ffn_experts / (top_k * expert_load.numel())
         return self.update_rate * (wanted - expert_load / (top_k * num_tokens))
 
@@ -197,10 +203,10 @@ class SignBiasController(BiasController):
         return self.update_rate * torch.sign(expert_load.mean() - expert_load)
 
 
-def controlled_layers(model: nn.Module) -> dict[str, tuple[MoERunner, RoutingStats]]:
-    """The tracked layers of `model` by name; ValueError if there is none, or one whose router has no bias of its own
-    or counts physical experts."""
-    layers = {}
+def controlled_layers(model: nn.Module) -> list[tuple[Tensor, RoutingStats]]:
+    """Selection bias and stats of the tracked layers of `model`; ValueError if there is none, or one whose router has
+    no bias or whose stats count physical experts."""
+    layers = []
     for name, runner in moe_runners(model).items():
         stats = runner.routing_stats
         if not isinstance(stats, RoutingStats):
@@ -213,7 +219,7 @@ def controlled_layers(model: nn.Module) -> dict[str, tuple[MoERunner, RoutingSta
                 f"layer {name!r} must count the load of its {router.num_real_experts} logical experts, got "
                 f"{stats.num_experts} physical ones of an expert map"
             )
-        layers[name] = (runner, stats)
+        layers.append((router.e_score_correction_bias, stats))
     if not layers:
         raise ValueError("model must have a layer with routing stats (zexpert.telemetry.track_routing), got none")
     return layers

@@ -6,8 +6,6 @@ moe_plan's expert_offsets, so no loss looks at the choice itself.
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -65,9 +63,7 @@ def group_loss(
     if not 0 < target_ffn_experts < top_k:
         raise ValueError(f"target_ffn_experts must lie between 0 and top_k ({top_k}), got {target_ffn_experts}")
     if num_groups < 1 or num_real_experts % num_groups:
-        raise ValueError(
-            f"num_groups must divide the number of real experts ({num_real_experts}), got {num_groups}"
-        )
+        raise ValueError(f"num_groups must divide the number of real experts ({num_real_experts}), got {num_groups}")
     load, tokens = reduced_counts(expert_load, num_tokens, all_reduce, process_group)
     probabilities = mean_probabilities(router_logits, scoring_func)
 

@@ -1,0 +1,169 @@
+"""LongCat-Flash's mixture of experts (arXiv 2509.01322): identity experts, a selection bias, a router in float32."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zexpert.layer import FusedMoE
+from zexpert.models.checkpoint import CheckpointBlock, config_value, rename, rename_experts, require_silu
+from zexpert.models.float32_linear import Float32Linear
+
+
+@dataclass(frozen=True)
+class LongcatFlashConfig:
+    """Sizes of one LongcatFlashMoE; names and defaults are those of the published configuration.
+
+    Attributes:
+        hidden_size: H.
+        expert_ffn_hidden_size: F, of one expert.
+        n_routed_experts: R, real experts.
+        zero_expert_num: zero experts; 0 for none.
+        zero_expert_type: what they do, "identity" in all published models.
+        moe_topk: K, experts per token, zero experts included.
+        routed_scaling_factor: factor on every weight.
+        norm_topk_prob: divide a token's weights by their sum.
+    """
+
+    hidden_size: int = 6144
+    expert_ffn_hidden_size: int = 2048
+    n_routed_experts: int = 512
+    zero_expert_num: int = 256
+    zero_expert_type: str = "identity"
+    moe_topk: int = 12
+    routed_scaling_factor: float = 6.0
+    norm_topk_prob: bool = False
+
+    @property
+    def num_experts(self) -> int:
+        """N, the width of the router's logits."""
+        return self.n_routed_experts + self.zero_expert_num
+
+    @staticmethod
+    def from_hf(config: object) -> "LongcatFlashConfig":
+        """From transformers' LongcatFlashConfig, or a config.json as a mapping.
+
+        Raises:
+            ValueError: if an entry is missing, or asks for what the block does not have.
+        """
+        require_silu(config)
+        if config_value(config, "router_bias", False):
+            raise ValueError("router_bias must be false: no published model has one, and transformers ignores it")
+        return LongcatFlashConfig(
+            hidden_size=config_value(config, "hidden_size"),
+            expert_ffn_hidden_size=config_value(config, "expert_ffn_hidden_size"),
+            n_routed_experts=config_value(config, "n_routed_experts"),
+            zero_expert_num=config_value(config, "zero_expert_num", 0),
+            zero_expert_type=config_value(config, "zero_expert_type", "identity"),
+            moe_topk=config_value(config, "moe_topk"),
+            routed_scaling_factor=float(config_value(config, "routed_scaling_factor")),
+            norm_topk_prob=bool(config_value(config, "norm_topk_prob", False)),
+        )
+
+
+class LongcatFlashRouter(nn.Module):
+    """The classifier: logits in float32 whatever the dtype of hidden_states (float64 for float64).
+
+    The selection bias, "router.e_score_correction_bias" in checkpoints, belongs to the experts layer's router.
+    """
+
+    def __init__(self, hidden_size: int, num_experts: int, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        self.classifier = Float32Linear(hidden_size, num_experts, device)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """hidden_states [..., H] -> router_logits [..., N]."""
+        router_logits: Tensor = self.classifier(hidden_states)
+        return router_logits
+
+
+class LongcatFlashMoE(CheckpointBlock):
+    """The MoE block of a LongCat-Flash decoder layer, in place of transformers' LongcatFlashMoE:
+
+        out = sum_k w_k * FFN_k(x) + (sum of the identity experts' w) * x,      w = scale * softmax(x @ classifier.T)
+
+    for the K experts of largest softmax + bias. transformers adds the terms one by one in the dtype of x; here they are
+    added in float32 and rounded once.
+
+    load_state_dict takes this block's own state dict and, under the same prefix, a checkpoint's names:
+
+        router.classifier.weight [N, H], router.e_score_correction_bias [N]
+        experts.gate_up_proj [R or N, 2F, H] and experts.down_proj [R or N, H, F], or
+        experts.{i}.gate_proj.weight, experts.{i}.up_proj.weight and experts.{i}.down_proj.weight
+
+    So a whole model whose `mlp` modules are this block loads a whole Hugging Face state dict.
+
+    Args:
+        config: the sizes.
+        params_dtype: dtype of the experts, and so of hidden_states; None for torch's default dtype. The classifier and
+            the selection bias are float32.
+        chunk_size, experts_backend, device: see FusedMoE.
+
+    Raises:
+        ValueError: if a size is out of range.
+    """
+
+    __jit_unused_properties__ = ["e_score_correction_bias"]  # noqa: RUF012
+    __jit_ignored_attributes__ = ["config", "e_score_correction_bias"]  # noqa: RUF012
+
+    def __init__(
+        self,
+        config: LongcatFlashConfig,
+        *,
+        params_dtype: torch.dtype | None = None,
+        chunk_size: int | None = None,
+        experts_backend: str = "auto",
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        has_zero_experts = config.zero_expert_num > 0
+        self.router = LongcatFlashRouter(config.hidden_size, config.num_experts, device)
+        self.experts = FusedMoE(
+            config.n_routed_experts,
+            config.moe_topk,
+            config.hidden_size,
+            config.expert_ffn_hidden_size,
+            zero_expert_type=config.zero_expert_type if has_zero_experts else None,
+            zero_expert_num=config.zero_expert_num if has_zero_experts else None,
+            e_score_correction_bias=torch.zeros(config.num_experts, dtype=torch.float32, device=device),
+            scoring_func="softmax",
+            renormalize=config.norm_topk_prob,
+            routed_scaling_factor=config.routed_scaling_factor,
+            params_dtype=params_dtype,
+            chunk_size=chunk_size,
+            experts_backend=experts_backend,
+            device=device,
+        )
+
+    @property
+    def e_score_correction_bias(self) -> Tensor:
+        """[N], the selection bias that routing reads: what a controller updates."""
+        bias = self.experts.e_score_correction_bias
+        assert bias is not None
+        return bias
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """hidden_states [..., H] of the experts' dtype -> [..., H]."""
+        out: Tensor = self.experts(hidden_states, self.router(hidden_states))
+        return out
+
+    def rename_checkpoint(self, state_dict: dict[str, Any], prefix: str, error_msgs: list[str]) -> None:
+        config = self.config
+        rename(state_dict, prefix, {"router.e_score_correction_bias": "experts.runner.router.e_score_correction_bias"})
+        rename_experts(state_dict, prefix + "experts.", config.n_routed_experts, config.num_experts, error_msgs)
+
+    def checkpoint_state_dict(self) -> dict[str, Tensor]:
+        """The weights under a checkpoint's names, in transformers' layout: experts.gate_up_proj has N expert rows, of
+        which those past the real experts are zero. Loads into transformers' LongcatFlashMoE.
+        """
+        w13_weight = self.experts.w13_weight.detach()
+        gate_up_proj = w13_weight.new_zeros(self.config.num_experts, *w13_weight.shape[1:])
+        gate_up_proj[: self.config.n_routed_experts] = w13_weight
+        return {
+            "router.classifier.weight": self.router.classifier.weight.detach(),
+            "router.e_score_correction_bias": self.e_score_correction_bias.detach(),
+            "experts.gate_up_proj": gate_up_proj,
+            "experts.down_proj": self.experts.w2_weight.detach(),
+        }

@@ -1,0 +1,225 @@
+"""MoE++'s mixture of experts (arXiv 2410.07348): zero, copy and constant experts, gating residuals."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zexpert.layer import FusedMoE
+from zexpert.models.checkpoint import CheckpointBlock, config_value, rename, rename_experts, require_silu
+from zexpert.models.float32_linear import Float32Linear
+
+
+@dataclass(frozen=True)
+class MoEPlusPlusConfig:
+    """Sizes and switches of one MoEPlusPlusBlock. The defaults are the published 7B model's (16 FFN + 4 others).
+
+    Attributes:
+        hidden_size: H.
+        intermediate_size: F, of one expert.
+        num_ffn_experts: R, real experts.
+        num_constant_experts: experts that return a1 * x + a2 * v, [a1, a2] = softmax(x @ Wc.T).
+        num_copy_experts: experts that return x.
+        num_zero_experts: experts that return 0.
+        top_k: K.
+        gating_residual: add the previous layer's logits, through a matrix, to this layer's.
+        two_layer_gate: logits from tanh(x @ W1.T) @ W2.T, W1 [8N, H], instead of x @ W.T.
+        logits_std: None, or: softmax takes each token's logits divided by their standard deviation over the experts
+            and times this. The residual takes them as they are.
+        drop_before_renormalize: weights of zero experts become 0 before the K weights are divided by their sum.
+        scale_input_by_top_k: the experts get K * x.
+    """
+
+    hidden_size: int = 1536
+    intermediate_size: int = 4096
+    num_ffn_experts: int = 16
+    num_constant_experts: int = 2
+    num_copy_experts: int = 1
+    num_zero_experts: int = 1
+    top_k: int = 2
+    gating_residual: bool = True
+    two_layer_gate: bool = False
+    logits_std: float | None = 1.0
+    drop_before_renormalize: bool = True
+    scale_input_by_top_k: bool = False
+
+    @property
+    def num_experts(self) -> int:
+        """N, the width of the logits."""
+        return self.num_ffn_experts + self.num_constant_experts + self.num_copy_experts + self.num_zero_experts
+
+    @staticmethod
+    def from_hf(config: object) -> "MoEPlusPlusConfig":
+        """From the configuration in the published code, or its config.json as a mapping. That code fixes two constant
+        experts, one copy and one zero expert, and two experts per token.
+
+        Raises:
+            ValueError: if an entry is missing, or asks for what the block does not have.
+        """
+        require_silu(config)
+        num_experts = config_value(config, "num_experts")[0]
+        plain_topk = bool(config_value(config, "moe_use_mixtral_gating", False))
+        normed = bool(config_value(config, "moe_use_logits_norm", False))
+        unscaled = plain_topk or bool(config_value(config, "moe_feature_no_mul_topk", False))
+        return MoEPlusPlusConfig(
+            hidden_size=config_value(config, "hidden_size"),
+            intermediate_size=config_value(config, "intermediate_size"),
+            num_ffn_experts=num_experts - 4,
+            two_layer_gate=bool(config_value(config, "moe_2layer_gate", True)),
+            logits_std=float(config_value(config, "moe_gate_norm_std", 1.0)) if normed else None,
+            drop_before_renormalize=not plain_topk,
+            scale_input_by_top_k=not unscaled,
+        )
+
+
+class MoEPlusPlusGate(nn.Module):
+    """Logits in float32 (float64 for float64 hidden_states): G(x) = wg(x) + gate_map(G of the previous layer).
+
+    Columns are ordered as FusedMoE's, [FFN | copy | constant | zero].
+    """
+
+    def __init__(self, config: MoEPlusPlusConfig, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        size, num_experts = config.hidden_size, config.num_experts
+        self.wg: nn.Module
+        if config.two_layer_gate:
+            self.wg = nn.Sequential(
+                Float32Linear(size, 8 * num_experts, device),
+                nn.Tanh(),
+                Float32Linear(8 * num_experts, num_experts, device),
+            )
+        else:
+            self.wg = Float32Linear(size, num_experts, device)
+        self.gate_map: nn.Module | None = None
+        if config.gating_residual:
+            self.gate_map = Float32Linear(num_experts, num_experts, device)
+
+    def forward(self, hidden_states: Tensor, previous_logits: Tensor | None = None) -> Tensor:
+        """hidden_states [..., H], previous_logits [..., N] or None in the first layer -> logits [..., N]."""
+        logits: Tensor = self.wg(hidden_states)
+        if self.gate_map is not None:
+            if previous_logits is not None:
+                logits = logits + self.gate_map(previous_logits)
+        return logits
+
+
+class MoEPlusPlusBlock(CheckpointBlock):
+    """The MoE block of an MoE++ decoder layer:
+
+        out = sum_k w_k * E_k(x),    w = p_k / sum of the chosen p, the zero experts' p counting 0,
+        p = softmax(G(x)), the K largest; E is a feed-forward network, x, a1 * x + a2 * v, or 0.
+
+    forward gives the logits too, for the next layer's gating residual:
+
+        out, logits = blocks[0](x)
+        out, logits = blocks[1](x, logits)
+
+    load_state_dict takes this block's own state dict and, under the same prefix, the published code's names
+    ("moe.gate.wg.weight" or "moe.gate.wg.{0,2}.weight", "moe.gate.gate_map.weight", "moe.experts.experts.{i}.*"). Its
+    experts are ordered [FFN | constant | copy | zero]: rows of the gate, and columns too of the residual's matrix, are
+    permuted to FusedMoE's order. Without gating_residual the first layer's unused "gate_map" is left out.
+
+    Args:
+        config: sizes and switches.
+        params_dtype: dtype of the experts, and so of hidden_states; None for torch's default dtype. Gates are float32.
+        chunk_size, experts_backend, device: see FusedMoE.
+
+    Raises:
+        ValueError: if a size is out of range.
+    """
+
+    __jit_ignored_attributes__ = ["config"]  # noqa: RUF012
+
+    def __init__(
+        self,
+        config: MoEPlusPlusConfig,
+        *,
+        params_dtype: torch.dtype | None = None,
+        chunk_size: int | None = None,
+        experts_backend: str = "auto",
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.logits_std = config.logits_std
+        self.input_scale = float(config.top_k) if config.scale_input_by_top_k else 1.0
+        zero_experts = {
+            "identity": config.num_copy_experts,
+            "constant": config.num_constant_experts,
+            "drop": config.num_zero_experts,
+        }
+        self.gate = MoEPlusPlusGate(config, device)
+        self.experts = FusedMoE(
+            config.num_ffn_experts,
+            config.top_k,
+            config.hidden_size,
+            config.intermediate_size,
+            zero_expert_type=zero_experts if any(zero_experts.values()) else None,
+            scoring_func="softmax",
+            renormalize=True,
+            drop_before_renormalize=config.drop_before_renormalize,
+            params_dtype=params_dtype,
+            chunk_size=chunk_size,
+            experts_backend=experts_backend,
+            device=device,
+        )
+
+    def forward(self, hidden_states: Tensor, previous_logits: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The block's output and its logits.
+
+        Args:
+            hidden_states: [..., H], of the experts' dtype.
+            previous_logits: [..., N], what the previous MoE++ block returned; None in the first.
+
+        Returns:
+            [..., H] in the dtype of hidden_states, and logits [..., N] in float32 (float64 for float64).
+        """
+        logits: Tensor = self.gate(hidden_states, previous_logits)
+        routed_logits = logits
+        logits_std = self.logits_std
+        if logits_std is not None:
+            routed_logits = logits / (logits.std(dim=-1, keepdim=True) / logits_std)
+        if self.input_scale != 1.0:
+            hidden_states = hidden_states * self.input_scale
+        return self.experts(hidden_states, routed_logits), logits
+
+    def rename_checkpoint(self, state_dict: dict[str, Any], prefix: str, error_msgs: list[str]) -> None:
+        config = self.config
+        if not any(key.startswith(prefix + "moe.") for key in state_dict):
+            return
+        order = expert_order(config)
+        gate = prefix + "moe.gate."
+        if not config.gating_residual:
+            state_dict.pop(gate + "gate_map.weight", None)
+        for name in ("wg.2.weight" if config.two_layer_gate else "wg.weight", "gate_map.weight"):
+            weight = state_dict.get(gate + name)
+            if weight is None:
+                continue
+            is_map = name == "gate_map.weight"
+            columns = len(order) if is_map else weight.size(-1)
+            if weight.shape != (len(order), columns):
+                error_msgs.append(f"{gate}{name} must have shape {[len(order), columns]}, got {list(weight.shape)}")
+                return
+            state_dict[gate + name] = weight[order][:, order] if is_map else weight[order]
+
+        rename(state_dict, prefix, {"moe.gate.": "gate.", "moe.experts.experts.": "experts."})
+        rename_experts(state_dict, prefix + "experts.", config.num_ffn_experts, config.num_experts, error_msgs)
+        indices = range(config.num_ffn_experts, config.num_ffn_experts + config.num_constant_experts)
+        for ours, theirs in (("constant_gate_weight", "wg.weight"), ("constant_vectors", "constant")):
+            names = [f"{prefix}experts.{index}.{theirs}" for index in indices]
+            if names and all(name in state_dict for name in names):
+                state_dict[f"{prefix}experts.{ours}"] = torch.stack([state_dict.pop(name) for name in names])
+
+
+def expert_order(config: MoEPlusPlusConfig) -> list[int]:
+    """For every column of FusedMoE's order, [FFN | copy | constant | zero], the expert of the published order,
+    [FFN | constant | copy | zero]."""
+    first_copy = config.num_ffn_experts + config.num_constant_experts
+    first_zero = first_copy + config.num_copy_experts
+    return [
+        *range(config.num_ffn_experts),
+        *range(first_copy, first_zero),
+        *range(config.num_ffn_experts, first_copy),
+        *range(first_zero, config.num_experts),
+    ]

@@ -1,0 +1,296 @@
+"""ZEDA (arXiv 2605.18643): experts with output zero, added to trained models of the Qwen3 and the GLM-4.7 kind."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from zexpert.layer import FusedMoE
+from zexpert.models.checkpoint import CheckpointBlock, config_value, rename, rename_experts, require_silu
+from zexpert.models.float32_linear import Float32Linear
+
+
+@dataclass(frozen=True)
+class ZedaQwen3Config:
+    """Sizes of one ZedaQwen3MoE; names and defaults are those of Qwen3-30B-A3B with ZEDA's 64 zero experts.
+
+    Attributes:
+        hidden_size: H.
+        moe_intermediate_size: F, of one expert.
+        num_experts: R, real experts.
+        num_zero_experts: experts with output 0.
+        num_experts_per_tok: K.
+        norm_topk_prob: divide a token's weights by their sum, zero experts' weights included.
+    """
+
+    hidden_size: int = 2048
+    moe_intermediate_size: int = 768
+    num_experts: int = 128
+    num_zero_experts: int = 64
+    num_experts_per_tok: int = 8
+    norm_topk_prob: bool = True
+
+    @staticmethod
+    def from_hf(config: object) -> "ZedaQwen3Config":
+        """From the configuration of a Qwen3 MoE model, as an object or a mapping; ZEDA's "zce_nums" count the zero
+        experts, and without them there are none.
+
+        Raises:
+            ValueError: if an entry is missing, or asks for what the block does not have.
+        """
+        require_silu(config)
+        return ZedaQwen3Config(
+            hidden_size=config_value(config, "hidden_size"),
+            moe_intermediate_size=config_value(config, "moe_intermediate_size"),
+            num_experts=config_value(config, "num_experts"),
+            num_zero_experts=count_zero_experts(config),
+            num_experts_per_tok=config_value(config, "num_experts_per_tok"),
+            norm_topk_prob=bool(config_value(config, "norm_topk_prob", False)),
+        )
+
+
+@dataclass(frozen=True)
+class ZedaGlm4Config:
+    """Sizes of one ZedaGlm4MoE; names and defaults are those of GLM-4.7-Flash with ZEDA's 32 zero experts.
+
+    Attributes:
+        hidden_size: H.
+        moe_intermediate_size: F, of one expert.
+        n_routed_experts: R, real experts.
+        num_zero_experts: experts with output 0.
+        num_experts_per_tok: K.
+        n_shared_experts: the shared expert's intermediate size is this times F; 0 for no shared expert.
+        n_group, topk_group: the real experts form n_group groups, of which a token chooses within the topk_group best.
+        routed_scaling_factor: factor on every weight.
+        norm_topk_prob: divide a token's weights by their sum, zero experts' weights included.
+    """
+
+    hidden_size: int = 2048
+    moe_intermediate_size: int = 1536
+    n_routed_experts: int = 64
+    num_zero_experts: int = 32
+    num_experts_per_tok: int = 4
+    n_shared_experts: int = 1
+    n_group: int = 1
+    topk_group: int = 1
+    routed_scaling_factor: float = 1.8
+    norm_topk_prob: bool = True
+
+    @staticmethod
+    def from_hf(config: object) -> "ZedaGlm4Config":
+        """From the configuration of a GLM-4 MoE model; see ZedaQwen3Config.from_hf."""
+        require_silu(config)
+        return ZedaGlm4Config(
+            hidden_size=config_value(config, "hidden_size"),
+            moe_intermediate_size=config_value(config, "moe_intermediate_size"),
+            n_routed_experts=config_value(config, "n_routed_experts"),
+            num_zero_experts=count_zero_experts(config),
+            num_experts_per_tok=config_value(config, "num_experts_per_tok"),
+            n_shared_experts=config_value(config, "n_shared_experts", 0),
+            n_group=config_value(config, "n_group", 1),
+            topk_group=config_value(config, "topk_group", 1),
+            routed_scaling_factor=float(config_value(config, "routed_scaling_factor", 1.0)),
+            norm_topk_prob=bool(config_value(config, "norm_topk_prob", True)),
+        )
+
+
+def count_zero_experts(config: object) -> int:
+    """The number of zero experts in ZEDA's "zce_nums"; ValueError if "zce_types" names another kind than "zero"."""
+    types = config_value(config, "zce_types", [])
+    if any(kind != "zero" for kind in types):
+        raise ValueError(f'zce_types must be "zero" for every entry, got {list(types)}')
+    return sum(config_value(config, "zce_nums", []))
+
+
+class ZedaQwen3MoE(CheckpointBlock):
+    """Qwen3's MoE block with zero-output experts: softmax over all experts, no bias, the K weights divided by their
+    sum, zero experts' included. Logits are in the experts' dtype, as in the model.
+
+        out = sum over the chosen real experts of p_k / (sum of the K chosen p) * FFN_k(x)
+
+    load_state_dict takes this block's own state dict and, under the same prefix, a checkpoint's names: "gate.weight"
+    [N, H], and "experts.{i}.gate_proj.weight" ... or "experts.gate_up_proj" and "experts.down_proj".
+
+    Args:
+        config: the sizes.
+        params_dtype: dtype of all parameters, and so of hidden_states; None for torch's default dtype.
+        chunk_size, experts_backend, device: see FusedMoE.
+
+    Raises:
+        ValueError: if a size is out of range.
+    """
+
+    __jit_ignored_attributes__ = ["config"]  # noqa: RUF012
+
+    def __init__(
+        self,
+        config: ZedaQwen3Config,
+        *,
+        params_dtype: torch.dtype | None = None,
+        chunk_size: int | None = None,
+        experts_backend: str = "auto",
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        num_experts = config.num_experts + config.num_zero_experts
+        self.gate = nn.Linear(config.hidden_size, num_experts, bias=False, dtype=params_dtype, device=device)
+        self.experts = FusedMoE(
+            config.num_experts,
+            config.num_experts_per_tok,
+            config.hidden_size,
+            config.moe_intermediate_size,
+            zero_expert_type="drop" if config.num_zero_experts else None,
+            zero_expert_num=config.num_zero_experts or None,
+            scoring_func="softmax",
+            renormalize=config.norm_topk_prob,
+            params_dtype=params_dtype,
+            chunk_size=chunk_size,
+            experts_backend=experts_backend,
+            device=device,
+        )
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """hidden_states [..., H] -> [..., H]."""
+        out: Tensor = self.experts(hidden_states, self.gate(hidden_states))
+        return out
+
+    def rename_checkpoint(self, state_dict: dict[str, Any], prefix: str, error_msgs: list[str]) -> None:
+        config = self.config
+        num_experts = config.num_experts + config.num_zero_experts
+        rename_experts(state_dict, prefix + "experts.", config.num_experts, num_experts, error_msgs)
+
+
+class GatedMLP(nn.Module):
+    """down_proj(silu(gate_proj(x)) * up_proj(x)): the shared expert."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False, dtype=dtype, device=device)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False, dtype=dtype, device=device)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False, dtype=dtype, device=device)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """hidden_states [..., H] -> [..., H]."""
+        out: Tensor = self.down_proj(F.silu(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+        return out
+
+
+class ZedaGlm4MoE(CheckpointBlock):
+    """GLM-4's MoE block with zero-output experts: sigmoid scores, a selection bias, groups, a shared expert.
+
+        out = sum over the chosen real experts of scale * s_k / (sum of the K chosen s) * FFN_k(x) + shared(x)
+
+    The groups are of real experts, and zero experts are always eligible; ZEDA's code lets groups run over both kinds,
+    which is the same for the n_group = 1 of its model.
+
+    load_state_dict takes this block's own state dict and, under the same prefix, a checkpoint's names: "gate.weight"
+    [N, H], "gate.e_score_correction_bias" [N], "shared_experts.*", and "experts.{i}.gate_proj.weight" ... or
+    "experts.gate_up_proj" and "experts.down_proj".
+
+    Args:
+        config: the sizes.
+        params_dtype: dtype of the experts, and so of hidden_states; None for torch's default dtype. The gate and the
+            selection bias are float32.
+        chunk_size, experts_backend, device: see FusedMoE.
+
+    Raises:
+        ValueError: if a size is out of range.
+    """
+
+    __jit_unused_properties__ = ["e_score_correction_bias"]  # noqa: RUF012
+    __jit_ignored_attributes__ = ["config", "e_score_correction_bias"]  # noqa: RUF012
+
+    def __init__(
+        self,
+        config: ZedaGlm4Config,
+        *,
+        params_dtype: torch.dtype | None = None,
+        chunk_size: int | None = None,
+        experts_backend: str = "auto",
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        num_experts = config.n_routed_experts + config.num_zero_experts
+        self.gate = Float32Linear(config.hidden_size, num_experts, device)
+        shared_experts = None
+        if config.n_shared_experts > 0:
+            shared_size = config.n_shared_experts * config.moe_intermediate_size
+            shared_experts = GatedMLP(config.hidden_size, shared_size, params_dtype, device)
+        self.experts = FusedMoE(
+            config.n_routed_experts,
+            config.num_experts_per_tok,
+            config.hidden_size,
+            config.moe_intermediate_size,
+            zero_expert_type="drop" if config.num_zero_experts else None,
+            zero_expert_num=config.num_zero_experts or None,
+            e_score_correction_bias=torch.zeros(num_experts, dtype=torch.float32, device=device),
+            scoring_func="sigmoid",
+            renormalize=config.norm_topk_prob,
+            routed_scaling_factor=config.routed_scaling_factor,
+            use_grouped_topk=config.n_group > 1,
+            num_expert_group=config.n_group,
+            topk_group=config.topk_group,
+            params_dtype=params_dtype,
+            shared_experts=shared_experts,
+            chunk_size=chunk_size,
+            experts_backend=experts_backend,
+            device=device,
+        )
+
+    @property
+    def e_score_correction_bias(self) -> Tensor:
+        """[N], the selection bias that routing reads."""
+        bias = self.experts.e_score_correction_bias
+        assert bias is not None
+        return bias
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """hidden_states [..., H] -> [..., H]."""
+        out: Tensor = self.experts(hidden_states, self.gate(hidden_states))
+        return out
+
+    def rename_checkpoint(self, state_dict: dict[str, Any], prefix: str, error_msgs: list[str]) -> None:
+        config = self.config
+        names = {"gate.e_score_correction_bias": "experts.runner.router.e_score_correction_bias"}
+        if config.n_shared_experts > 0:
+            names["shared_experts."] = "experts.runner.shared_experts."
+        rename(state_dict, prefix, names)
+        num_experts = config.n_routed_experts + config.num_zero_experts
+        rename_experts(state_dict, prefix + "experts.", config.n_routed_experts, num_experts, error_msgs)
+
+
+def extend_router(parameter: Tensor, num_zero_experts: int, generator: torch.Generator | None = None) -> Tensor:
+    """The router of a trained model with rows for zero experts, ready to be adapted: ZEDA's injection.
+
+    New rows are drawn from a normal distribution with the mean and the standard deviation of the trained rows, entry by
+    entry, so that zero experts start as likely as any other.
+
+    Args:
+        parameter: [R, H] gate weight, or [R] selection bias; R at least 2.
+        num_zero_experts: rows to add.
+        generator: for the draw, on the device of `parameter`.
+
+    Returns:
+        [R + num_zero_experts, H] or [R + num_zero_experts], a new tensor whose first R rows are `parameter`'s.
+
+    Raises:
+        ValueError: if there are fewer than two trained rows, or num_zero_experts is negative.
+    """
+    if parameter.dim() < 1 or parameter.size(0) < 2:
+        raise ValueError(f"parameter must have a row per trained expert, 2 or more, got shape {list(parameter.shape)}")
+    if num_zero_experts < 0:
+        raise ValueError(f"num_zero_experts must not be negative, got {num_zero_experts}")
+    trained = parameter.detach()
+    std, mean = torch.std_mean(trained.float(), dim=0)
+    noise = torch.randn(num_zero_experts, *trained.shape[1:], generator=generator, device=trained.device)
+    return torch.cat((trained, (noise * std + mean).to(trained.dtype)))

@@ -1,0 +1,6 @@
+"""What training with zero experts needs beside gradients: controllers of the selection bias, and auxiliary losses."""
+
+from zexpert.training.bias_controllers import BiasController, LongCatBiasController, SignBiasController
+from zexpert.training.losses import group_loss, switch_loss
+
+__all__ = ["BiasController", "LongCatBiasController", "SignBiasController", "group_loss", "switch_loss"]

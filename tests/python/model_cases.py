@@ -1,0 +1,44 @@
+"""What the tests of model blocks share: the parts of a mixture of experts written out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+#: What one expert does with one token, [H] -> [H].
+Expert = Callable[[Tensor], Tensor]
+
+
+def ffn_expert(gate: Tensor, up: Tensor, down: Tensor) -> Expert:
+    """A feed-forward expert in the dtype of the token it is given."""
+
+    def expert(x: Tensor) -> Tensor:
+        hidden = torch.nn.functional.silu(gate.to(x.dtype) @ x) * (up.to(x.dtype) @ x)
+        return down.to(x.dtype) @ hidden
+
+    return expert
+
+
+def stacked_experts(gate_up: Tensor, down: Tensor) -> list[Expert]:
+    """Experts from gate_up [R, 2F, H], gate rows first, and down [R, H, F]."""
+    return [ffn_expert(*both.chunk(2), last) for both, last in zip(gate_up, down, strict=True)]
+
+
+def mixture(x: Tensor, weights: Tensor, choices: Tensor, experts: list[Expert]) -> Tensor:
+    """[T, H]: each token's sum over its chosen experts, slot by slot, in the dtype of x."""
+    out = torch.zeros_like(x)
+    for t in range(x.shape[0]):
+        for weight, choice in zip(weights[t], choices[t].tolist(), strict=True):
+            out[t] += weight.to(x.dtype) * experts[choice](x[t])
+    return out
+
+
+def clear_rows(keys: Tensor, top_k: int, gap: float = 1e-5) -> Tensor:
+    """[T] bool: the K-th and the next key are too far apart for rounding to change who is chosen. A random case that
+    is mostly unclear tests nothing."""
+    largest = keys.double().topk(top_k + 1, dim=-1).values
+    clear = largest[:, top_k - 1] - largest[:, top_k] > gap
+    assert clear.double().mean() > 0.75
+    return clear
