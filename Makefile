@@ -63,7 +63,7 @@ lint: $(TOOLS) ## check format, style and types (ruff, mypy --strict, clang-form
 
 .PHONY: format
 format: $(TOOLS) ## format the code as lint wants it
-	ruff check --fix .
+	ruff check --fix-only .
 	ruff format .
 	clang-format -i $(CXX_FILES)
 

@@ -188,11 +188,14 @@ def environment() -> dict[str, Any]:
 
 
 class OtherLoad:
-    """How much of the machine's processor time went to others while a block ran, between 0 and 1.
+    """How much of the benchmark's processors others used while a block ran, between 0 and 1.
 
-    Processes beside the benchmark, and the host's other guests (steal). Times from a busy machine mean little. 0 where
-    the system does not tell.
+    Others are the processes beside the benchmark and the host's other guests (steal). They may use the processors that
+    the benchmark's threads leave idle. Times from a busy machine mean little. 0 where the system does not tell.
     """
+
+    def __init__(self, num_threads: int | None = None) -> None:
+        self.num_threads = torch.get_num_threads() if num_threads is None else num_threads
 
     def __enter__(self) -> OtherLoad:
         self.share = 0.0
@@ -201,8 +204,11 @@ class OtherLoad:
 
     def __exit__(self, *_: object) -> None:
         wall, busy, own = (end - start for end, start in zip(self._sample(), self._start, strict=True))
+        cores = os.cpu_count() or 1
+        threads = min(self.num_threads, cores)
         if wall > 0 and busy > 0:
-            self.share = min(max((busy - own) / (wall * (os.cpu_count() or 1)), 0.0), 1.0)
+            others = (busy - own) / wall - (cores - threads)
+            self.share = min(max(others / threads, 0.0), 1.0)
 
     @staticmethod
     def _sample() -> tuple[float, float, float]:
@@ -227,8 +233,10 @@ class Target:
     over: str
     at_least: float
 
-    def verdict(self, speedup: float) -> str:
-        return f"{'met' if speedup >= self.at_least else 'missed'} (>= {self.at_least:g}x {self.over})"
+    def verdict(self, speedup: float, ceiling: float) -> str:
+        """`ceiling` is the speed-up that the floor itself would have."""
+        met = "met" if speedup >= self.at_least else "missed"
+        return f"{met} (>= {self.at_least:g}x {self.over}; the floor is {ceiling:.2f}x)"
 
 
 @dataclass
@@ -254,6 +262,7 @@ class CaseResult:
             target = asdict(self.target) | {"reached": reached, "met": reached >= self.target.at_least}
         return {
             "case": self.case,
+            "subject": self.subject,
             "floor_s": self.floor,
             "timings_s": {name: asdict(timing) for name, timing in self.timings.items()},
             "share_of_floor": {name: self.floor / timing.median for name, timing in self.timings.items()},
@@ -297,7 +306,8 @@ def print_case(result: CaseResult) -> None:
     print(f"\n{result.case}; floor {format_seconds(result.floor)}")
     print(format_table(["contender", "median", "quartiles", result.subject + " is", "of floor", "max error"], rows))
     if result.target is not None and result.target.over in result.timings:
-        print(f"target {result.target.verdict(result.speedup(result.target.over))}")
+        ceiling = result.timings[result.target.over].median / result.floor
+        print(f"target {result.target.verdict(result.speedup(result.target.over), ceiling)}")
     if result.other_load > MOST_OTHER_LOAD:
         print(
             f"others used {100 * result.other_load:.0f}% of the processors meanwhile: measure again on a quiet machine"

@@ -48,6 +48,34 @@ void apply_groups(const RoutingSpec& spec, T* keys, T* group_scores, int32_t* gr
   }
 }
 
+/// A row's choice; the experts chosen are beside it.
+template <typename T>
+struct Choice {
+  int64_t count;  ///< of experts chosen
+  T factor;       ///< expert i's score is workspace.scores[i] * factor
+};
+
+/// Fills `chosen`, kMaxTopK long, in the order of the slots.
+template <typename Logit, typename T>
+ZEXPERT_INLINE Choice<T> choose(const SharedByRows<T>& shared, int64_t token, const Workspace<T>& workspace,
+                                int32_t* chosen) {
+  const BiasedTopKParams& params = shared.params;
+  const RoutingSpec& spec = params.spec;
+  T* scores = workspace.scores.get();
+  T* keys = workspace.keys.get();
+  const auto* logits = static_cast<const Logit*>(params.logits);
+  const Logit* row = logits + token * params.logits_row_stride;
+  const Logit* next_row = logits + std::min(token + 1, params.num_tokens - 1) * params.logits_row_stride;
+
+  const T factor = load_scores(shared, row, next_row, scores);
+  make_keys(scores, factor, shared.bias, shared.padded_experts, keys);
+  if (spec.topk_group < spec.num_expert_group) {
+    apply_groups(spec, keys, workspace.group_scores.get(), workspace.group_order.get());
+  }
+  const int64_t count = select_top_k(keys, shared.padded_experts, spec.top_k, workspace.candidates.get(), chosen);
+  return {count, factor};
+}
+
 /// Divides the weights by their sum, in slot order; a sum of 0 leaves weights 0.
 template <typename T>
 void renormalize(T* weights, int64_t count) {
@@ -105,22 +133,10 @@ void write_weights(const BiasedTopKParams& params, int64_t token, const int32_t*
 template <typename Logit, typename T>
 void route_token(const SharedByRows<T>& shared, int64_t token, const Workspace<T>& workspace) {
   const BiasedTopKParams& params = shared.params;
-  const RoutingSpec& spec = params.spec;
-  T* scores = workspace.scores.get();
-  T* keys = workspace.keys.get();
-  const auto* logits = static_cast<const Logit*>(params.logits);
-  const Logit* row = logits + token * params.logits_row_stride;
-  const Logit* next_row = logits + std::min(token + 1, params.num_tokens - 1) * params.logits_row_stride;
-
-  const T factor = load_scores(shared, row, next_row, scores);
-  make_keys(scores, factor, shared.bias, shared.padded_experts, keys);
-  if (spec.topk_group < spec.num_expert_group) {
-    apply_groups(spec, keys, workspace.group_scores.get(), workspace.group_order.get());
-  }
   int32_t chosen[kMaxTopK];
   T weights[kMaxTopK];
-  const int64_t count = select_top_k(keys, shared.padded_experts, spec.top_k, workspace.candidates.get(), chosen);
-  weigh(spec, scores, factor, chosen, count, weights);
+  const auto [count, factor] = choose<Logit>(shared, token, workspace, chosen);
+  weigh(params.spec, workspace.scores.get(), factor, chosen, count, weights);
   if (params.ids_type == ScalarType::kInt64) {
     write_weights<T, int64_t>(params, token, chosen, count, weights);
   } else {

@@ -37,16 +37,23 @@ T load_logits(const Logit* row, int64_t num_experts, int64_t padded_experts, T* 
   return V::max(V::max(largest[0], largest[1]), V::max(largest[2], largest[3])).largest();
 }
 
-/// Puts transform(logits) in place of logits, and asks for the next row's logits meanwhile: the arithmetic of this pass
-/// hides the time they take to come.
+/// Puts transform(logits, sum) in place of logits, and asks for the next row's logits meanwhile: the arithmetic of this
+/// pass hides the time they take to come. What transform adds to the sums it is given is returned.
 template <typename T, typename Logit, typename Transform>
-ZEXPERT_INLINE void transform_in_place(T* logits, int64_t padded_experts, const Logit* next_row,
-                                       const Transform& transform) {
+ZEXPERT_INLINE T transform_in_place(T* logits, int64_t padded_experts, const Logit* next_row,
+                                    const Transform& transform) {
   using V = Vec<T>;
-  for (int64_t i = 0; i < padded_experts; i += V::kWidth) {
-    __builtin_prefetch(next_row + i);
-    transform(V::load(logits + i)).store(logits + i);
+  // Four sums of a quarter each: the rounding errors of one grow with the number of its terms.
+  V sums[4] = {V::zero(), V::zero(), V::zero(), V::zero()};
+  static_assert(kBlock % (4 * V::kWidth) == 0, "rows are padded to whole blocks");
+  for (int64_t i = 0; i < padded_experts; i += 4 * V::kWidth) {
+    for (int64_t j = 0; j < 4; ++j) {
+      const int64_t at = i + j * V::kWidth;
+      __builtin_prefetch(next_row + at);
+      transform(V::load(logits + at), sums[j]).store(logits + at);
+    }
   }
+  return ((sums[0] + sums[1]) + (sums[2] + sums[3])).sum();
 }
 
 /// Fills `scores` and returns their common factor: expert i's score is scores[i] * factor.
@@ -57,19 +64,18 @@ T load_scores(const SharedByRows<T>& shared, const Logit* row, const Logit* next
   const V largest = V::broadcast(load_logits(row, shared.params.spec.num_experts, padded_experts, scores));
   switch (shared.params.spec.scoring_func) {
     case ScoringFunc::kSoftmax: {
-      V sum = V::zero();
-      transform_in_place(scores, padded_experts, next_row, [&](V logits) {
+      const T sum = transform_in_place(scores, padded_experts, next_row, [&](V logits, V& partial_sum) {
         const V e = exp_up_to_130(logits - largest);
-        sum = sum + V::max(e, V::zero());  // a masked expert's NaN counts as 0
+        partial_sum = partial_sum + V::max(e, V::zero());  // a masked expert's NaN counts as 0
         return e;
       });
-      return T(1) / sum.sum();
+      return T(1) / sum;
     }
     case ScoringFunc::kSigmoid:
-      transform_in_place(scores, padded_experts, next_row, [](V logits) { return sigmoid(logits); });
+      transform_in_place(scores, padded_experts, next_row, [](V logits, V&) { return sigmoid(logits); });
       break;
     case ScoringFunc::kSqrtSoftplus:
-      transform_in_place(scores, padded_experts, next_row, [](V logits) { return V::sqrt(softplus(logits)); });
+      transform_in_place(scores, padded_experts, next_row, [](V logits, V&) { return V::sqrt(softplus(logits)); });
       break;
   }
   return T(1);

@@ -1,21 +1,21 @@
 #include "zexpert/grouped_mlp.h"
 
 #include <atomic>
-#include <memory>
 #include <vector>
 
+#include "cpu/aligned_array.h"
 #include "zexpert/error.h"
 #include "zexpert/parallel.h"
 
 namespace zexpert {
 namespace {
 
-/// An expert with rows to compute here.
+/// An expert whose rows are computed here.
 struct Segment {
   int64_t expert;
   int64_t first_row;
   int64_t num_rows;
-  int64_t first_activation_row;  ///< activations of the segments lie packed one after another
+  int64_t first_packed_row;  ///< the segments' rows lie packed one after another
 };
 
 void check_offsets(const GroupedMlpParams& params) {
@@ -31,13 +31,13 @@ void check_offsets(const GroupedMlpParams& params) {
 
 std::vector<Segment> find_segments(const GroupedMlpParams& params) {
   std::vector<Segment> segments;
-  int64_t activation_rows = 0;
+  int64_t packed_rows = 0;
   for (int64_t expert = 0; expert < params.num_experts; ++expert) {
     const int64_t first_row = params.expert_offsets[expert];
     const int64_t num_rows = params.expert_offsets[expert + 1] - first_row;
     if (num_rows >= 1 && num_rows <= params.max_rows) {
-      segments.push_back({expert, first_row, num_rows, activation_rows});
-      activation_rows += num_rows;
+      segments.push_back({expert, first_row, num_rows, packed_rows});
+      packed_rows += num_rows;
     }
   }
   return segments;

@@ -10,8 +10,8 @@
 namespace zexpert {
 namespace {
 
-/// A block of slots worth a thread. Blocks are cut by the input's size alone; the sort is stable, so that where they are
-/// cut shows in no result.
+/// A block of slots worth a thread. Blocks are cut by the input's size alone; the sort is stable, so that where they
+/// are cut shows in no result.
 constexpr int64_t kBlockSlots = 16384;
 constexpr int64_t kMaxBlocks = 64;
 

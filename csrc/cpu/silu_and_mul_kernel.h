@@ -1,11 +1,5 @@
 // Compiled once per instruction set by silu_and_mul.cpp through for_each_isa.h.
 
-/// x / (1 + exp(-x)): PyTorch's formula, NaN for -inf included.
-template <typename T>
-ZEXPERT_INLINE Vec<T> silu(Vec<T> x) {
-  return x / (Vec<T>::broadcast(T(1)) + exp(Vec<T>::zero() - x));
-}
-
 template <typename T>
 void silu_and_mul(const SiluAndMulParams& params) {
   using V = Vec<accumulate_t<T>>;

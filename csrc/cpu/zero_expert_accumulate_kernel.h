@@ -15,7 +15,8 @@ ZEXPERT_INLINE void scale_row(const T* source, accumulate_t<T> weight, T* target
   if (i < size) {
     V value = scale * V::load_partial(source + i, size - i, 0);
     if constexpr (kAccumulate) {
-      value = V::multiply_add(scale, V::load_partial(source + i, size - i, 0), V::load_partial(target + i, size - i, 0));
+      value =
+          V::multiply_add(scale, V::load_partial(source + i, size - i, 0), V::load_partial(target + i, size - i, 0));
     }
     value.store_partial(target + i, size - i);
   }

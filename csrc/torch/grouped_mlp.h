@@ -1,5 +1,7 @@
-// grouped_mlp for tensors on any device: checks, output, parameters.
+// grouped_mlp and grouped_mlp_with_gate_up for tensors on any device: checks, outputs, parameters.
 #pragma once
+
+#include <tuple>
 
 #include "torch/checks.h"
 #include "torch/tensor.h"
@@ -7,10 +9,8 @@
 
 HIDDEN_NAMESPACE_BEGIN(zexpert, ops)
 
-/// Calls launch(params, out) unless there is nothing to compute; `out` gives the launch dtype and device for scratch.
-template <typename Launch>
-Tensor grouped_mlp(const Tensor& rows, const Tensor& expert_offsets, const Tensor& w13_weight, const Tensor& w2_weight,
-                   const Launch& launch) {
+inline void check_grouped_mlp(const Tensor& rows, const Tensor& expert_offsets, const Tensor& w13_weight,
+                              const Tensor& w2_weight) {
   check_device(expert_offsets, "expert_offsets", rows, "rows");
   check_device(w13_weight, "w13_weight", rows, "rows");
   check_device(w2_weight, "w2_weight", rows, "rows");
@@ -30,31 +30,67 @@ Tensor grouped_mlp(const Tensor& rows, const Tensor& expert_offsets, const Tenso
               "[experts, 2 * intermediate_size, hidden_size]");
   check_shape(w2_weight, "w2_weight", {num_experts, hidden_size, intermediate_size},
               "[experts, hidden_size, intermediate_size]");
+}
 
-  const Tensor out = empty({rows.size(0), hidden_size}, rows.scalar_type(), rows);
-  if (out.numel() > 0) {
-    const Tensor inputs = with_unit_inner_stride(rows);
-    const Tensor offsets = as_contiguous(expert_offsets);
-    const Tensor w13 = with_contiguous_matrices(w13_weight);
-    const Tensor w2 = with_contiguous_matrices(w2_weight);
-    GroupedMlpParams params;
-    params.rows = inputs.const_data_ptr();
-    params.expert_offsets = offsets.const_data_ptr<int32_t>();
-    params.w13_weight = w13.const_data_ptr();
-    params.w2_weight = w2.const_data_ptr();
-    params.out = out.mutable_data_ptr();
+/// Checked arguments in the layout that kernels take, and parameters that point at them and lack the output.
+struct GroupedMlpInputs {
+  GroupedMlpInputs(const Tensor& rows_arg, const Tensor& offsets_arg, const Tensor& w13_arg, const Tensor& w2_arg)
+      : rows(with_unit_inner_stride(rows_arg)),
+        expert_offsets(as_contiguous(offsets_arg)),
+        w13_weight(with_contiguous_matrices(w13_arg)),
+        w2_weight(with_contiguous_matrices(w2_arg)) {
+    params.rows = rows.const_data_ptr();
+    params.expert_offsets = expert_offsets.const_data_ptr<int32_t>();
+    params.w13_weight = w13_weight.const_data_ptr();
+    params.w2_weight = w2_weight.const_data_ptr();
     params.data_type = element_type(rows);
     params.num_rows = rows.size(0);
-    params.num_experts = num_experts;
-    params.hidden_size = hidden_size;
-    params.intermediate_size = intermediate_size;
-    params.rows_row_stride = inputs.stride(0);
-    params.out_row_stride = out.stride(0);
-    params.w13_expert_stride = w13.stride(0);
-    params.w2_expert_stride = w2.stride(0);
-    launch(params, out);
+    params.num_experts = w13_weight.size(0);
+    params.hidden_size = rows.size(1);
+    params.intermediate_size = w2_weight.size(2);
+    params.rows_row_stride = rows.stride(0);
+    params.w13_expert_stride = w13_weight.stride(0);
+    params.w2_expert_stride = w2_weight.stride(0);
+  }
+
+  Tensor rows;
+  Tensor expert_offsets;
+  Tensor w13_weight;
+  Tensor w2_weight;
+  GroupedMlpParams params;
+};
+
+/// Calls launch(params, out) unless there is nothing to compute; `out` gives the launch dtype and device for scratch.
+template <typename Launch>
+Tensor grouped_mlp(const Tensor& rows, const Tensor& expert_offsets, const Tensor& w13_weight, const Tensor& w2_weight,
+                   const Launch& launch) {
+  check_grouped_mlp(rows, expert_offsets, w13_weight, w2_weight);
+  const Tensor out = empty({rows.size(0), rows.size(1)}, rows.scalar_type(), rows);
+  if (out.numel() > 0) {
+    GroupedMlpInputs inputs(rows, expert_offsets, w13_weight, w2_weight);
+    inputs.params.out = out.mutable_data_ptr();
+    inputs.params.out_row_stride = out.stride(0);
+    launch(inputs.params, out);
   }
   return out;
+}
+
+/// Calls launch(params, gate_up) unless there are no rows; returns (out, gate_up), gate_up [rows, 2 *
+/// intermediate_size] being what the activation is taken of.
+template <typename Launch>
+std::tuple<Tensor, Tensor> grouped_mlp_with_gate_up(const Tensor& rows, const Tensor& expert_offsets,
+                                                    const Tensor& w13_weight, const Tensor& w2_weight,
+                                                    const Launch& launch) {
+  check_grouped_mlp(rows, expert_offsets, w13_weight, w2_weight);
+  const Tensor out = empty({rows.size(0), rows.size(1)}, rows.scalar_type(), rows);
+  const Tensor gate_up = empty({rows.size(0), w13_weight.size(1)}, rows.scalar_type(), rows);
+  if (rows.size(0) > 0) {
+    GroupedMlpInputs inputs(rows, expert_offsets, w13_weight, w2_weight);
+    inputs.params.out = out.mutable_data_ptr();
+    inputs.params.out_row_stride = out.stride(0);
+    launch(inputs.params, gate_up);
+  }
+  return {out, gate_up};
 }
 
 HIDDEN_NAMESPACE_END(zexpert, ops)

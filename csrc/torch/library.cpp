@@ -31,6 +31,32 @@ STABLE_TORCH_LIBRARY(zexpert, m) {
   m.def("silu_and_mul(Tensor gate_up, Tensor? expert_offsets=None) -> Tensor");
   m.def("grouped_mlp(Tensor rows, Tensor expert_offsets, Tensor w13_weight, Tensor w2_weight) -> Tensor");
   m.def(
-      "moe_finalize(Tensor rows, Tensor slot_rows, Tensor topk_weights, Tensor hidden_states, Tensor zero_weight, *, "
+      "moe_finalize(Tensor rows, Tensor slot_rows, Tensor topk_weights, Tensor hidden_states, Tensor zero_weight, "
       "Tensor? residual=None, Tensor? constant_weight=None, Tensor? constant_vectors=None) -> Tensor");
+
+  // Training
+  m.def(
+      "biased_topk_backward(Tensor grad_topk_weights, Tensor grad_zero_weight, Tensor grad_constant_weight, "
+      "Tensor logits, Tensor? bias, int top_k, *, int num_real_experts, int? num_identity_experts=None, "
+      "int num_constant_experts=0, str scoring_func=\"softmax\", bool renormalize=False, "
+      "bool drop_before_renormalize=False, float routed_scaling_factor=1.0, int num_expert_group=1, "
+      "int topk_group=1) -> Tensor grad_logits");
+  m.def(
+      "zero_expert_accumulate_backward(Tensor grad_out, Tensor hidden_states, Tensor zero_weight) "
+      "-> (Tensor grad_hidden_states, Tensor grad_zero_weight)");
+  m.def(
+      "moe_permute_backward(Tensor grad_rows, Tensor row_slots, Tensor expert_offsets, SymInt num_tokens, int top_k) "
+      "-> Tensor grad_hidden_states");
+  m.def("silu_and_mul_backward(Tensor grad_out, Tensor gate_up, Tensor? expert_offsets=None) -> Tensor grad_gate_up");
+  m.def(
+      "grouped_mlp_with_gate_up(Tensor rows, Tensor expert_offsets, Tensor w13_weight, Tensor w2_weight) "
+      "-> (Tensor out, Tensor gate_up)");
+  m.def(
+      "grouped_mlp_backward(Tensor grad_out, Tensor rows, Tensor expert_offsets, Tensor w13_weight, "
+      "Tensor w2_weight, Tensor? gate_up, *, bool needs_rows=True, bool needs_w13_weight=True, "
+      "bool needs_w2_weight=True) -> (Tensor grad_rows, Tensor grad_w13_weight, Tensor grad_w2_weight)");
+  m.def(
+      "moe_finalize_backward(Tensor grad_out, Tensor rows, Tensor slot_rows, Tensor topk_weights, "
+      "Tensor hidden_states, Tensor zero_weight) -> (Tensor grad_rows, Tensor grad_topk_weights, "
+      "Tensor grad_hidden_states, Tensor grad_zero_weight)");
 }

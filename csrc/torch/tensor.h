@@ -13,6 +13,7 @@
 #include <string>
 #include <utility>
 
+#include "torch/huge_pages.h"
 #include "zexpert/scalar_types.h"
 
 HIDDEN_NAMESPACE_BEGIN(zexpert, ops)
@@ -144,9 +145,22 @@ inline Tensor unaliased(const Tensor& input, const Tensor& out) {
 
 // Allocation
 
-/// An uninitialised dense tensor on the device of `like`.
+/// An uninitialised dense tensor on the device of `like`; on the CPU, a large one in huge pages.
 inline Tensor empty(std::initializer_list<int64_t> sizes, DType dtype, const Tensor& like) {
-  return torch::stable::new_empty(like, sizes, dtype);
+  Tensor tensor = torch::stable::new_empty(like, sizes, dtype);
+  if (tensor.device().type() == torch::headeronly::DeviceType::CPU) {
+    advise_huge_pages(tensor.mutable_data_ptr(), tensor.numel() * static_cast<int64_t>(tensor.element_size()));
+  }
+  return tensor;
+}
+
+/// Sets the rows (indices of the first dimension) `first` .. first + count - 1 to 0.
+inline void zero_rows(const Tensor& tensor, int64_t first, int64_t count) {
+  if (count > 0 && tensor.numel() > 0) {
+    Tensor all = tensor;
+    Tensor rows = torch::stable::narrow(all, 0, first, count);
+    torch::stable::zero_(rows);
+  }
 }
 
 HIDDEN_NAMESPACE_END(zexpert, ops)

@@ -111,7 +111,7 @@ TYPED_TEST_SUITE(GroupedMlp, FloatingTypes);
 TYPED_TEST(GroupedMlp, EverySize) {
   Random random;
   // Hidden and inner sizes around a vector, a block of channels and a block of depth.
-  const std::vector<std::pair<int64_t, int64_t>> sizes = {{1, 1},  {7, 3},    {16, 16},  {33, 65},
+  const std::vector<std::pair<int64_t, int64_t>> sizes = {{1, 1},    {7, 3},     {16, 16},   {33, 65},
                                                           {200, 70}, {257, 130}, {1024, 40}, {40, 1030}};
   for (const auto& [hidden, inner] : sizes) {
     Call<TypeParam> call(random, {0, 1, 2, 0, 3, 7, 0}, hidden, inner);

@@ -33,8 +33,8 @@ Plan sorted_plan(const std::vector<Id>& topk_ids, int64_t num_experts) {
   const auto id = [&](int32_t slot) { return topk_ids[static_cast<size_t>(slot)]; };
   std::stable_sort(plan.row_slots.begin(), plan.row_slots.end(), [&](int32_t a, int32_t b) { return id(a) < id(b); });
   for (int64_t expert = 0; expert <= num_experts; ++expert) {
-    plan.expert_offsets.push_back(static_cast<int32_t>(std::count_if(
-        plan.row_slots.begin(), plan.row_slots.end(), [&](int32_t slot) { return id(slot) < expert; })));
+    plan.expert_offsets.push_back(static_cast<int32_t>(
+        std::count_if(plan.row_slots.begin(), plan.row_slots.end(), [&](int32_t slot) { return id(slot) < expert; })));
   }
   plan.slot_rows.assign(topk_ids.size(), -1);
   for (size_t row = 0; row < plan.row_slots.size(); ++row) {
@@ -110,8 +110,8 @@ TYPED_TEST(MoePlan, LargeInputsOnAnyNumberOfThreads) {
       const Plan plan = make_plan(topk_ids, num_experts);
       EXPECT_TRUE(plan.row_slots == expected.row_slots && plan.slot_rows == expected.slot_rows)
           << num_experts << " experts, " << threads << " threads";
-      EXPECT_TRUE(std::equal(expected.expert_offsets.begin(), expected.expert_offsets.end(),
-                             plan.expert_offsets.begin()));
+      EXPECT_TRUE(
+          std::equal(expected.expert_offsets.begin(), expected.expert_offsets.end(), plan.expert_offsets.begin()));
     }
   }
 }
@@ -135,8 +135,7 @@ TYPED_TEST(MoePlan, RefusesIdsOutOfRangeAndWritesNothing) {
       params.slot_rows = plan.slot_rows.data();
       params.num_slots = num_slots;
       params.num_experts = 512;
-      EXPECT_EQ(error_of([&] { moe_plan_cpu(params); }),
-                "topk_ids must lie in [-1, 512), got " + std::to_string(bad));
+      EXPECT_EQ(error_of([&] { moe_plan_cpu(params); }), "topk_ids must lie in [-1, 512), got " + std::to_string(bad));
       for (const auto* written : {&plan.expert_offsets, &plan.row_slots, &plan.slot_rows}) {
         EXPECT_EQ(std::count(written->begin(), written->end(), kSentinel), static_cast<int64_t>(written->size()));
       }

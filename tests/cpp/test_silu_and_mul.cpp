@@ -44,7 +44,8 @@ TYPED_TEST(SiluAndMul, EverySize) {
           const double expected =
               silu(static_cast<double>(gate_up.row(r)[f])) * static_cast<double>(gate_up.row(r)[size + f]);
           // The exponential is within two units in the last place, the operations around it within half of one each.
-          EXPECT_TRUE(is_rounded_sum(out.row(r)[f], expected, std::abs(expected), 4)) << "row " << r << ", column " << f;
+          EXPECT_TRUE(is_rounded_sum(out.row(r)[f], expected, std::abs(expected), 4))
+              << "row " << r << ", column " << f;
         }
       }
     }

@@ -50,8 +50,8 @@ TYPED_TEST(ZeroExpertAccumulate, EverySize) {
         EXPECT_TRUE(out.untouched_outside(0, num_tokens));
         for (int64_t t = 0; t < num_tokens; ++t) {
           for (int64_t h = 0; h < hidden_size; ++h) {
-            const double product = static_cast<double>(zero_weight[static_cast<size_t>(t)]) *
-                                   static_cast<double>(hidden_states.row(t)[h]);
+            const double product =
+                static_cast<double>(zero_weight[static_cast<size_t>(t)]) * static_cast<double>(hidden_states.row(t)[h]);
             const double held = accumulate ? static_cast<double>(before.row(t)[h]) : 0;
             EXPECT_TRUE(is_rounded_sum(out.row(t)[h], product + held, std::abs(product) + std::abs(held), 2))
                 << "token " << t << ", column " << h << " of " << hidden_size;

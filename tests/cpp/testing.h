@@ -127,8 +127,8 @@ class Rows {
     const auto* first = bytes_.data();
     for (size_t byte = 0; byte < bytes_.size(); ++byte) {
       const int64_t element = static_cast<int64_t>(byte / sizeof(T)) - static_cast<int64_t>(kOffset);
-      const bool inside = element >= begin * row_stride_ && element < end * row_stride_ &&
-                          element % row_stride_ < row_size_;
+      const bool inside =
+          element >= begin * row_stride_ && element < end * row_stride_ && element % row_stride_ < row_size_;
       if (!inside && first[byte] != kSentinel) {
         return false;
       }
@@ -174,8 +174,8 @@ inline constexpr int64_t kHugeStride = (int64_t{1} << 31) + 1048583;
 
 // ---- Threads --------------------------------------------------------------------------------------------------------
 
-/// While it lives, parallel_for cuts every range into at most `most_ranges` ranges of at least the grain size, each on a
-/// thread of its own, the last one first.
+/// While it lives, parallel_for cuts every range into at most `most_ranges` ranges of at least the grain size, each on
+/// a thread of its own, the last one first.
 class ScopedThreads {
  public:
   explicit ScopedThreads(int64_t most_ranges) {

@@ -112,9 +112,21 @@ def test_wrong_output_fails_the_run(capsys: pytest.CaptureFixture[str]) -> None:
     harness.print_case(result)
     assert harness.finish("name", {}, [result], None) == 1
     out = capsys.readouterr().out
-    assert "target met (>= 2.5x plain)" in out
+    assert "target met (>= 2.5x plain; the floor is 6.00x)" in out
     assert "WRONG OUTPUT: small: zexpert" in out
     assert "others used 50% of the processors" in out
+
+
+def test_report_as_markdown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import markdown_tables
+
+    path = tmp_path / "report.json"
+    harness.finish("name", {}, [case_result(passed=True)], path)
+    assert markdown_tables.main([str(path)]) == 0
+    out = capsys.readouterr().out
+    assert "| case | floor | zexpert | plain | target |" in out
+    assert "| small | 1.00 ms | **2.00 ms** (50%) | 6.00 ms (3.00x) | 2.5x met |" in out
+    assert markdown_tables.main([str(tmp_path / "missing.json")]) == 2
 
 
 def test_other_load_is_a_share() -> None:

@@ -99,7 +99,8 @@ BAD_INPUT = {
     "too many identity experts": ({"num_identity_experts": 3}, r"^num_experts .* must be at least 9, .* got 8$"),
     "too many constant experts": ({"num_constant_experts": 3}, r"^num_experts .* must be at least 9, .* got 8$"),
     "scoring function": ({"scoring_func": "tanh"}, r'^scoring_func must be "softmax", "sigmoid" or .*, got "tanh"$'),
-    "infinite scale": ({"routed_scaling_factor": float("inf")}, r"^routed_scaling_factor must be finite, got inf$"),
+    "infinite scale": ({"routed_scaling_factor": float("inf")}, r"^routed_scaling_factor must be finite.*, got inf$"),
+    "scale beyond float32": ({"routed_scaling_factor": 1e39}, r"^routed_scaling_factor must be finite.*, got 1e\+39$"),
     "groups that do not divide": (
         {"num_expert_group": 4},
         r"^num_expert_group must divide the number of real experts \(6\), got 4$",

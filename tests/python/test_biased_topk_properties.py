@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from testing import assert_equal, assert_routing
+from testing import assert_equal, assert_ids
 from zexpert.ops import biased_topk
 
 # Few values, so that ties and masked entries are frequent; bounded, so that no score underflows.
@@ -73,7 +73,11 @@ def total_weight(result: tuple[Tensor, Tensor, Tensor, Tensor]) -> Tensor:
 
 @given(cases())
 def test_agrees_with_the_reference(case: Case) -> None:
-    assert_routing(case.route(), case.logits, case.bias, case.top_k, share_decided=0.0, **case.routing)
+    """Ids exactly; weights closely, as the error rule needs the plain error of more rows than these."""
+    result = case.route()
+    decided, expected = assert_ids(result[1], case.logits, case.bias, case.top_k, share_decided=0.0, **case.routing)
+    for index in (0, 2, 3):
+        torch.testing.assert_close(result[index][decided].double(), expected[index][decided], rtol=1e-5, atol=1e-30)
 
 
 @given(cases())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -18,6 +19,10 @@ def test_blocks_run_as_one_program(tmp_path: Path) -> None:
     assert shown
     script = tmp_path / "training.py"
     script.write_text("\n".join(program))
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    # Its products are too small to share among threads.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, cwd=tmp_path, timeout=300, env=environment
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout == "".join(shown)

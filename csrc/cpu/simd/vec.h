@@ -103,6 +103,13 @@ struct Vec {
     for (int64_t i = 1; i < kWidth; ++i) total += lanes[i];
     return total;
   }
+  /// target[0..3] = the sums of a, b, c and d, each added up in one order whatever its place among the four.
+  static ZEXPERT_INLINE void sums(Vec a, Vec b, Vec c, Vec d, T* target) {
+    target[0] = a.sum();
+    target[1] = b.sum();
+    target[2] = c.sum();
+    target[3] = d.sum();
+  }
   ZEXPERT_INLINE T largest() const {
     T result = lanes[0];
     for (int64_t i = 1; i < kWidth; ++i) result = lanes[i] > result ? lanes[i] : result;
@@ -342,6 +349,12 @@ template <typename T>
 ZEXPERT_INLINE Vec<T> sigmoid(Vec<T> x) {
   const Vec<T> one = Vec<T>::broadcast(T(1));
   return one / (one + exp(Vec<T>::zero() - x));
+}
+
+/// x / (1 + exp(-x)): PyTorch's formula, so NaN for -inf.
+template <typename T>
+ZEXPERT_INLINE Vec<T> silu(Vec<T> x) {
+  return x / (Vec<T>::broadcast(T(1)) + exp(Vec<T>::zero() - x));
 }
 
 /// x, rounded where it stands: compilers may otherwise fuse a product into the sum that takes it.

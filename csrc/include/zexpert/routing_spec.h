@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <limits>
 
 #include "zexpert/enums.h"
 #include "zexpert/error.h"
@@ -39,8 +40,8 @@ struct RoutingSpec {
                   num_identity_experts);
     ZEXPERT_CHECK(num_constant_experts >= 0, "num_constant_experts must not be negative, got ", num_constant_experts);
     ZEXPERT_CHECK(top_k >= 1 && top_k <= kMaxTopK, "top_k must be between 1 and ", kMaxTopK, ", got ", top_k);
-    ZEXPERT_CHECK(std::isfinite(routed_scaling_factor), "routed_scaling_factor must be finite, got ",
-                  routed_scaling_factor);
+    ZEXPERT_CHECK(std::abs(routed_scaling_factor) <= std::numeric_limits<float>::max(),
+                  "routed_scaling_factor must be finite, got ", routed_scaling_factor);
     ZEXPERT_CHECK(num_expert_group >= 1 && num_real_experts % num_expert_group == 0,
                   "num_expert_group must divide the number of real experts (", num_real_experts, "), got ",
                   num_expert_group);

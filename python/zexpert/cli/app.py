@@ -8,6 +8,7 @@ from typing import Annotated
 import torch
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from zexpert.cli.text import load_text
 
@@ -28,7 +29,7 @@ def main() -> None:
 
 def fail(message: str) -> typer.Exit:
     """Prints a user's mistake in one sentence; raise the result."""
-    Console(stderr=True).print(f"[bold red]error:[/] {message}", highlight=False)
+    Console(stderr=True).print(f"[bold red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
     return typer.Exit(2)
 
 

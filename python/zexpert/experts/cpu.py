@@ -19,5 +19,10 @@ class CpuExperts(MoEExperts):
         """[T * K, H] in the plan's order; rows past the last offset are unspecified."""
         top_k = routing.topk_ids.size(1)
         rows = torch.ops.zexpert.moe_permute(hidden_states, plan.row_slots, plan.expert_offsets, top_k)
+        if torch.is_grad_enabled() and (rows.requires_grad or w13_weight.requires_grad or w2_weight.requires_grad):
+            # The backward reads gate_up instead of computing it again.
+            trained = torch.ops.zexpert.grouped_mlp_with_gate_up(rows, plan.expert_offsets, w13_weight, w2_weight)
+            first: Tensor = trained[0]
+            return first
         output: Tensor = torch.ops.zexpert.grouped_mlp(rows, plan.expert_offsets, w13_weight, w2_weight)
         return output

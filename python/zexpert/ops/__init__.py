@@ -5,7 +5,7 @@ written, for an argument of a wrong device, dtype, shape or range.
 """
 
 from zexpert.ops.biased_topk import biased_topk
-from zexpert.ops.grouped_mlp import grouped_mlp
+from zexpert.ops.grouped_mlp import grouped_mlp, grouped_mlp_with_gate_up
 from zexpert.ops.moe_finalize import moe_finalize
 from zexpert.ops.moe_permute import moe_permute
 from zexpert.ops.moe_plan import moe_plan
@@ -18,6 +18,7 @@ __all__ = [
     "RoutingResult",
     "biased_topk",
     "grouped_mlp",
+    "grouped_mlp_with_gate_up",
     "moe_finalize",
     "moe_permute",
     "moe_plan",

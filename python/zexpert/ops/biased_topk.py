@@ -1,8 +1,11 @@
 """Top-k choice of experts with a selection bias, groups and zero experts."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from zexpert.ops._autograd import Context, register_autograd, register_not_differentiable
 from zexpert.ops._library import check_devices, register_fake, weight_dtype
 from zexpert.ops.types import RoutingResult
 
@@ -58,6 +61,9 @@ def biased_topk(
     Raises:
         RuntimeError: an argument has a wrong device, dtype, shape or value.
 
+    Gradients flow to the logits, through topk_weights, zero_weight and constant_weight: the choice is a constant of the
+    differentiation. The bias has none, and may change between forward and backward.
+
     Sources: selection bias, arXiv 2408.15664; groups, DeepSeek-V3, arXiv 2412.19437; zero experts, MoE++,
     arXiv 2410.07348, and LongCat-Flash, arXiv 2509.01322.
     """
@@ -105,3 +111,60 @@ def _biased_topk_fake(
         logits.new_empty((num_tokens,), dtype=weights),
         logits.new_empty((num_tokens, num_constant_experts), dtype=weights),
     )
+
+
+def _setup_context(
+    ctx: Context, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: tuple[Tensor, ...]
+) -> None:
+    logits, bias, ctx.top_k = inputs
+    # The backward chooses again, and by then a controller may have written to the bias.
+    ctx.save_for_backward(logits, None if bias is None else bias.clone())
+    ctx.keywords = {name: value for name, value in keyword_only_inputs.items() if name != "indices_dtype"}
+
+
+def _backward(
+    ctx: Context,
+    grad_topk_weights: Tensor | None,
+    _grad_topk_ids: None,
+    grad_zero_weight: Tensor | None,
+    grad_constant_weight: Tensor | None,
+) -> tuple[Tensor | None, None, None]:
+    if not ctx.needs_input_grad[0]:
+        return None, None, None
+    logits, bias = ctx.saved_tensors
+    num_tokens, dtype = logits.shape[0], weight_dtype(logits.dtype)
+    if grad_topk_weights is None:
+        grad_topk_weights = logits.new_zeros((num_tokens, ctx.top_k), dtype=dtype)
+    if grad_zero_weight is None:
+        grad_zero_weight = logits.new_zeros((num_tokens,), dtype=dtype)
+    if grad_constant_weight is None:
+        grad_constant_weight = logits.new_zeros((num_tokens, ctx.keywords["num_constant_experts"]), dtype=dtype)
+    grad_logits = torch.ops.zexpert.biased_topk_backward(
+        grad_topk_weights, grad_zero_weight, grad_constant_weight, logits, bias, ctx.top_k, **ctx.keywords
+    )
+    return grad_logits, None, None
+
+
+@register_fake("biased_topk_backward")
+def _biased_topk_backward_fake(
+    grad_topk_weights: Tensor,
+    grad_zero_weight: Tensor,
+    grad_constant_weight: Tensor,
+    logits: Tensor,
+    bias: Tensor | None,
+    top_k: int,
+    **_keywords: Any,
+) -> Tensor:
+    check_devices(
+        "logits",
+        logits,
+        grad_topk_weights=grad_topk_weights,
+        grad_zero_weight=grad_zero_weight,
+        grad_constant_weight=grad_constant_weight,
+        bias=bias,
+    )
+    return logits.new_empty(logits.shape)
+
+
+register_autograd("biased_topk", _setup_context, _backward)
+register_not_differentiable("biased_topk_backward")

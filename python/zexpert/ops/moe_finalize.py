@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from zexpert.ops._autograd import Context, register_autograd, register_not_differentiable
 from zexpert.ops._library import check_devices, register_fake
 
 
@@ -65,7 +66,6 @@ def _moe_finalize_fake(
     topk_weights: Tensor,
     hidden_states: Tensor,
     zero_weight: Tensor,
-    *,
     residual: Tensor | None = None,
     constant_weight: Tensor | None = None,
     constant_vectors: Tensor | None = None,
@@ -82,3 +82,67 @@ def _moe_finalize_fake(
         constant_vectors=constant_vectors,
     )
     return hidden_states.new_empty(hidden_states.shape)
+
+
+def _setup_context(ctx: Context, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    rows, slot_rows, topk_weights, hidden_states, zero_weight, _, constant_weight, constant_vectors = inputs
+    ctx.save_for_backward(rows, slot_rows, topk_weights, hidden_states, zero_weight, constant_weight, constant_vectors)
+
+
+def _backward(ctx: Context, grad_out: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad_out is None:
+        return (None,) * 8
+    *tensors, constant_weight, constant_vectors = ctx.saved_tensors
+    needs = (*ctx.needs_input_grad, False, False, False)  # it stops where the caller left arguments away
+    grad_rows = grad_topk_weights = grad_hidden_states = grad_zero_weight = None
+    if needs[0] or needs[2] or needs[3] or needs[4]:
+        grad_rows, grad_topk_weights, grad_hidden_states, grad_zero_weight = torch.ops.zexpert.moe_finalize_backward(
+            grad_out, *tensors
+        )
+    grad_constant_weight = grad_constant_vectors = None
+    if constant_weight is not None and constant_vectors is not None:
+        wide_grad_out = grad_out.to(constant_weight.dtype)
+        if needs[6]:
+            grad_constant_weight = wide_grad_out @ constant_vectors.to(constant_weight.dtype).T
+        if needs[7]:
+            grad_constant_vectors = (constant_weight.T @ wide_grad_out).to(constant_vectors.dtype)
+    return (
+        grad_rows,
+        None,
+        grad_topk_weights,
+        grad_hidden_states,
+        grad_zero_weight,
+        grad_out if needs[5] else None,
+        grad_constant_weight,
+        grad_constant_vectors,
+    )
+
+
+@register_fake("moe_finalize_backward")
+def _moe_finalize_backward_fake(
+    grad_out: Tensor,
+    rows: Tensor,
+    slot_rows: Tensor,
+    topk_weights: Tensor,
+    hidden_states: Tensor,
+    zero_weight: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    check_devices(
+        "hidden_states",
+        hidden_states,
+        grad_out=grad_out,
+        rows=rows,
+        slot_rows=slot_rows,
+        topk_weights=topk_weights,
+        zero_weight=zero_weight,
+    )
+    return (
+        rows.new_empty(rows.shape),
+        topk_weights.new_empty(topk_weights.shape),
+        hidden_states.new_empty(hidden_states.shape),
+        zero_weight.new_empty(zero_weight.shape),
+    )
+
+
+register_autograd("moe_finalize", _setup_context, _backward)
+register_not_differentiable("moe_finalize_backward")

@@ -1,8 +1,11 @@
 """Token rows copied into the plan's order."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from zexpert.ops._autograd import Context, register_autograd, register_not_differentiable
 from zexpert.ops._library import check_devices, register_fake
 
 
@@ -29,3 +32,31 @@ def moe_permute(hidden_states: Tensor, row_slots: Tensor, expert_offsets: Tensor
 def _moe_permute_fake(hidden_states: Tensor, row_slots: Tensor, expert_offsets: Tensor, top_k: int) -> Tensor:
     check_devices("hidden_states", hidden_states, row_slots=row_slots, expert_offsets=expert_offsets)
     return hidden_states.new_empty((row_slots.shape[0], hidden_states.shape[1]))
+
+
+def _setup_context(ctx: Context, inputs: tuple[Any, ...], output: Tensor) -> None:
+    hidden_states, row_slots, expert_offsets, ctx.top_k = inputs
+    ctx.num_tokens = hidden_states.shape[0]
+    ctx.save_for_backward(row_slots, expert_offsets)
+
+
+def _backward(ctx: Context, grad_rows: Tensor | None) -> tuple[Tensor | None, None, None, None]:
+    if grad_rows is None:
+        return None, None, None, None
+    row_slots, expert_offsets = ctx.saved_tensors
+    grad_hidden_states = torch.ops.zexpert.moe_permute_backward(
+        grad_rows, row_slots, expert_offsets, ctx.num_tokens, ctx.top_k
+    )
+    return grad_hidden_states, None, None, None
+
+
+@register_fake("moe_permute_backward")
+def _moe_permute_backward_fake(
+    grad_rows: Tensor, row_slots: Tensor, expert_offsets: Tensor, num_tokens: int, top_k: int
+) -> Tensor:
+    check_devices("grad_rows", grad_rows, row_slots=row_slots, expert_offsets=expert_offsets)
+    return grad_rows.new_empty((num_tokens, grad_rows.shape[1]))
+
+
+register_autograd("moe_permute", _setup_context, _backward)
+register_not_differentiable("moe_permute_backward")

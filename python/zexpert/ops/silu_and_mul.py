@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from zexpert.ops._autograd import Context, register_autograd, register_not_differentiable
 from zexpert.ops._library import check_devices, register_fake
 
 
@@ -31,3 +32,24 @@ def silu_and_mul(gate_up: Tensor, expert_offsets: Tensor | None = None) -> Tenso
 def _silu_and_mul_fake(gate_up: Tensor, expert_offsets: Tensor | None = None) -> Tensor:
     check_devices("gate_up", gate_up, expert_offsets=expert_offsets)
     return gate_up.new_empty((gate_up.shape[0], gate_up.shape[1] // 2))
+
+
+def _setup_context(ctx: Context, inputs: tuple[Tensor, Tensor | None], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Context, grad_out: Tensor | None) -> tuple[Tensor | None, None]:
+    if grad_out is None:
+        return None, None
+    gate_up, expert_offsets = ctx.saved_tensors
+    return torch.ops.zexpert.silu_and_mul_backward(grad_out, gate_up, expert_offsets), None
+
+
+@register_fake("silu_and_mul_backward")
+def _silu_and_mul_backward_fake(grad_out: Tensor, gate_up: Tensor, expert_offsets: Tensor | None = None) -> Tensor:
+    check_devices("gate_up", gate_up, grad_out=grad_out, expert_offsets=expert_offsets)
+    return gate_up.new_empty(gate_up.shape)
+
+
+register_autograd("silu_and_mul", _setup_context, _backward)
+register_not_differentiable("silu_and_mul_backward")

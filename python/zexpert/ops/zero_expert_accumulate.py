@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from zexpert.ops._autograd import Context, register_autograd, register_not_differentiable
 from zexpert.ops._library import check_devices, register_fake
 
 
@@ -15,7 +16,8 @@ def zero_expert_accumulate(hidden_states: Tensor, zero_weight: Tensor, out: Tens
     Args:
         hidden_states: [T, H], any floating dtype, any strides.
         zero_weight: [T] float32, or float64 beside float64 hidden_states.
-        out: [T, H], type of hidden_states, inner stride 1, rows that do not overlap; may be hidden_states itself.
+        out: [T, H], type of hidden_states, inner stride 1, rows that do not overlap; may be hidden_states itself. None
+            where a gradient is wanted.
 
     Returns:
         ``out`` if given, else a new tensor [T, H].
@@ -28,6 +30,8 @@ def zero_expert_accumulate(hidden_states: Tensor, zero_weight: Tensor, out: Tens
     if out is None:
         result: Tensor = torch.ops.zexpert.zero_expert_accumulate(hidden_states, zero_weight)
         return result
+    if torch.is_grad_enabled() and (out.requires_grad or hidden_states.requires_grad or zero_weight.requires_grad):
+        raise RuntimeError("out must be None where a gradient is wanted: what is written into it has none")
     torch.ops.zexpert.zero_expert_accumulate(hidden_states, zero_weight, out=out)
     return out
 
@@ -41,3 +45,29 @@ def _zero_expert_accumulate_fake(hidden_states: Tensor, zero_weight: Tensor) -> 
 @register_fake("zero_expert_accumulate.out")
 def _zero_expert_accumulate_out_fake(hidden_states: Tensor, zero_weight: Tensor, *, out: Tensor) -> None:
     check_devices("hidden_states", hidden_states, zero_weight=zero_weight, out=out)
+
+
+def _setup_context(ctx: Context, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Context, grad_out: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    if grad_out is None:
+        return None, None
+    hidden_states, zero_weight = ctx.saved_tensors
+    grad_hidden_states, grad_zero_weight = torch.ops.zexpert.zero_expert_accumulate_backward(
+        grad_out, hidden_states, zero_weight
+    )
+    return grad_hidden_states, grad_zero_weight
+
+
+@register_fake("zero_expert_accumulate_backward")
+def _zero_expert_accumulate_backward_fake(
+    grad_out: Tensor, hidden_states: Tensor, zero_weight: Tensor
+) -> tuple[Tensor, Tensor]:
+    check_devices("hidden_states", hidden_states, grad_out=grad_out, zero_weight=zero_weight)
+    return hidden_states.new_empty(hidden_states.shape), zero_weight.new_empty(zero_weight.shape)
+
+
+register_autograd("zero_expert_accumulate", _setup_context, _backward)
+register_not_differentiable("zero_expert_accumulate_backward")

@@ -1,0 +1,76 @@
+"""Turns the JSON files of the benchmarks into the tables of docs/performance.md.
+
+Usage: python benchmarks/markdown_tables.py FILE.json [FILE.json ...]
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import harness
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def machine(environment: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
+    cache = environment["last_level_cache_bytes"] >> 20
+    features = ", ".join(environment["features"])
+    return (
+        f"{environment['date'][:10]}; {environment['processor']} ({features}), {environment['cores']} cores,"
+        f" {cache} MiB last-level cache; {versions}."
+    )
+
+
+def contender_names(results: Sequence[dict[str, Any]]) -> list[str]:
+    """Every contender of any case, in the order in which they come up."""
+    return list(dict.fromkeys(name for result in results for name in result["timings_s"]))
+
+
+def case_row(result: dict[str, Any], names: Sequence[str]) -> list[str]:
+    timings = {name: timing["median"] for name, timing in result["timings_s"].items()}
+    subject = result["subject"]
+    row = [result["case"], harness.format_seconds(result["floor_s"])]
+    for name in names:
+        if name not in timings:
+            row.append("")
+        elif name == subject:
+            row.append(f"**{harness.format_seconds(timings[name])}** ({100 * result['floor_s'] / timings[name]:.0f}%)")
+        else:
+            row.append(f"{harness.format_seconds(timings[name])} ({timings[name] / timings[subject]:.2f}x)")
+    target = result["target"]
+    verdict = "" if target is None else f"{target['at_least']:g}x {'met' if target['met'] else 'missed'}"
+    return [*row, verdict]
+
+
+def report(benchmark: dict[str, Any]) -> str:
+    results = benchmark["results"]
+    names = contender_names(results)
+    lines = table(["case", "floor", *names, "target"], [case_row(result, names) for result in results])
+    return f"{machine(benchmark['environment'])}\n\n{lines}\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    paths = [Path(argument) for argument in (sys.argv[1:] if arguments is None else arguments)]
+    if not paths:
+        print("usage: python benchmarks/markdown_tables.py FILE.json [FILE.json ...]", file=sys.stderr)
+        return 2
+    for path in paths:
+        try:
+            benchmark = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            print(f"markdown_tables.py: cannot read {path}: {error}", file=sys.stderr)
+            return 2
+        print(f"### {benchmark['benchmark']}\n\n{report(benchmark)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,20 @@
+#include "zexpert/silu_and_mul_backward.h"
+
+#include "zexpert/parallel.h"
+
+#define ZEXPERT_KERNEL_FILE "cpu/silu_and_mul_backward_kernel.h"
+#include "cpu/simd/for_each_isa.h"
+
+namespace zexpert {
+
+void silu_and_mul_backward_cpu(const SiluAndMulBackwardParams& params) {
+  if (params.num_rows == 0 || params.intermediate_size == 0) {
+    return;
+  }
+  visit_floating(params.data_type, [&](auto element) {
+    using T = decltype(element);
+    ZEXPERT_DISPATCH(silu_and_mul_backward<T>, params)
+  });
+}
+
+}  // namespace zexpert

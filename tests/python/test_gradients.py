@@ -1,0 +1,449 @@
+"""Gradients of every op: by finite differences in float64, and by the error rule in every dtype."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import reference
+from gradients import assert_gradients, gradients_of, random_like
+from testing import FLOAT_DTYPES, assert_equal, layouts, random_logits, weight_dtype
+from zexpert import DispatchPlan, ops
+
+T, K, R, H, F = 7, 3, 4, 19, 6
+#: Experts of every kind, and the logits' width.
+EVERY_KIND = {"num_real_experts": 8, "num_identity_experts": 5, "num_constant_experts": 3}
+WIDTH = 20
+
+
+def weights_of(logits: Tensor, bias: Tensor | None = None, top_k: int = 6, **routing: Any) -> tuple[Tensor, ...]:
+    """What of a routing has gradients."""
+    result = ops.biased_topk(logits, bias, top_k, **{**EVERY_KIND, **routing})
+    return result.topk_weights, result.zero_weight, result.constant_weight
+
+
+def reference_weights_of(logits: Tensor, bias: Tensor | None, top_k: int = 6, **routing: Any) -> tuple[Tensor, ...]:
+    result = reference.biased_topk(logits, bias, top_k, **{**EVERY_KIND, **routing})
+    return result.topk_weights, result.zero_weight, result.constant_weight
+
+
+def leaf(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64).to(dtype).requires_grad_()
+
+
+def make_plan(num_tokens: int = T) -> tuple[DispatchPlan, int]:
+    """A plan in which some slots do no work and expert 2 has none to do, and its number of rows."""
+    topk_ids = torch.randint(-2, R, (num_tokens, K)).clamp(min=-1)
+    plan = ops.moe_plan(topk_ids.masked_fill(topk_ids == 2, -1), R)
+    return plan, int(plan.expert_offsets[-1])
+
+
+def poisoned(tensor: Tensor, num_rows: int, value: float = float("nan")) -> Tensor:
+    """A copy whose rows from `num_rows` on must not be read."""
+    copy = tensor.detach().clone()
+    copy[num_rows:] = value
+    return copy
+
+
+# ---- biased_topk ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("groups", [(1, 1), (4, 2)], ids=str)
+@pytest.mark.parametrize("drop_before_renormalize", [False, True])
+@pytest.mark.parametrize("renormalize", [False, True])
+@pytest.mark.parametrize("scoring_func", ["softmax", "sigmoid", "sqrtsoftplus"])
+def test_biased_topk_by_finite_differences(
+    scoring_func: str, renormalize: bool, drop_before_renormalize: bool, groups: tuple[int, int]
+) -> None:
+    for bias in (None, 0.3 * torch.randn(WIDTH, dtype=torch.float64)):
+        assert torch.autograd.gradcheck(
+            lambda logits, bias=bias: weights_of(
+                logits,
+                bias,
+                scoring_func=scoring_func,
+                renormalize=renormalize,
+                drop_before_renormalize=drop_before_renormalize,
+                routed_scaling_factor=2.5,
+                num_expert_group=groups[0],
+                topk_group=groups[1],
+            ),
+            (leaf(T, WIDTH),),
+        )
+
+
+@pytest.mark.cpu_paths
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+@pytest.mark.parametrize("renormalize", [False, True])
+@pytest.mark.parametrize("scoring_func", ["softmax", "sigmoid", "sqrtsoftplus"])
+def test_biased_topk_by_the_error_rule(scoring_func: str, renormalize: bool, dtype: torch.dtype) -> None:
+    # 20 and 777 logits leave partial vectors on every instruction set; 64 do not.
+    for width, top_k in ((WIDTH, 6), (64, 1), (64, 12), (777, 40)):
+        bias = 0.01 * torch.randn(width)
+        routing = {"scoring_func": scoring_func, "renormalize": renormalize, "routed_scaling_factor": 6.0}
+        routing |= {"num_real_experts": width // 2, "num_identity_experts": width // 4}
+        logits = random_logits(33, width, dtype)
+        routing_of_plain = {"num_constant_experts": 3, **routing}
+        decided = reference.decided_rows(logits, bias, top_k, **routing_of_plain)
+        # What rounding decides may be chosen differently at another precision.
+        logits = logits[decided]
+        assert_gradients(
+            lambda x, bias=bias, k=top_k, routing=routing: weights_of(x, bias, k, **routing),
+            lambda dtype, bias=bias, k=top_k, routing=routing: (
+                lambda x: reference_weights_of(x, bias, k, dtype=dtype, **routing)
+            ),
+            [logits],
+            weight_dtype(dtype),
+            ["logits"],
+        )
+
+
+def test_biased_topk_gradient_at_ties_flows_to_the_chosen() -> None:
+    logits = torch.zeros(1, 8, requires_grad=True)
+    result = ops.biased_topk(logits, None, 3, num_real_experts=8, scoring_func="sigmoid")
+    assert result.topk_ids.tolist() == [[0, 1, 2]]
+    result.topk_weights.sum().backward()
+    assert_equal(logits.grad, torch.tensor([[0.25, 0.25, 0.25, 0, 0, 0, 0, 0]]))
+
+
+@pytest.mark.parametrize("renormalize", [False, True])
+@pytest.mark.parametrize("scoring_func", ["softmax", "sigmoid", "sqrtsoftplus"])
+def test_biased_topk_masked_logits_have_no_gradient(scoring_func: str, renormalize: bool) -> None:
+    logits = random_logits(5, WIDTH)
+    logits[0, ::2] = float("nan")
+    logits[1, 3] = float("inf")
+    logits[2, :] = -float("inf")
+    logits[3, 4:] = float("nan")  # fewer than top_k are choosable
+    masked = ~logits.isfinite()
+    tracked = logits.requires_grad_()
+    outputs = weights_of(tracked, scoring_func=scoring_func, renormalize=renormalize)
+    torch.autograd.backward(outputs, random_like(outputs))
+    gradient = tracked.grad
+    assert gradient is not None
+    assert bool(gradient.isfinite().all())
+    assert bool((gradient[masked] == 0).all())
+    assert bool((gradient[0] != 0).any())
+
+
+@pytest.mark.parametrize("scoring_func", ["sigmoid", "sqrtsoftplus"])
+def test_biased_topk_weights_that_sum_to_zero_have_no_gradient(scoring_func: str) -> None:
+    logits = torch.full((2, WIDTH), -300.0, requires_grad=True)  # scores underflow
+    outputs = weights_of(logits, scoring_func=scoring_func, renormalize=True)
+    torch.autograd.backward(outputs, random_like(outputs))
+    assert_equal(logits.grad, torch.zeros(2, WIDTH))
+
+
+def test_biased_topk_bias_has_no_gradient_and_may_change_before_the_backward() -> None:
+    logits, bias = random_logits(9, WIDTH, torch.float64), torch.randn(WIDTH, dtype=torch.float64)
+    upstream = random_like(weights_of(logits, bias))
+    expected = gradients_of(lambda x: weights_of(x, bias), [logits], upstream)[0]
+
+    parameter = bias.clone().requires_grad_()
+    tracked = logits.clone().requires_grad_()
+    outputs = weights_of(tracked, parameter)
+    with torch.no_grad():
+        parameter.neg_()
+    torch.autograd.backward(outputs, upstream)
+    assert parameter.grad is None
+    assert_equal(tracked.grad, expected)
+
+    outputs = weights_of(logits, bias.clone().requires_grad_())  # the bias alone would like a gradient
+    assert torch.autograd.grad(outputs, [outputs[0].grad_fn and parameter], upstream, allow_unused=True) == (None,)
+
+
+@pytest.mark.parametrize("used", [(0,), (1,), (2,), (0, 2)], ids=str)
+def test_biased_topk_with_outputs_that_nobody_uses(used: tuple[int, ...]) -> None:
+    logits = random_logits(9, WIDTH, torch.float64)
+    upstream = random_like(weights_of(logits))
+    only_used = [gradient if i in used else torch.zeros_like(gradient) for i, gradient in enumerate(upstream)]
+    expected = gradients_of(weights_of, [logits], only_used)[0]
+    tracked = logits.clone().requires_grad_()
+    outputs = weights_of(tracked)
+    torch.autograd.backward([outputs[i] for i in used], [upstream[i] for i in used])
+    assert_equal(tracked.grad, expected)
+
+
+def test_biased_topk_layouts_and_id_types() -> None:
+    logits, bias = random_logits(9, WIDTH), torch.randn(2 * WIDTH)[::2]
+    upstream = random_like(weights_of(logits, bias))
+    expected = gradients_of(lambda x: weights_of(x, bias), [logits], upstream)[0]
+    for name, view in layouts(logits).items():
+        gradients = [layouts(gradient)[name] if gradient.dim() == 2 else gradient for gradient in upstream]
+        tracked = view.detach().requires_grad_()
+        outputs = weights_of(tracked, bias, indices_dtype=torch.int64)
+        assert_equal(torch.autograd.grad(outputs, tracked, gradients)[0], expected, name)
+
+
+# ---- The other ops --------------------------------------------------------------------------------------------------
+
+
+def test_zero_expert_accumulate() -> None:
+    assert torch.autograd.gradcheck(ops.zero_expert_accumulate, (leaf(T, H), leaf(T)))
+
+
+@pytest.mark.cpu_paths
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+@pytest.mark.parametrize("hidden_size", [1, 200, 257])
+def test_zero_expert_accumulate_by_the_error_rule(hidden_size: int, dtype: torch.dtype) -> None:
+    inputs = [torch.randn(T, hidden_size).to(dtype), torch.rand(T, dtype=weight_dtype(dtype))]
+    assert_gradients(
+        ops.zero_expert_accumulate,
+        lambda dtype: lambda x, weight: reference.zero_expert_accumulate(x, weight, dtype=dtype),
+        inputs,
+        dtype,
+        ["hidden_states", "zero_weight"],
+    )
+
+
+def test_zero_expert_accumulate_refuses_out_where_a_gradient_is_wanted() -> None:
+    hidden_states, zero_weight, out = torch.randn(T, H), torch.rand(T), torch.zeros(T, H)
+    for wants_gradient in itertools.product((False, True), repeat=3):
+        given = [tensor.clone() for tensor in (hidden_states, zero_weight, out)]
+        for tensor, wants in zip(given, wants_gradient, strict=True):
+            tensor.requires_grad_(wants)
+        if any(wants_gradient):
+            with pytest.raises(RuntimeError, match=r"out must be None where a gradient is wanted"):
+                ops.zero_expert_accumulate(given[0], given[1], given[2])
+        with torch.no_grad():
+            ops.zero_expert_accumulate(given[0], given[1], given[2])
+
+
+def test_moe_permute() -> None:
+    plan, num_rows = make_plan()
+    assert torch.autograd.gradcheck(
+        lambda x: ops.moe_permute(x, plan.row_slots, plan.expert_offsets, K)[:num_rows], (leaf(T, H),)
+    )
+
+
+@pytest.mark.cpu_paths
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+@pytest.mark.parametrize("hidden_size", [1, 200, 257])
+def test_moe_permute_by_the_error_rule(hidden_size: int, dtype: torch.dtype) -> None:
+    plan, num_rows = make_plan()
+    assert_gradients(
+        lambda x: ops.moe_permute(x, plan.row_slots, plan.expert_offsets, K)[:num_rows],
+        lambda dtype: lambda x: reference.moe_permute(x, plan.row_slots, plan.expert_offsets, K)[:num_rows],
+        [torch.randn(T, hidden_size).to(dtype)],
+        dtype,
+        ["hidden_states"],
+    )
+
+
+def test_moe_permute_reads_no_gradient_past_the_last_offset() -> None:
+    plan, num_rows = make_plan()
+    gradient = torch.randn(T * K, H)
+    backward = torch.ops.zexpert.moe_permute_backward
+    for row_slots in (plan.row_slots, plan.row_slots.flip(0)[: T * K].flip(0)):
+        expected = backward(poisoned(gradient, num_rows, 0.0), row_slots, plan.expert_offsets, T, K)
+        assert_equal(backward(poisoned(gradient, num_rows), row_slots, plan.expert_offsets, T, K), expected)
+
+
+def test_moe_permute_sums_rows_that_share_a_slot() -> None:
+    """No plan has such rows, but moe_permute copies them, so they count."""
+    row_slots = torch.tensor([4, 0, 4, 4, 1, 5], dtype=torch.int32)
+    expert_offsets = torch.tensor([0, 6], dtype=torch.int32)
+    assert torch.autograd.gradcheck(lambda x: ops.moe_permute(x, row_slots, expert_offsets, 2), (leaf(3, H),))
+
+
+def test_silu_and_mul() -> None:
+    assert torch.autograd.gradcheck(ops.silu_and_mul, (leaf(T, 2 * F),))
+
+
+@pytest.mark.cpu_paths
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+@pytest.mark.parametrize("intermediate_size", [1, 100, 129])
+def test_silu_and_mul_by_the_error_rule(intermediate_size: int, dtype: torch.dtype) -> None:
+    gate_up = (3 * torch.randn(T, 2 * intermediate_size)).to(dtype)
+    assert_gradients(
+        ops.silu_and_mul, lambda dtype: lambda x: reference.silu_and_mul(x, dtype=dtype), [gate_up], dtype, ["gate_up"]
+    )
+
+
+def test_silu_and_mul_rows_past_the_last_offset() -> None:
+    expert_offsets = torch.tensor([0, 3, 5], dtype=torch.int32)
+    gate_up, gradient = torch.randn(T, 2 * F), torch.randn(T, F)
+    backward = torch.ops.zexpert.silu_and_mul_backward
+    expected = backward(gradient[:5], gate_up[:5])
+    actual = backward(poisoned(gradient, 5), poisoned(gate_up, 5), expert_offsets)
+    assert_equal(actual, torch.cat([expected, torch.zeros(2, 2 * F)]))
+
+
+def mlp_inputs(num_rows: int, dtype: torch.dtype = torch.float64, hidden: int = H, inner: int = F) -> list[Tensor]:
+    return [
+        torch.randn(num_rows, hidden).to(dtype),
+        (torch.randn(R, 2 * inner, hidden) / hidden**0.5).to(dtype),
+        (torch.randn(R, hidden, inner) / inner**0.5).to(dtype),
+    ]
+
+
+GROUPED_MLPS = {
+    "grouped_mlp": ops.grouped_mlp,
+    "grouped_mlp_with_gate_up": lambda *arguments: ops.grouped_mlp_with_gate_up(*arguments)[0],
+}
+
+
+@pytest.mark.parametrize("name", GROUPED_MLPS)
+def test_grouped_mlp(name: str) -> None:
+    plan, num_rows = make_plan()
+    inputs = [tensor.requires_grad_() for tensor in mlp_inputs(T * K)]
+    assert torch.autograd.gradcheck(
+        lambda rows, w13, w2: GROUPED_MLPS[name](rows, plan.expert_offsets, w13, w2)[:num_rows], inputs
+    )
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+@pytest.mark.parametrize("name", GROUPED_MLPS)
+def test_grouped_mlp_by_the_error_rule(name: str, dtype: torch.dtype) -> None:
+    for sizes in ((0, 2, 0, 3), (1, 40, 7, 17)):
+        expert_offsets = torch.tensor([0, *itertools.accumulate(sizes)], dtype=torch.int32)
+        assert_gradients(
+            lambda rows, w13, w2, offsets=expert_offsets: GROUPED_MLPS[name](rows, offsets, w13, w2),
+            lambda dtype, offsets=expert_offsets: (
+                lambda rows, w13, w2: reference.grouped_mlp(rows, offsets, w13, w2, dtype=dtype)
+            ),
+            mlp_inputs(sum(sizes), dtype, 65, 33),
+            dtype,
+            ["rows", "w13_weight", "w2_weight"],
+        )
+
+
+def test_grouped_mlp_rows_past_the_last_offset_and_idle_experts() -> None:
+    plan, num_rows = make_plan()
+    rows, w13, w2 = mlp_inputs(T * K)
+    gradient = torch.randn(T * K, H, dtype=torch.float64)
+    gate_up = ops.grouped_mlp_with_gate_up(rows, plan.expert_offsets, w13, w2)[1]
+    w13[2] = w2[2] = float("nan")  # expert 2 has no rows
+    backward = torch.ops.zexpert.grouped_mlp_backward
+    for kept in (None, poisoned(gate_up, num_rows)):
+        grads = backward(poisoned(gradient, num_rows), poisoned(rows, num_rows), plan.expert_offsets, w13, w2, kept)
+        assert all(bool(grad.isfinite().all()) for grad in grads)
+        assert_equal(grads[0][num_rows:], torch.zeros(T * K - num_rows, H, dtype=torch.float64))
+        assert_equal(grads[1][2], torch.zeros_like(w13[2]))
+        assert_equal(grads[2][2], torch.zeros_like(w2[2]))
+
+
+def test_grouped_mlp_computes_the_gradients_that_are_needed() -> None:
+    plan, _ = make_plan()
+    inputs = mlp_inputs(T * K)
+    rows, w13, w2 = inputs
+    gradient = torch.randn(T * K, H, dtype=torch.float64)
+    backward = torch.ops.zexpert.grouped_mlp_backward
+    all_needed = backward(gradient, rows, plan.expert_offsets, w13, w2, None)
+    for needs in itertools.product((False, True), repeat=3):
+        keywords = dict(zip(("needs_rows", "needs_w13_weight", "needs_w2_weight"), needs, strict=True))
+        for is_needed, grad, full in zip(
+            needs, backward(gradient, rows, plan.expert_offsets, w13, w2, None, **keywords), all_needed, strict=True
+        ):
+            assert_equal(grad, full if is_needed else full.new_empty(0))
+
+        leaves = [tensor.clone().requires_grad_(is_needed) for tensor, is_needed in zip(inputs, needs, strict=True)]
+        out = ops.grouped_mlp(leaves[0], plan.expert_offsets, leaves[1], leaves[2])
+        assert out.requires_grad == any(needs)
+        if any(needs):
+            out.backward(gradient)
+        for is_needed, tensor, full in zip(needs, leaves, all_needed, strict=True):
+            assert (tensor.grad is not None) == is_needed
+            if tensor.grad is not None:
+                assert_equal(tensor.grad, full)
+
+
+def test_grouped_mlp_layouts() -> None:
+    """Weights that are a part of more experts, rows and gradients in any layout."""
+    plan, num_rows = make_plan()
+    rows, w13, w2 = mlp_inputs(T * K)
+    gradient = torch.randn(T * K, H, dtype=torch.float64)
+    backward = torch.ops.zexpert.grouped_mlp_backward
+    expected = backward(gradient, rows, plan.expert_offsets, w13, w2, None)
+    more_w13 = torch.cat([w13, w13])[:R]
+    transposed_w2 = w2.transpose(1, 2).contiguous().transpose(1, 2)
+    for name in layouts(rows):
+        actual = backward(
+            layouts(gradient)[name], layouts(rows)[name], plan.expert_offsets, more_w13, transposed_w2, None
+        )
+        for one, other in zip(actual, expected, strict=True):
+            torch.testing.assert_close(one, other, msg=name)
+
+
+def finalize_inputs(num_rows: int, dtype: torch.dtype = torch.float64, hidden: int = H) -> dict[str, Tensor]:
+    weights = weight_dtype(dtype)
+    return {
+        "rows": torch.randn(num_rows, hidden).to(dtype),
+        "topk_weights": torch.rand(T, K, dtype=weights),
+        "hidden_states": torch.randn(T, hidden).to(dtype),
+        "zero_weight": torch.rand(T, dtype=weights),
+        "residual": torch.randn(T, hidden).to(dtype),
+        "constant_weight": torch.rand(T, 2, dtype=weights),
+        "constant_vectors": torch.randn(2, hidden).to(dtype),
+    }
+
+
+@pytest.mark.parametrize("parts", [(), ("residual",), ("constant_weight", "constant_vectors"), "all"], ids=str)
+def test_moe_finalize(parts: tuple[str, ...] | str) -> None:
+    plan, _ = make_plan()
+    given = finalize_inputs(T * K)
+    optional = ("residual", "constant_weight", "constant_vectors")
+    names = [name for name in given if name not in optional or name in parts or parts == "all"]
+    assert torch.autograd.gradcheck(
+        lambda *tensors: ops.moe_finalize(slot_rows=plan.slot_rows, **dict(zip(names, tensors, strict=True))),
+        [given[name].requires_grad_() for name in names],
+    )
+
+
+@pytest.mark.cpu_paths
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+@pytest.mark.parametrize("hidden_size", [1, 200, 257])
+def test_moe_finalize_by_the_error_rule(hidden_size: int, dtype: torch.dtype) -> None:
+    plan, _ = make_plan()
+    given = finalize_inputs(T * K, dtype, hidden_size)
+    assert_gradients(
+        lambda *tensors: ops.moe_finalize(slot_rows=plan.slot_rows, **dict(zip(given, tensors, strict=True))),
+        lambda dtype: (
+            lambda *tensors: reference.moe_finalize(
+                slot_rows=plan.slot_rows, dtype=dtype, **dict(zip(given, tensors, strict=True))
+            )
+        ),
+        list(given.values()),
+        dtype,
+        list(given),
+    )
+
+
+def test_moe_finalize_rows_that_no_slot_names() -> None:
+    plan, num_rows = make_plan()
+    given = finalize_inputs(T * K)
+    gradient = torch.randn(T, H, dtype=torch.float64)
+    grads = torch.ops.zexpert.moe_finalize_backward(
+        gradient,
+        poisoned(given["rows"], num_rows),
+        plan.slot_rows,
+        given["topk_weights"],
+        given["hidden_states"],
+        given["zero_weight"],
+    )
+    assert all(bool(grad.isfinite().all()) for grad in grads)
+    assert_equal(grads[0][num_rows:], torch.zeros(T * K - num_rows, H, dtype=torch.float64))
+    assert bool((grads[1][plan.slot_rows < 0] == 0).all())
+
+
+@pytest.mark.parametrize(
+    ("slot_rows", "message"),
+    [
+        ([[0, 1, 9]], r"slot_rows must lie in \[-1, 3\), got 9"),
+        ([[0, -2, 1]], r"slot_rows must lie in \[-1, 3\), got -2"),
+        ([[0, 2, 2]], r"slot_rows must name every row at most once, got 2 twice"),
+    ],
+    ids=["too large", "too small", "twice"],
+)
+def test_moe_finalize_refuses_rows_it_cannot_write(slot_rows: list[list[int]], message: str) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.zexpert.moe_finalize_backward(
+            torch.randn(1, H),
+            torch.randn(3, H),
+            torch.tensor(slot_rows, dtype=torch.int32),
+            torch.rand(1, 3),
+            torch.randn(1, H),
+            torch.rand(1),
+        )
