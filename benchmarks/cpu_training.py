@@ -18,11 +18,11 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import harness
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import harness
 import zexpert
 from zexpert.models.byte_decoder import ByteDecoder, ByteDecoderConfig
 

@@ -28,9 +28,7 @@ def gradients_of(function: Function, inputs: Sequence[Tensor], upstream: Sequenc
     if not pairs:
         return [torch.zeros_like(leaf) for leaf in leaves]
     results = torch.autograd.grad([pair[0] for pair in pairs], leaves, [pair[1] for pair in pairs], allow_unused=True)
-    return [
-        torch.zeros_like(leaf) if result is None else result for leaf, result in zip(leaves, results, strict=True)
-    ]
+    return [torch.zeros_like(leaf) if result is None else result for leaf, result in zip(leaves, results, strict=True)]
 
 
 def assert_gradients(

@@ -27,7 +27,8 @@ TEXT = torch.frombuffer(
 def make_trainer(model_config: ByteDecoderConfig = TINY, **settings: object) -> Trainer:
     torch.manual_seed(0)
     config = TrainerConfig(
-        **{"steps": 120, "batch_size": 8, "warmup_steps": 10, "target_ffn_experts": 1.5, "held_out_every": 40} | settings
+        **{"steps": 120, "batch_size": 8, "warmup_steps": 10, "target_ffn_experts": 1.5, "held_out_every": 40}
+        | settings
     )
     return Trainer(ByteDecoder(model_config), TEXT, config)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -191,12 +192,12 @@ def show_generated(
     console.print(Panel(text, title=f"Generated after {prompt.decode('latin-1')!r}"))
 
 
-def plain_layer(moe: FusedMoE, hidden_states: Tensor, router_logits: Tensor) -> Tensor:
+def plain_layer(moe: FusedMoE, config: ByteDecoderConfig, hidden_states: Tensor, router_logits: Tensor) -> Tensor:
     """The same layer by PyTorch's own operators: a loop over the experts that were chosen."""
-    router = moe.router
     scores = torch.softmax(router_logits.float(), dim=-1)
-    _, chosen = (scores + router.e_score_correction_bias).topk(router.top_k, dim=-1)
-    weights = scores.gather(1, chosen) * router.routed_scaling_factor
+    keys = scores if moe.e_score_correction_bias is None else scores + moe.e_score_correction_bias
+    _, chosen = keys.topk(config.top_k, dim=-1)
+    weights = scores.gather(1, chosen) * config.routed_scaling_factor
     num_experts = moe.w13_weight.shape[0]
     out = (weights * (chosen >= num_experts)).sum(dim=1, keepdim=True) * hidden_states
     for expert in range(num_experts):
@@ -220,13 +221,16 @@ def time_layer(console: Console, trainer: Trainer, repeats: int = 20) -> None:
     hidden_states, router_logits = (tensor.flatten(0, 1) for tensor in captured[0])
     moe: FusedMoE = layer.moe  # type: ignore[assignment]
 
-    contenders = {"zexpert": moe, "plain PyTorch": lambda *inputs: plain_layer(moe, *inputs)}
+    contenders: dict[str, Callable[[], Tensor]] = {
+        "zexpert": lambda: moe(hidden_states, router_logits),
+        "plain PyTorch": lambda: plain_layer(moe, model.config, hidden_states, router_logits),
+    }
     times: dict[str, list[float]] = {name: [] for name in contenders}
-    difference = (moe(hidden_states, router_logits) - plain_layer(moe, hidden_states, router_logits)).abs().max()
+    difference = (contenders["zexpert"]() - contenders["plain PyTorch"]()).abs().max()
     for _ in range(repeats):
         for name, run in contenders.items():
             start = time.perf_counter()
-            run(hidden_states, router_logits)
+            run()
             if hidden_states.is_cuda:
                 torch.cuda.synchronize()
             times[name].append(time.perf_counter() - start)

@@ -11,8 +11,8 @@ from rich.text import Text
 from torch import Tensor
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402  (the backend is chosen first, so that no screen is needed)
-from matplotlib.colors import to_hex  # noqa: E402
+from matplotlib import pyplot as plt
+from matplotlib.colors import to_hex
 
 if TYPE_CHECKING:
     from zexpert.training.trainer import StepRecord
@@ -114,7 +114,9 @@ def save_training_curves(path: Path, history: Sequence[StepRecord], *, top_k: in
     figure, (loss_axis, slots_axis) = plt.subplots(1, 2, figsize=(13, 4.8), layout="constrained")
     steps = [record.step for record in history]
     loss_axis.plot(steps, [record.bits_per_byte for record in history], color="0.75", linewidth=0.8)
-    loss_axis.plot(steps, smoothed([record.bits_per_byte for record in history]), label="training text", color="tab:blue")
+    loss_axis.plot(
+        steps, smoothed([record.bits_per_byte for record in history]), label="training text", color="tab:blue"
+    )
     held_out = [(record.step, record.held_out_bits_per_byte) for record in history if record.held_out_bits_per_byte]
     if held_out:
         loss_axis.plot(*zip(*held_out, strict=True), "o-", label="held-out text", color="tab:orange")

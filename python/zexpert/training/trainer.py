@@ -100,7 +100,7 @@ class Trainer:
         logits = self.model(inputs)
         loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
 
@@ -117,9 +117,7 @@ class Trainer:
     def _batch(self) -> tuple[Tensor, Tensor]:
         """Windows of the text, int64 [B, context_length], and the bytes that follow each of theirs."""
         length = self.model.config.context_length
-        starts = torch.randint(
-            self.train_text.numel() - length, (self.config.batch_size,), generator=self.generator
-        )
+        starts = torch.randint(self.train_text.numel() - length, (self.config.batch_size,), generator=self.generator)
         windows = self.train_text[starts[:, None] + torch.arange(length + 1)].long().to(self.device)
         return windows[:, :-1], windows[:, 1:]
 
