@@ -191,8 +191,11 @@ class OtherLoad:
     """How much of the benchmark's processors others used while a block ran, between 0 and 1.
 
     Others are the processes beside the benchmark and the host's other guests (steal). They may use the processors that
-    the benchmark's threads leave idle. Times from a busy machine mean little. 0 where the system does not tell.
+    the benchmark's threads leave idle. Times from a busy machine mean little. 0 where the system does not tell, or the
+    block was too short for its clock of 10 ms.
     """
+
+    SHORTEST = 0.3  # seconds
 
     def __init__(self, num_threads: int | None = None) -> None:
         self.num_threads = torch.get_num_threads() if num_threads is None else num_threads
@@ -206,7 +209,7 @@ class OtherLoad:
         wall, busy, own = (end - start for end, start in zip(self._sample(), self._start, strict=True))
         cores = os.cpu_count() or 1
         threads = min(self.num_threads, cores)
-        if wall > 0 and busy > 0:
+        if wall >= self.SHORTEST and busy > 0:
             others = (busy - own) / wall - (cores - threads)
             self.share = min(max(others / threads, 0.0), 1.0)
 

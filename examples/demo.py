@@ -35,6 +35,7 @@ ROUTED_SCALING_FACTOR = 6.0
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DOCUMENTED_MODULES = ["statistics", "random", "decimal", "argparse", "typing", "functools", "inspect", "logging", "ast"]
 BAR_WIDTH = 40
+TIMING_SECONDS = 10.0
 
 
 class UserError(Exception):
@@ -144,9 +145,12 @@ class RandomLayer:
 
 
 def median_seconds(contenders: Sequence[Callable[[], object]], repeats: int) -> list[float]:
-    """Median time of each contender; they take turns, after one untimed call each."""
+    """Median time of each contender; they take turns, after one untimed call each, for TIMING_SECONDS at most."""
+    stop = time.perf_counter() + TIMING_SECONDS
     times: list[list[float]] = [[] for _ in contenders]
     for repetition in range(repeats + 1):
+        if repetition > 1 and time.perf_counter() > stop:
+            break
         for contender, seconds in zip(contenders, times, strict=True):
             start = time.perf_counter()
             contender()
@@ -238,7 +242,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=list(DTYPES), default="float32")
     parser.add_argument("--seed", type=int, default=0, help="of the random weights (default 0)")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="default: one per core")
-    parser.add_argument("--repeats", type=int, default=5, help="timed runs of each layer (default 5)")
+    parser.add_argument("--repeats", type=int, default=5, help="timed runs of each layer, fewer if slow (default 5)")
     return parser.parse_args(arguments)
 
 

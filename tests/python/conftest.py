@@ -6,6 +6,8 @@ import hypothesis
 import pytest
 import torch
 
+from testing import on_device
+
 # No deadline: the first example pays for lazy loading. The same examples every time: a failure can be repeated.
 hypothesis.settings.register_profile("zexpert", deadline=None, max_examples=100, derandomize=True, database=None)
 hypothesis.settings.load_profile("zexpert")
@@ -13,6 +15,25 @@ hypothesis.settings.load_profile("zexpert")
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "cpu_paths: run once more for each instruction set the kernels are compiled for")
+    config.addinivalue_line("markers", "every_device(op): run with the file's `op` on the CPU and on a CUDA device")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if metafunc.definition.get_closest_marker("every_device"):
+        metafunc.parametrize("device", ["cpu", "cuda"], indirect=True)
+
+
+@pytest.fixture(autouse=True)
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The device a test's op runs on. Tests keep their tensors on the CPU; a stand-in for the op takes them there and
+    the results back."""
+    name = getattr(request, "param", "cpu")
+    if name == "cuda":
+        if not torch.cuda.is_available():
+            pytest.skip("no CUDA device: torch.cuda.is_available() is False")
+        op = request.node.get_closest_marker("every_device").args[0]
+        monkeypatch.setattr(request.module, op, on_device(getattr(request.module, op), name))
+    return name
 
 
 @pytest.fixture(autouse=True)

@@ -10,6 +10,8 @@ import torch
 from testing import FLOAT_DTYPES, assert_equal, assert_routing, random_logits, unchanged, weight_dtype
 from zexpert.ops import RoutingResult, biased_topk
 
+pytestmark = pytest.mark.every_device("biased_topk")
+
 
 @dataclass(frozen=True)
 class Model:

@@ -21,6 +21,7 @@ EVERY_KIND = {
 }
 
 
+@pytest.mark.every_device("biased_topk")
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
 def test_layouts_of_logits(dtype: torch.dtype) -> None:
     logits = random_logits(7, 97, dtype)
@@ -30,6 +31,7 @@ def test_layouts_of_logits(dtype: torch.dtype) -> None:
             assert_equal(one, other, name)
 
 
+@pytest.mark.every_device("biased_topk")
 def test_layouts_of_bias() -> None:
     logits = random_logits(7, 96)
     bias = 0.01 * torch.randn(96)
@@ -40,6 +42,7 @@ def test_layouts_of_bias() -> None:
             assert_equal(one, other)
 
 
+@pytest.mark.every_device("biased_topk")
 def test_expanded_logits() -> None:
     row = random_logits(1, 96)
     result = biased_topk(row.expand(5, 96), None, 5, num_real_experts=64)
@@ -49,6 +52,7 @@ def test_expanded_logits() -> None:
     assert_equal(biased_topk(level, None, 2, num_real_experts=64).topk_ids, torch.tensor([[0, 1]] * 3).int())
 
 
+@pytest.mark.every_device("biased_topk")
 def test_misaligned_logits() -> None:
     """Rows that begin at every offset from a vector's natural alignment."""
     memory = random_logits(1, 7 * 99 + 16).flatten()
@@ -187,6 +191,7 @@ def test_meta_tensors_give_shapes() -> None:
     ]
 
 
+@pytest.mark.every_device("biased_topk")
 def test_inputs_that_require_gradients() -> None:
     """Logits and a bias that are part of a graph route as any others do."""
     logits = random_logits(7, 25)

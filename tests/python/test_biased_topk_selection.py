@@ -10,6 +10,8 @@ import torch
 from testing import FLOAT_DTYPES, assert_equal, assert_ids, assert_routing, random_logits
 from zexpert.ops import biased_topk
 
+pytestmark = pytest.mark.every_device("biased_topk")
+
 SCORING_FUNCS = ("softmax", "sigmoid", "sqrtsoftplus")
 
 

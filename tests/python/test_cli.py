@@ -75,7 +75,7 @@ def test_interrupted_demo_saves_what_it_has(demo_folder: Path, tmp_path: Path) -
     try:
         assert process.stdout is not None
         shown = ""
-        while "step 100:" not in shown:
+        while "step 25:" not in shown:
             line = process.stdout.readline()
             assert line, shown
             shown += line

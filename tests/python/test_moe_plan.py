@@ -26,6 +26,7 @@ def assert_plan(plan: DispatchPlan, topk_ids: Tensor, num_experts: int) -> None:
         assert_equal(actual, expected, name)
 
 
+@pytest.mark.every_device("moe_plan")
 @pytest.mark.parametrize("dtype", ID_DTYPES, ids=str)
 @pytest.mark.parametrize("num_tokens", [0, 1, 7, 200])
 @pytest.mark.parametrize(("num_experts", "top_k"), [(1, 1), (5, 2), (96, 12), (512, 3)])
@@ -37,6 +38,7 @@ def test_against_reference(num_tokens: int, num_experts: int, top_k: int, dtype:
     assert_plan(plan, topk_ids, num_experts)
 
 
+@pytest.mark.every_device("moe_plan")
 @pytest.mark.parametrize("expert", [-1, 0, 4])
 def test_all_slots_alike(expert: int) -> None:
     """No work at all, and all of it for the first or the last expert."""
@@ -44,6 +46,7 @@ def test_all_slots_alike(expert: int) -> None:
     assert_plan(moe_plan(topk_ids, 5), topk_ids, 5)
 
 
+@pytest.mark.every_device("moe_plan")
 def test_no_slots() -> None:
     plan = moe_plan(torch.zeros(3, 0, dtype=torch.int32), 4)
     assert_equal(plan.expert_offsets, torch.zeros(5, dtype=torch.int32))
@@ -51,6 +54,7 @@ def test_no_slots() -> None:
     assert plan.slot_rows.shape == (3, 0)
 
 
+@pytest.mark.every_device("moe_plan")
 @pytest.mark.parametrize("dtype", ID_DTYPES, ids=str)
 def test_layouts(dtype: torch.dtype) -> None:
     topk_ids = random_ids(7, 6, 20, dtype)
@@ -61,6 +65,7 @@ def test_layouts(dtype: torch.dtype) -> None:
         assert_plan(moe_plan(given_ids, 20), given_ids, 20)
 
 
+@pytest.mark.every_device("moe_plan")
 @given(st.data(), st.integers(1, 9), st.integers(0, 12), st.integers(1, 5))
 def test_properties(data: st.DataObject, num_experts: int, num_tokens: int, top_k: int) -> None:
     count = num_tokens * top_k
@@ -78,6 +83,7 @@ def test_properties(data: st.DataObject, num_experts: int, num_tokens: int, top_
     assert_equal(plan.slot_rows.flatten()[used], torch.arange(num_rows, dtype=torch.int32))
 
 
+@pytest.mark.every_device("moe_plan")
 @given(st.data(), st.integers(1, 9), st.integers(1, 30))
 def test_taking_slots_away_keeps_the_order_of_the_rest(data: st.DataObject, num_experts: int, num_slots: int) -> None:
     values = data.draw(st.lists(st.integers(0, num_experts - 1), min_size=num_slots, max_size=num_slots))

@@ -17,6 +17,7 @@ def inputs(num_tokens: int, hidden_size: int, dtype: torch.dtype) -> tuple[Tenso
     return torch.randn(num_tokens, hidden_size).to(dtype), zero_weight
 
 
+@pytest.mark.every_device("zero_expert_accumulate")
 @pytest.mark.cpu_paths
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
 @pytest.mark.parametrize("hidden_size", [0, 1, 5, 200, 257])
@@ -36,6 +37,7 @@ def test_against_reference(num_tokens: int, hidden_size: int, dtype: torch.dtype
     assert_error_rule(out, plain, reference.zero_expert_accumulate(hidden_states, zero_weight, before))
 
 
+@pytest.mark.every_device("zero_expert_accumulate")
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
 def test_layouts(dtype: torch.dtype) -> None:
     hidden_states, zero_weight = inputs(7, 57, dtype)
@@ -50,6 +52,7 @@ def test_layouts(dtype: torch.dtype) -> None:
     )
 
 
+@pytest.mark.every_device("zero_expert_accumulate")
 @pytest.mark.cpu_paths
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
 def test_out_with_a_row_stride_leaves_what_lies_between_rows(dtype: torch.dtype) -> None:
@@ -64,6 +67,7 @@ def test_out_with_a_row_stride_leaves_what_lies_between_rows(dtype: torch.dtype)
     assert_equal(wide[:, 60:], before[:, 60:])
 
 
+@pytest.mark.every_device("zero_expert_accumulate")
 def test_out_that_shares_memory_with_the_inputs() -> None:
     hidden_states, zero_weight = inputs(8, 64, torch.float32)
     expected = hidden_states.clone()
@@ -86,12 +90,14 @@ def test_out_that_shares_memory_with_the_inputs() -> None:
     assert_equal(square, aside, "out is hidden_states transposed and holds zero_weight")
 
 
+@pytest.mark.every_device("zero_expert_accumulate")
 def test_many_rows() -> None:
     """Enough for several threads."""
     hidden_states, zero_weight = inputs(3000, 200, torch.float32)
     assert_equal(zero_expert_accumulate(hidden_states, zero_weight), zero_weight[:, None] * hidden_states)
 
 
+@pytest.mark.every_device("zero_expert_accumulate")
 def test_values_that_are_not_finite() -> None:
     hidden_states = torch.tensor([[torch.nan, torch.inf, -torch.inf, 1.0]]).expand(3, 4)
     zero_weight = torch.tensor([0.0, 2.0, torch.nan])

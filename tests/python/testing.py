@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -95,6 +98,48 @@ def unchanged(*tensors: Tensor | None) -> Iterator[None]:
     finally:
         for tensor, copy in zip(given, before, strict=True):
             assert_equal(tensor, copy, "an input that must not change")
+
+
+def on_device(op: Callable[..., Any], device: str) -> Callable[..., Any]:
+    """`op` for tensors on the CPU, run on `device`: arguments go there with their layout, alignment and shared memory,
+    and what the op did to them comes back, as do the results. Skips the test where the op does not support a dtype or
+    size there."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        memories: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] = {}
+        moved: list[tuple[Tensor, Tensor]] = []
+
+        def there(value: Any) -> Any:
+            if not isinstance(value, Tensor) or value.device.type != "cpu":
+                return value
+            storage = value.untyped_storage()
+            key = (storage.data_ptr(), value.dtype)
+            if key not in memories:
+                size = storage.nbytes() // value.element_size()
+                memory = value.detach().as_strided((size,), (1,), 0)
+                memories[key] = (memory, memory.to(device))
+            tensor = memories[key][1].as_strided(value.shape, value.stride(), value.storage_offset())
+            moved.append((value, tensor))
+            return tensor
+
+        def back(value: Tensor) -> Tensor:
+            given = [original for original, tensor in moved if tensor is value]
+            return given[0] if given else value.cpu()
+
+        try:
+            result = op(*(there(value) for value in args), **{name: there(value) for name, value in kwargs.items()})
+        except RuntimeError as error:
+            if re.search(r" on CUDA, got \w+$", str(error).splitlines()[0]):
+                pytest.skip(str(error).splitlines()[0])
+            raise
+        for memory, copy in memories.values():
+            if not torch.equal(memory.view(torch.uint8), copy.cpu().view(torch.uint8)):
+                memory.copy_(copy)
+        if isinstance(result, Tensor):
+            return back(result)
+        return type(result)(*map(back, result))
+
+    return run
 
 
 def random_logits(num_tokens: int, num_experts: int, dtype: torch.dtype = torch.float32) -> Tensor:

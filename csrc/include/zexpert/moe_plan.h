@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "zexpert/cuda_stream.h"
 #include "zexpert/scalar_types.h"
 
 namespace zexpert {
@@ -18,9 +19,17 @@ struct MoePlanParams {
   int32_t* slot_rows = nullptr;       ///< [num_slots]
   int64_t num_slots = 0;              ///< num_tokens * top_k, below 2^31
   int64_t num_experts = 0;            ///< real experts
+  void* workspace = nullptr;          ///< CUDA: moe_plan_cuda_workspace_bytes of device memory; null if that is 0
 };
 
 /// Throws Error, before anything is written, if an id lies outside [-1, num_experts).
 void moe_plan_cpu(const MoePlanParams& params);
+
+/// Bytes of device memory that moe_plan_cuda works in, aligned to 4 bytes.
+int64_t moe_plan_cuda_workspace_bytes(int64_t num_slots, int64_t num_experts);
+
+/// The same on the current CUDA device, for at most 8192 experts; pointers are to its memory. Nothing waits for the
+/// device, so ids are not checked: a slot whose id lies outside [0, num_experts) does no work.
+void moe_plan_cuda(const MoePlanParams& params, cudaStream_t stream);
 
 }  // namespace zexpert

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "zexpert/cuda_stream.h"
 #include "zexpert/scalar_types.h"
 
 namespace zexpert {
@@ -22,5 +23,8 @@ struct ZeroExpertAccumulateParams {
 };
 
 void zero_expert_accumulate_cpu(const ZeroExpertAccumulateParams& params);
+
+/// The same on the current CUDA device; pointers are to its memory.
+void zero_expert_accumulate_cuda(const ZeroExpertAccumulateParams& params, cudaStream_t stream);
 
 }  // namespace zexpert

@@ -111,7 +111,7 @@ def train(console: Console, trainer: Trainer) -> bool:
             while trainer.step < trainer.config.steps and not interrupted:
                 record = trainer.train_step()
                 progress.update(task, completed=trainer.step, description=describe(record))
-                if not console.is_terminal and trainer.step % 100 == 0:
+                if not console.is_terminal and trainer.step % 25 == 0:
                     console.print(f"step {trainer.step}: {describe(record)}")
     finally:
         signal.signal(signal.SIGINT, previous)

@@ -1,0 +1,182 @@
+"""Times zexpert's routing on a CUDA device against the same routing composed of torch operations, eager and compiled.
+
+Usage: python benchmarks/gpu_routing.py [--tokens 1,8192] [--cases 768,384] [--json PATH]
+
+Every contender runs in CUDA graphs of many calls, over inputs that together exceed the L2 cache wherever one token more
+than a few makes that possible, so that neither launching nor the cache is measured in place of the kernel. "with the
+plan" adds moe_plan. The floor is the time to read the logits and to write the results at the speed of a device copy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import harness
+import torch_routing
+import zexpert
+from harness import CaseResult, Timing
+from torch_routing import LONGCAT_FLASH, RoutingCase
+
+CASES = {
+    "768": LONGCAT_FLASH,
+    "384": RoutingCase("LongCat-Flash-Lite", 256, 128, 0, 12, has_bias=True),
+    "896": RoutingCase("LongCat-2.0", 768, 128, 0, 12, has_bias=True),
+    "256": RoutingCase("256 experts, sigmoid", 256, 0, 0, 8, "sigmoid", True, True, 2.5),
+}
+TOKENS = (1, 16, 128, 1024, 8192, 65536)
+SUBJECT = "zexpert"
+CHECKED_TOKENS = 4096  # rows compared with the float64 reference
+
+Route = Callable[[Tensor, "Tensor | None"], "tuple[Tensor, Tensor, Tensor]"]
+
+
+def graph_seconds(calls: Sequence[Callable[[], object]], repeats: int) -> Timing:
+    """Seconds per call, of graphs that make every call in turn."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for call in calls:
+            call()
+        stream.synchronize()
+        num_calls = max(len(calls), 8)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            for i in range(num_calls):
+                calls[i % len(calls)]()
+        for _ in range(3):
+            graph.replay()
+        seconds = []
+        for _ in range(repeats):
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            seconds.append(begin.elapsed_time(end) / 1e3 / num_calls)
+    return Timing.of(seconds)
+
+
+def copy_bandwidth() -> float:
+    """Bytes per second, read and written, of a large device-to-device copy."""
+    source = torch.rand(1 << 29, device="cuda")
+    target = torch.empty_like(source)
+    seconds = []
+    for _ in range(8):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        target.copy_(source)
+        end.record()
+        end.synchronize()
+        seconds.append(begin.elapsed_time(end) / 1e3)
+    return 2 * source.nbytes / statistics.median(seconds)
+
+
+def zexpert_route(case: RoutingCase) -> Route:
+    def route(logits: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        routing = zexpert.ops.biased_topk(
+            logits,
+            bias,
+            case.top_k,
+            num_real_experts=case.num_real_experts,
+            num_identity_experts=case.num_identity_experts,
+            scoring_func=case.scoring_func,
+            renormalize=case.renormalize,
+            routed_scaling_factor=case.routed_scaling_factor,
+            num_expert_group=case.num_expert_group,
+            topk_group=case.topk_group,
+        )
+        return routing.topk_weights, routing.topk_ids, routing.zero_weight
+
+    return route
+
+
+def contenders(case: RoutingCase) -> dict[str, Route]:
+    def composed(logits: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        return torch_routing.route(logits, bias, case)
+
+    route = zexpert_route(case)
+
+    def with_plan(logits: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        weights, ids, zero_weight = route(logits, bias)
+        zexpert.ops.moe_plan(ids, case.num_real_experts)
+        return weights, ids, zero_weight
+
+    return {
+        SUBJECT: route,
+        "zexpert, with the plan": with_plan,
+        "torch.compile": torch.compile(composed, dynamic=False),
+        "torch ops": composed,
+    }
+
+
+def run_case(case: RoutingCase, num_tokens: int, dtype: torch.dtype, repeats: int, bandwidth: float) -> CaseResult:
+    bytes_per_input = num_tokens * case.num_experts * dtype.itemsize
+    bytes_per_output = num_tokens * (case.top_k * 8 + 4)
+    l2_bytes = torch.cuda.get_device_properties(0).L2_cache_size
+    num_inputs = max(3, min(64, 3 * l2_bytes // bytes_per_input + 1))
+    generator = torch.Generator("cuda").manual_seed(0)
+    inputs = [
+        torch.randn(num_tokens, case.num_experts, device="cuda", generator=generator).to(dtype)
+        for _ in range(num_inputs)
+    ]
+    scale = 1e-3 if case.scoring_func == "softmax" else 1e-1
+    bias = torch.randn(case.num_experts, device="cuda", generator=generator) * scale if case.has_bias else None
+
+    rows = inputs[0][:CHECKED_TOKENS]
+    far_from_ties = ~torch_routing.near_ties(rows.cpu(), None if bias is None else bias.cpu(), case).to("cuda")
+
+    def dense(routing: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        return torch_routing.dense_weights(*(part[:CHECKED_TOKENS] for part in routing), case)[far_from_ties]  # type: ignore[call-arg]
+
+    expected = dense(torch_routing.route(rows.double(), None if bias is None else bias.double(), case))
+    plain = dense(torch_routing.route(rows, bias, case))
+
+    timings, checks = {}, {}
+    torch.compiler.reset()
+    for name, route in contenders(case).items():
+        checks[name] = harness.check_error(dense(route(inputs[0], bias)), plain, expected)
+        calls = [lambda route=route, logits=logits: route(logits, bias) for logits in inputs]  # type: ignore[misc]
+        timings[name] = graph_seconds(calls, repeats)
+    floor = (bytes_per_input + bytes_per_output) / bandwidth
+    title = f"{case.name}: {num_tokens} tokens of {case.num_experts} {str(dtype).removeprefix('torch.')} logits"
+    return CaseResult(title, SUBJECT, floor, timings, checks, other_load=0.0)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokens", default=",".join(map(str, TOKENS)), help="numbers of tokens")
+    parser.add_argument("--cases", default=",".join(CASES), help="expert counts, of " + ", ".join(CASES))
+    parser.add_argument("--dtype", default="float32", choices=harness.DTYPES, help="of the logits")
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--json", type=Path, help="write the results there")
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        parser.error("this benchmark needs a CUDA device: torch.cuda.is_available() is False")
+
+    bandwidth = copy_bandwidth()
+    print(f"{torch.cuda.get_device_name()}: a copy moves {bandwidth / 1e12:.2f} TB/s; torch {torch.__version__}")
+    results = []
+    for name in options.cases.split(","):
+        for num_tokens in map(int, options.tokens.split(",")):
+            results.append(run_case(CASES[name], num_tokens, harness.DTYPES[options.dtype], options.repeats, bandwidth))
+            harness.print_case(results[-1])
+    names = list(results[0].timings)
+    table = [
+        [result.case, *(f"{result.timings[name].median * 1e6:.2f}" for name in names), f"{result.floor * 1e6:.2f}",
+         f"{100 * result.floor / result.timings[SUBJECT].median:.0f}%"]
+        for result in results
+    ]  # fmt: skip
+    print("\nmedians in microseconds")
+    print(harness.format_table(["case", *names, "floor", "share of floor"], table))
+    settings = {"tokens": options.tokens, "cases": options.cases, "dtype": options.dtype, "copy_bandwidth": bandwidth}
+    return harness.finish("gpu_routing", settings, results, options.json)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,142 @@
+// The routing kernel for every shape that biased_topk_warp.cuh does not serve: a block per token, the row's keys in
+// shared memory, K rounds in which every thread offers its best key not yet taken.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/biased_topk_common.cuh"
+
+namespace zexpert::cuda {
+
+inline constexpr int kBlockThreads = 256;
+inline constexpr int kBlockWarps = kBlockThreads / kWarpSize;
+inline constexpr int64_t kMaxBlockExperts = 8192;
+inline constexpr int64_t kMaxBlockTopK = 64;
+
+/// combine() of every thread's value, in every thread. `combine` must not depend on the order beyond rounding; the
+/// order is the same in every run.
+template <typename T, typename Combine>
+__device__ __forceinline__ T block_reduce(T value, T* scratch, const Combine& combine) {
+#pragma unroll
+  for (int offset = kWarpSize / 2; offset > 0; offset /= 2) {
+    value = combine(value, __shfl_xor_sync(kFullMask, value, offset));
+  }
+  __syncthreads();  // the scratch may still be read for the reduction before
+  if (threadIdx.x % kWarpSize == 0)
+    scratch[threadIdx.x / kWarpSize] = value;
+  __syncthreads();
+  value = scratch[0];
+#pragma unroll
+  for (int warp = 1; warp < kBlockWarps; ++warp) value = combine(value, scratch[warp]);
+  return value;
+}
+
+/// Makes 0 of the key bits of real experts whose group is not among the best topk_group.
+__device__ inline void mask_groups_of_block(const RoutingArguments& arguments, unsigned* key_bits,
+                                            float* group_scores) {
+  const int thread = static_cast<int>(threadIdx.x);
+  const int group_size = arguments.num_real_experts / arguments.num_expert_group;
+  for (int group = thread; group < arguments.num_expert_group; group += kBlockThreads) {
+    unsigned first = 0;
+    unsigned second = 0;
+    for (int i = 0; i < group_size; ++i) {
+      const unsigned bits = key_bits[group * group_size + i];
+      second = max(second, min(first, bits));
+      first = max(first, bits);
+    }
+    group_scores[group] = group_score(first, second);
+  }
+  __syncthreads();
+  for (int expert = thread; expert < arguments.num_real_experts; expert += kBlockThreads) {
+    if (!is_best_group(group_scores, expert / group_size, arguments))
+      key_bits[expert] = 0;
+  }
+  __syncthreads();
+}
+
+/// Dynamic shared memory: key bits [num_experts], group scores [num_expert_group].
+template <typename Logit>
+__global__ void __launch_bounds__(kBlockThreads) biased_topk_block(const RoutingArguments arguments) {
+  extern __shared__ unsigned row_memory[];
+  __shared__ uint64_t word_scratch[kBlockWarps];
+  __shared__ float float_scratch[kBlockWarps];
+  __shared__ uint64_t chosen[kMaxBlockTopK];
+  wait_for_previous_kernels();
+  let_next_kernel_start();
+
+  const int thread = static_cast<int>(threadIdx.x);
+  const int num_experts = arguments.num_experts;
+  const ScoringFunc scoring_func = arguments.scoring_func;
+  unsigned* key_bits = row_memory;
+  auto* group_scores = reinterpret_cast<float*>(row_memory + num_experts);
+
+  for (int64_t token = blockIdx.x; token < arguments.num_tokens; token += gridDim.x) {
+    const Logit* row = static_cast<const Logit*>(arguments.logits) + token * arguments.logits_row_stride;
+
+    RowScale scale{0.0F, 1.0F};
+    if (scoring_func == ScoringFunc::kSoftmax) {
+      float largest = -INFINITY;
+      for (int expert = thread; expert < num_experts; expert += kBlockThreads) {
+        const float logit = to_float(row[expert]);
+        if (is_finite(logit))
+          largest = fmaxf(largest, logit);
+      }
+      scale.largest = block_reduce(largest, float_scratch, [](float a, float b) { return fmaxf(a, b); });
+      float sum = 0.0F;
+      for (int expert = thread; expert < num_experts; expert += kBlockThreads) {
+        const float logit = to_float(row[expert]);
+        if (is_finite(logit))
+          sum = __fadd_rn(sum, softmax_term<true>(logit, scale.largest));
+      }
+      scale.inverse = reciprocal(block_reduce(sum, float_scratch, [](float a, float b) { return a + b; }));
+    }
+
+    for (int expert = thread; expert < num_experts; expert += kBlockThreads) {
+      const float logit = to_float(row[expert]);
+      float key = is_finite(logit) ? score_of<true>(scoring_func, logit, scale) : NAN;
+      if (arguments.bias != nullptr) {
+        key = __fadd_rn(key, load_as_float(arguments.bias, arguments.bias_type, expert));
+      }
+      key_bits[expert] = ordered_bits(key);
+    }
+    __syncthreads();
+    if (arguments.topk_group < arguments.num_expert_group)
+      mask_groups_of_block(arguments, key_bits, group_scores);
+
+    uint64_t best = 0;
+    bool is_stale = true;
+    for (int k = 0; k < arguments.top_k; ++k) {
+      if (is_stale) {
+        best = 0;
+        for (int expert = thread; expert < num_experts; expert += kBlockThreads) {
+          const uint64_t word = choice_word(key_bits[expert], static_cast<unsigned>(expert));
+          best = word > best ? word : best;
+        }
+      }
+      const uint64_t winner = block_reduce(best, word_scratch, [](uint64_t a, uint64_t b) { return a > b ? a : b; });
+      is_stale = winner != 0 && winner == best;
+      if (is_stale)
+        key_bits[index_of(winner)] = 0;
+      if (thread == 0)
+        chosen[k] = winner;
+    }
+    __syncthreads();
+
+    if (thread < kWarpSize) {
+      Slot slots[kMaxBlockTopK / kWarpSize];
+#pragma unroll
+      for (int s = 0; s < kMaxBlockTopK / kWarpSize; ++s) {
+        slots[s] = {s * kWarpSize + thread, -1, 0.0F};
+        const uint64_t word = slots[s].index < arguments.top_k ? chosen[slots[s].index] : 0;
+        if (word != 0) {
+          slots[s].expert = index_of(word);
+          slots[s].score = score_of<true>(scoring_func, to_float(row[slots[s].expert]), scale);
+        }
+      }
+      write_routing(arguments, token, thread, slots);
+    }
+    __syncthreads();  // the next token overwrites keys and choices
+  }
+}
+
+}  // namespace zexpert::cuda

@@ -1,0 +1,72 @@
+// How kernels are launched: every launch is checked, and on Hopper and later a kernel may start while the one before it
+// in the stream still runs (programmatic dependent launch).
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstddef>
+#include <cstdint>
+
+#include "zexpert/error.h"
+
+namespace zexpert::cuda {
+
+inline constexpr int kWarpSize = 32;
+inline constexpr unsigned kFullMask = 0xffffffffU;
+
+inline void check(cudaError_t status, const char* what) {
+  ZEXPERT_CHECK(status == cudaSuccess, what, " failed: ", cudaGetErrorString(status));
+}
+
+/// An attribute of the current device.
+inline int device_attribute(cudaDeviceAttr attribute) {
+  int device = 0;
+  int value = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  check(cudaDeviceGetAttribute(&value, attribute, device), "cudaDeviceGetAttribute");
+  return value;
+}
+
+inline int num_multiprocessors() { return device_attribute(cudaDevAttrMultiProcessorCount); }
+
+/// First statement of every kernel that launch() starts: what earlier kernels of the stream wrote is visible after it.
+/// Every thread calls it, also one that has nothing to do, so that a kernel's end implies the end of all before it.
+/// Loads that may be hoisted above it or served from a stale read-only cache (__ldg) have no place in such kernels.
+__device__ __forceinline__ void wait_for_previous_kernels() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+/// From here on the next kernel of the stream may take the multiprocessors that this one leaves free.
+__device__ __forceinline__ void let_next_kernel_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+/// Starts `kernel` on `stream`; throws Error, naming `name`, if that fails. Safe while the stream is being captured.
+template <typename... Parameters>
+void launch(const char* name, void (*kernel)(Parameters...), int64_t num_blocks, int num_threads,
+            size_t shared_memory_bytes, cudaStream_t stream, Parameters... arguments) {
+  constexpr size_t kSharedMemoryWithoutAsking = 32 * 1024;  // of 48 KB; the rest is for the kernel's static memory
+  if (shared_memory_bytes > kSharedMemoryWithoutAsking) {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(shared_memory_bytes)),
+          name);
+  }
+  cudaLaunchAttribute dependent_launch{};
+  dependent_launch.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  dependent_launch.val.programmaticStreamSerializationAllowed = 1;
+
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(num_blocks));
+  config.blockDim = dim3(static_cast<unsigned>(num_threads));
+  config.dynamicSmemBytes = shared_memory_bytes;
+  config.stream = stream;
+  config.attrs = &dependent_launch;
+  config.numAttrs = device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9 ? 1 : 0;
+  check(cudaLaunchKernelEx(&config, kernel, arguments...), name);
+}
+
+}  // namespace zexpert::cuda

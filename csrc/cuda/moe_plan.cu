@@ -1,0 +1,285 @@
+// Stable counting sort of slots by expert. Every block owns a run of consecutive slots, every warp a run within it, and
+// a warp takes 32 slots at a time; a slot's row is the number of slots that come before it in the order, counted at
+// each of these levels. Integers only, and no two threads race for a place: the same plan in every run.
+#include "zexpert/moe_plan.h"
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+
+#include "cuda/launch.cuh"
+#include "zexpert/error.h"
+
+namespace zexpert {
+namespace cuda {
+namespace {
+
+constexpr int64_t kMaxExperts = 8192;
+constexpr int kMaxWarps = 16;
+/// Up to this many slots one block makes the whole plan: a second launch would cost more than it saves.
+constexpr int64_t kMaxSlotsOfOneBlock = 2048;
+constexpr int64_t kSlotsPerBlock = 1536;
+/// Every block reads the counts of all: more blocks than this would spend their time on that.
+constexpr int64_t kMaxBlocks = 128;
+constexpr size_t kMaxSharedMemory = 160 * 1024;
+
+struct PlanArguments {
+  const void* topk_ids;
+  int32_t* expert_offsets;
+  int32_t* row_slots;
+  int32_t* slot_rows;
+  int32_t* block_counts;  // [num_blocks, num_experts]
+  int64_t num_slots;
+  int64_t slots_per_block;
+  int64_t slots_per_warp;
+  int num_counting_warps;  // per block; the others own no slots
+  int num_experts;
+};
+
+struct SlotRange {
+  int64_t begin;
+  int64_t end;
+};
+
+/// The part of [begin, begin + length) that exists.
+__device__ __forceinline__ SlotRange slot_range(int64_t begin, int64_t length, int64_t end) {
+  return {min(begin, end), min(begin + length, end)};
+}
+
+/// The slot's expert, -1 for a slot that does no work.
+template <typename Id>
+__device__ __forceinline__ int expert_of(const PlanArguments& arguments, int64_t slot, int64_t end) {
+  if (slot >= end)
+    return -1;
+  const Id id = static_cast<const Id*>(arguments.topk_ids)[slot];
+  return id >= 0 && id < arguments.num_experts ? static_cast<int>(id) : -1;
+}
+
+/// Sum of the values of threads before this one. Every thread of the block calls it.
+__device__ __forceinline__ int block_exclusive_sum(int value, int* warp_sums) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
+  int sum = value;
+#pragma unroll
+  for (int offset = 1; offset < kWarpSize; offset *= 2) {
+    const int before = __shfl_up_sync(kFullMask, sum, offset);
+    sum += lane >= offset ? before : 0;
+  }
+  if (lane == kWarpSize - 1)
+    warp_sums[warp] = sum;
+  __syncthreads();
+  int base = 0;
+  for (int other = 0; other < warp; ++other) base += warp_sums[other];
+  return base + sum - value;
+}
+
+/// block_counts[block, e] = slots of expert e in the block's run. Shared memory: [num_experts].
+template <typename Id>
+__global__ void __launch_bounds__(kMaxWarps* kWarpSize) moe_plan_count(const PlanArguments arguments) {
+  extern __shared__ int counts[];
+  wait_for_previous_kernels();
+  let_next_kernel_start();
+  for (int e = static_cast<int>(threadIdx.x); e < arguments.num_experts; e += static_cast<int>(blockDim.x)) {
+    counts[e] = 0;
+  }
+  __syncthreads();
+  const SlotRange run =
+      slot_range(blockIdx.x * arguments.slots_per_block, arguments.slots_per_block, arguments.num_slots);
+#pragma unroll 4
+  for (int64_t slot = run.begin + threadIdx.x; slot < run.end; slot += blockDim.x) {
+    const int expert = expert_of<Id>(arguments, slot, run.end);
+    if (expert >= 0)
+      atomicAdd(&counts[expert], 1);
+  }
+  __syncthreads();
+  int32_t* block_counts = arguments.block_counts + static_cast<int64_t>(blockIdx.x) * arguments.num_experts;
+  for (int e = static_cast<int>(threadIdx.x); e < arguments.num_experts; e += static_cast<int>(blockDim.x)) {
+    block_counts[e] = counts[e];
+  }
+}
+
+/// Slots of `expert` in all runs, and in those of earlier blocks.
+struct ExpertCount {
+  int total;
+  int before;
+};
+
+__device__ __forceinline__ ExpertCount sum_block_counts(const PlanArguments& arguments, int expert) {
+  constexpr int kAtOnce = 32;  // loads in flight: their latency is what this costs
+  ExpertCount count{0, 0};
+  const auto num_blocks = static_cast<int>(gridDim.x);
+  const auto block = static_cast<int>(blockIdx.x);
+  const int32_t* block_counts = arguments.block_counts + expert;
+  for (int first = 0; first < num_blocks; first += kAtOnce) {
+    int32_t values[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      values[i] = first + i < num_blocks ? block_counts[(first + i) * arguments.num_experts] : 0;
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      count.total += values[i];
+      count.before += first + i < block ? values[i] : 0;
+    }
+  }
+  return count;
+}
+
+/// Places the block's slots. Shared memory: next row of each expert for each warp, [num_counting_warps,
+/// num_experts].
+template <typename Id>
+__global__ void __launch_bounds__(kMaxWarps* kWarpSize) moe_plan_place(const PlanArguments arguments) {
+  extern __shared__ int4 place_memory[];
+  int* next_rows = reinterpret_cast<int*>(place_memory);
+  __shared__ int warp_sums[kMaxWarps];
+  __shared__ int num_working_slots;
+  wait_for_previous_kernels();
+  let_next_kernel_start();
+
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
+  const int num_threads = static_cast<int>(blockDim.x);
+  const int num_warps = arguments.num_counting_warps;
+  const int num_experts = arguments.num_experts;
+  const unsigned lanes_before = (1U << lane) - 1U;
+  const SlotRange run =
+      slot_range(blockIdx.x * arguments.slots_per_block, arguments.slots_per_block, arguments.num_slots);
+  const SlotRange own = slot_range(run.begin + warp * arguments.slots_per_warp, arguments.slots_per_warp, run.end);
+  int* own_rows = next_rows + warp * num_experts;
+
+  // Count each warp's slots.
+  for (int i = static_cast<int>(threadIdx.x); i < (num_warps * num_experts + 3) / 4; i += num_threads) {
+    place_memory[i] = int4{0, 0, 0, 0};
+  }
+  __syncthreads();
+#pragma unroll 4
+  for (int64_t slot = own.begin + lane; slot < own.end; slot += kWarpSize) {
+    const int expert = expert_of<Id>(arguments, slot, own.end);
+    if (expert >= 0)
+      atomicAdd(&own_rows[expert], 1);
+  }
+  __syncthreads();
+
+  // Turn counts into first rows: experts before, blocks before, warps before. A thread's experts are consecutive.
+  const int experts_per_thread = (num_experts + num_threads - 1) / num_threads;
+  const int first_expert = min(static_cast<int>(threadIdx.x) * experts_per_thread, num_experts);
+  const int last_expert = min(first_expert + experts_per_thread, num_experts);
+  int num_of_thread = 0;
+  int before = 0;  // of the only expert, where a thread has no more
+  for (int expert = first_expert; expert < last_expert; ++expert) {
+    ExpertCount count{0, 0};
+    if (gridDim.x > 1) {
+      count = sum_block_counts(arguments, expert);
+    } else {
+      for (int other = 0; other < num_warps; ++other) count.total += next_rows[other * num_experts + expert];
+    }
+    num_of_thread += count.total;
+    before = count.before;
+  }
+  int offset = block_exclusive_sum(num_of_thread, warp_sums);
+  if (static_cast<int>(threadIdx.x) == num_threads - 1)
+    num_working_slots = offset + num_of_thread;
+  for (int expert = first_expert; expert < last_expert; ++expert) {
+    if (blockIdx.x == 0)
+      arguments.expert_offsets[expert] = offset;
+    int total = num_of_thread;
+    if (experts_per_thread > 1 && gridDim.x > 1) {
+      const ExpertCount count = sum_block_counts(arguments, expert);
+      total = count.total;
+      before = count.before;
+    }
+    int row = offset + before;
+#pragma unroll 4
+    for (int other = 0; other < num_warps; ++other) {
+      int& cell = next_rows[other * num_experts + expert];
+      const int count = cell;
+      cell = row;
+      row += count;
+    }
+    offset = gridDim.x > 1 ? offset + total : row;
+  }
+  __syncthreads();
+  if (blockIdx.x == 0 && threadIdx.x == 0)
+    arguments.expert_offsets[num_experts] = num_working_slots;
+
+  // Place the slots, 32 at a time.
+  int next_expert = expert_of<Id>(arguments, own.begin + lane, own.end);
+  for (int64_t begin = own.begin; begin < own.end; begin += kWarpSize) {
+    const int64_t slot = begin + lane;
+    const int expert = next_expert;
+    next_expert = expert_of<Id>(arguments, slot + kWarpSize, own.end);
+    const unsigned peers = __match_any_sync(kFullMask, expert);
+    const int rank = __popc(peers & lanes_before);
+    int row = -1;
+    if (expert >= 0)
+      row = own_rows[expert] + rank;
+    __syncwarp();
+    if (expert >= 0 && rank == 0)
+      own_rows[expert] += __popc(peers);
+    __syncwarp();
+    if (slot < own.end)
+      arguments.slot_rows[slot] = row;
+    if (row >= 0)
+      arguments.row_slots[row] = static_cast<int32_t>(slot);
+  }
+  for (int64_t row = max(run.begin, static_cast<int64_t>(num_working_slots)) + threadIdx.x; row < run.end;
+       row += num_threads) {
+    arguments.row_slots[row] = -1;
+  }
+}
+
+int64_t num_blocks_for(int64_t num_slots) {
+  return num_slots <= kMaxSlotsOfOneBlock ? 1 : std::min((num_slots + kSlotsPerBlock - 1) / kSlotsPerBlock, kMaxBlocks);
+}
+
+template <typename Id>
+void launch_plan(const MoePlanParams& params, cudaStream_t stream) {
+  const int64_t num_blocks = num_blocks_for(params.num_slots);
+  const auto counts_bytes = sizeof(int) * static_cast<size_t>(params.num_experts);
+  const auto round_up = [](int64_t value, int64_t step) { return (value + step - 1) / step * step; };
+  const int64_t slots_per_block = round_up((params.num_slots + num_blocks - 1) / num_blocks, kWarpSize);
+  const auto most_warps = std::min<int64_t>(kMaxWarps, static_cast<int64_t>(kMaxSharedMemory / counts_bytes));
+  const int64_t slots_per_warp = round_up((slots_per_block + most_warps - 1) / most_warps, kWarpSize);
+  const int64_t num_warps = (slots_per_block + slots_per_warp - 1) / slots_per_warp;
+  const int64_t num_threads = std::clamp(std::max(num_warps * kWarpSize, round_up(params.num_experts, kWarpSize)),
+                                         int64_t{4 * kWarpSize}, int64_t{kMaxWarps * kWarpSize});
+
+  PlanArguments arguments{};
+  arguments.topk_ids = params.topk_ids;
+  arguments.expert_offsets = params.expert_offsets;
+  arguments.row_slots = params.row_slots;
+  arguments.slot_rows = params.slot_rows;
+  arguments.block_counts = static_cast<int32_t*>(params.workspace);
+  arguments.num_slots = params.num_slots;
+  arguments.slots_per_block = slots_per_block;
+  arguments.slots_per_warp = slots_per_warp;
+  arguments.num_counting_warps = static_cast<int>(num_warps);
+  arguments.num_experts = static_cast<int>(params.num_experts);
+  if (num_blocks > 1) {
+    launch("moe_plan", &moe_plan_count<Id>, num_blocks, kMaxWarps * kWarpSize, counts_bytes, stream, arguments);
+  }
+  launch("moe_plan", &moe_plan_place<Id>, num_blocks, static_cast<int>(num_threads),
+         (counts_bytes * static_cast<size_t>(num_warps) + 15) / 16 * 16, stream, arguments);
+}
+
+}  // namespace
+}  // namespace cuda
+
+int64_t moe_plan_cuda_workspace_bytes(int64_t num_slots, int64_t num_experts) {
+  const int64_t num_blocks = cuda::num_blocks_for(num_slots);
+  return num_blocks == 1 ? 0 : num_blocks * num_experts * static_cast<int64_t>(sizeof(int32_t));
+}
+
+void moe_plan_cuda(const MoePlanParams& params, cudaStream_t stream) {
+  ZEXPERT_CHECK(params.num_experts <= cuda::kMaxExperts, "num_experts must be at most ", cuda::kMaxExperts,
+                " on CUDA, got ", params.num_experts);
+  if (params.ids_type == ScalarType::kInt64) {
+    cuda::launch_plan<int64_t>(params, stream);
+  } else {
+    cuda::launch_plan<int32_t>(params, stream);
+  }
+}
+
+}  // namespace zexpert
