@@ -28,8 +28,8 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' Makefile
 
 .PHONY: demo
-demo: $(INSTALLED) ## run a layer in LongCat-Flash's routing shape on a text (TEXT=file) and print a table
-	python examples/demo.py $(if $(TEXT),--text "$(TEXT)") $(DEMO_ARGS)
+demo: $(INSTALLED) ## train a small model and show where it spends its compute (TEXT=file, DEMO_ARGS="--steps 100")
+	zexpert demo $(if $(TEXT),--text "$(TEXT)") $(DEMO_ARGS)
 
 .PHONY: test
 test: test-python test-cpp ## run all tests
@@ -59,19 +59,21 @@ lint: $(TOOLS) ## check format, style and types (ruff, mypy --strict, clang-form
 	ruff check .
 	ruff format --check .
 	mypy
-	clang-format --dry-run -Werror $(CXX_FILES)
+	@echo clang-format --dry-run -Werror "($(words $(CXX_FILES)) files)"
+	@clang-format --dry-run -Werror $(CXX_FILES)
 
 .PHONY: format
 format: $(TOOLS) ## format the code as lint wants it
 	ruff check --fix-only .
 	ruff format .
-	clang-format -i $(CXX_FILES)
+	@clang-format -i $(CXX_FILES)
 
 .PHONY: bench
 bench: $(INSTALLED) $(BENCH_TOOLS) ## compare with plain PyTorch and transformers on this CPU
 	@mkdir -p benchmarks/results
 	python benchmarks/cpu_routing.py --json benchmarks/results/cpu_routing.json $(BENCH_ARGS)
 	python benchmarks/cpu_layer.py --json benchmarks/results/cpu_layer.json $(BENCH_ARGS)
+	python benchmarks/cpu_training.py --json benchmarks/results/cpu_training.json
 
 .PHONY: wheel
 wheel: $(TOOLS) ## build the wheel into dist (with CUDA as ZEXPERT_CUDA says)

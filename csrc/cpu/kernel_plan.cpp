@@ -49,6 +49,15 @@ const char* instruction_set(CpuCapability capability) {
   return "unknown";
 }
 
+ScalarType floating_type(std::string_view name_of_type) {
+  for (const ScalarType type : {ScalarType::kFloat64, ScalarType::kBFloat16, ScalarType::kFloat16}) {
+    if (name_of_type == name(type)) {
+      return type;
+    }
+  }
+  return ScalarType::kFloat32;
+}
+
 /// The rows of all experts together, from whichever sizes say it.
 int64_t total_rows(const KernelQuery& query) {
   if (query.num_rows) {
@@ -66,8 +75,9 @@ KernelPlan plan_grouped_mlp(const KernelQuery& query, const char* isa) {
   const int64_t mean = (rows + *query.num_experts - 1) / *query.num_experts;
   const std::string about = std::to_string(rows) + " rows for " + std::to_string(*query.num_experts) +
                             " experts are at most " + std::to_string(mean) + " each if spread evenly, ";
-  const std::string limit = std::to_string(kFewRows);
-  if (mean <= kFewRows) {
+  const int64_t few_rows = few_rows_limit(floating_type(query.dtype.value_or("float32")), cpu_capability());
+  const std::string limit = std::to_string(few_rows);
+  if (mean <= few_rows) {
     return {query.op, "cpu", std::string("grouped_mlp_") + isa,
             about + "and a segment of up to " + limit +
                 " rows is bound by reading its weights, which this kernel streams."};

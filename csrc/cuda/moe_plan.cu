@@ -17,7 +17,9 @@ namespace cuda {
 namespace {
 
 constexpr int64_t kMaxExperts = 8192;
-constexpr int kMaxWarps = 16;
+constexpr int kMaxWarps = 32;
+/// Every warp has counts of its own to clear and to sum up, which few slots do not repay.
+constexpr int64_t kMostSlotsOfHalfTheWarps = 4096;
 /// Up to this many slots one block makes the whole plan: a second launch would cost more than it saves.
 constexpr int64_t kMaxSlotsOfOneBlock = 2048;
 constexpr int64_t kSlotsPerBlock = 1536;
@@ -240,7 +242,8 @@ void launch_plan(const MoePlanParams& params, cudaStream_t stream) {
   const auto counts_bytes = sizeof(int) * static_cast<size_t>(params.num_experts);
   const auto round_up = [](int64_t value, int64_t step) { return (value + step - 1) / step * step; };
   const int64_t slots_per_block = round_up((params.num_slots + num_blocks - 1) / num_blocks, kWarpSize);
-  const auto most_warps = std::min<int64_t>(kMaxWarps, static_cast<int64_t>(kMaxSharedMemory / counts_bytes));
+  const auto most_warps = std::min<int64_t>(slots_per_block <= kMostSlotsOfHalfTheWarps ? kMaxWarps / 2 : kMaxWarps,
+                                            static_cast<int64_t>(kMaxSharedMemory / counts_bytes));
   const int64_t slots_per_warp = round_up((slots_per_block + most_warps - 1) / most_warps, kWarpSize);
   const int64_t num_warps = (slots_per_block + slots_per_warp - 1) / slots_per_warp;
   const int64_t num_threads = std::clamp(std::max(num_warps * kWarpSize, round_up(params.num_experts, kWarpSize)),

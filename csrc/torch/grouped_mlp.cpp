@@ -59,7 +59,8 @@ Tensor grouped_mlp_on_cpu(const Tensor& rows, const Tensor& expert_offsets, cons
                           const Tensor& w2_weight) {
   return grouped_mlp(rows, expert_offsets, w13_weight, w2_weight, [](GroupedMlpParams params, const Tensor& out) {
     // torch's product takes no empty matrix.
-    params.max_rows = params.intermediate_size == 0 ? params.num_rows : kFewRows;
+    params.max_rows =
+        params.intermediate_size == 0 ? params.num_rows : few_rows_limit(params.data_type, cpu_capability());
     grouped_mlp_cpu(params);
     const int64_t longest = longest_segment(params.expert_offsets, params.num_experts);
     if (longest > params.max_rows) {

@@ -51,17 +51,19 @@ TEST(KernelPlan, IntegerAndCopyKernelsKnowNoInstructionSet) {
   EXPECT_EQ(kernel_plan(query_for("moe_permute")).kernel, "row_copy");
 }
 
+int64_t few_rows() { return few_rows_limit(ScalarType::kFloat32, cpu_capability()); }
+
 TEST(KernelPlan, GroupedMlpStreamsSegmentsOfFewRows) {
   EXPECT_EQ(kernel_plan(grouped_mlp_query(0, 8)).backend, "cpu");
-  EXPECT_EQ(kernel_plan(grouped_mlp_query(8 * kFewRows, 8)).backend, "cpu");
-  EXPECT_EQ(kernel_plan(grouped_mlp_query(8 * kFewRows + 1, 8)).backend, "torch");
+  EXPECT_EQ(kernel_plan(grouped_mlp_query(8 * few_rows(), 8)).backend, "cpu");
+  EXPECT_EQ(kernel_plan(grouped_mlp_query(8 * few_rows() + 1, 8)).backend, "torch");
 }
 
 TEST(KernelPlan, TokensTimesTopKStandForRows) {
   KernelQuery query = query_for("grouped_mlp");
   query.num_experts = 8;
   query.num_tokens = 4;
-  query.top_k = 2 * kFewRows;
+  query.top_k = 2 * few_rows();
   EXPECT_EQ(kernel_plan(query).backend, "cpu");
   query.num_tokens = 5;
   EXPECT_EQ(kernel_plan(query).backend, "torch");

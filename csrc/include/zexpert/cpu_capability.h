@@ -4,6 +4,10 @@
 #include <cstdlib>
 #include <cstring>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 namespace zexpert {
 
 enum class CpuCapability { kDefault, kAvx2, kAvx512 };
@@ -43,6 +47,19 @@ inline CpuCapability detect_cpu_capability() {
 inline CpuCapability cpu_capability() {
   static const CpuCapability capability = detail::detect_cpu_capability();
   return capability;
+}
+
+/// Whether the processor has matrix units for bfloat16 (AMX). Asked once: cpuid is slow on virtual machines.
+inline bool has_amx_bf16() {
+#if defined(__x86_64__)
+  static const bool has = [] {
+    unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+    return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) != 0 && ((edx >> 22U) & 1U) != 0;
+  }();
+  return has;
+#else
+  return false;
+#endif
 }
 
 }  // namespace zexpert

@@ -3,13 +3,23 @@
 
 #include <cstdint>
 
+#include "zexpert/cpu_capability.h"
 #include "zexpert/scalar_types.h"
 
 namespace zexpert {
 
-/// Segments of at most this many rows stream the expert's weights through zexpert's own kernel; longer ones are worth
-/// a matrix-product library's packing.
-inline constexpr int64_t kFewRows = 16;
+/// Largest segment that grouped_mlp_cpu is the faster way for: it streams an expert's weights, and a matrix-product
+/// library's packing pays off only above. Measured crossovers against torch (oneDNN, MKL): about 100 rows in float32
+/// with AVX-512 and 32 without, 48 in float16, 13 in bfloat16 where the processor has matrix units (AMX). In bfloat16
+/// without AMX this kernel led up to the 64 rows tried.
+inline int64_t few_rows_limit(ScalarType type, CpuCapability capability) {
+  switch (type) {
+    case ScalarType::kFloat32: return capability == CpuCapability::kAvx512 ? 96 : 32;
+    case ScalarType::kFloat16: return 48;
+    case ScalarType::kBFloat16: return has_amx_bf16() ? 12 : 64;
+    default: return 16;
+  }
+}
 
 /// For every expert e with expert_offsets[e + 1] - expert_offsets[e] in [1, max_rows], for its rows r:
 ///   out[r] = (silu(rows[r] @ gate_e.T) * (rows[r] @ up_e.T)) @ down_e.T,  [gate_e; up_e] = w13[e], down_e = w2[e].

@@ -1,8 +1,9 @@
 """A mixture-of-experts layer in LongCat-Flash's routing shape on a real text: 512 FFN and 256 identity experts, K 12.
 
-Usage: python examples/demo.py [--text FILE] [--tokens N] [--hidden-size H] [--dtype float32] [--seed S] [--threads N]
+Usage: python examples/longcat_layer.py [--text FILE] [--tokens N] [--hidden-size H] [--dtype float32] [--seed S]
+[--threads N]
 
-Each token picks 12 of 768 experts; a slot that picks an identity expert costs no feed-forward network. The demo checks
+Each token picks 12 of 768 experts; a slot that picks an identity expert costs no feed-forward network. This checks
 zexpert's output against the same layer in float64, counts the slots that did work, and times the layer against plain
 PyTorch (plain_moe.py). The hidden size is smaller than the model's, and the weights, the router's too, are random with
 a fixed seed: the numbers show the layer's mechanics, not a model's quality.
@@ -268,12 +269,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with torch.inference_mode():
             return 0 if run(options) else 1
     except UserError as error:
-        print(f"demo.py: {error}", file=sys.stderr)
+        print(f"longcat_layer.py: {error}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
         if error.name != "zexpert":
             raise
-        print("demo.py: zexpert is not installed here; run `make demo`, or `pip install .` first", file=sys.stderr)
+        print(
+            "longcat_layer.py: zexpert is not installed here; run `make install`, or `pip install .` first",
+            file=sys.stderr,
+        )
         return 2
     except BrokenPipeError:  # the reader of a pipe had enough
         with suppress(OSError):
