@@ -1,6 +1,8 @@
 #include "zexpert/grouped_mlp.h"
 
+#include <algorithm>
 #include <atomic>
+#include <utility>
 #include <vector>
 
 #include "cpu/aligned_array.h"
@@ -15,7 +17,16 @@ struct Segment {
   int64_t expert;
   int64_t first_row;
   int64_t num_rows;
-  int64_t first_packed_row;  ///< the segments' rows lie packed one after another
+  int64_t first_group = 0;
+  int64_t num_groups = 0;
+};
+
+/// Rows of a segment that are multiplied together. All segments' rows lie packed, those of a group interleaved: vector
+/// `v` of the group's row `r` is vector first_packed_row * (vectors per row) + v * num_rows + r.
+struct RowGroup {
+  int64_t first_row;
+  int64_t first_packed_row;
+  int64_t num_rows;
 };
 
 void check_offsets(const GroupedMlpParams& params) {
@@ -31,16 +42,31 @@ void check_offsets(const GroupedMlpParams& params) {
 
 std::vector<Segment> find_segments(const GroupedMlpParams& params) {
   std::vector<Segment> segments;
-  int64_t packed_rows = 0;
   for (int64_t expert = 0; expert < params.num_experts; ++expert) {
     const int64_t first_row = params.expert_offsets[expert];
     const int64_t num_rows = params.expert_offsets[expert + 1] - first_row;
     if (num_rows >= 1 && num_rows <= params.max_rows) {
-      segments.push_back({expert, first_row, num_rows, packed_rows});
-      packed_rows += num_rows;
+      segments.push_back({expert, first_row, num_rows});
     }
   }
   return segments;
+}
+
+/// Cuts every segment into as few groups of up to `most_rows` rows as it takes, of about the same size.
+std::vector<RowGroup> cut_into_groups(std::vector<Segment>& segments, int64_t most_rows) {
+  std::vector<RowGroup> groups;
+  int64_t packed_rows = 0;
+  for (Segment& segment : segments) {
+    segment.first_group = static_cast<int64_t>(groups.size());
+    segment.num_groups = (segment.num_rows + most_rows - 1) / most_rows;
+    for (int64_t g = 0; g < segment.num_groups; ++g) {
+      const int64_t begin = segment.num_rows * g / segment.num_groups;
+      const int64_t end = segment.num_rows * (g + 1) / segment.num_groups;
+      groups.push_back({segment.first_row + begin, packed_rows + begin, end - begin});
+    }
+    packed_rows += segment.num_rows;
+  }
+  return groups;
 }
 
 }  // namespace

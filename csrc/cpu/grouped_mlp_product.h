@@ -2,103 +2,94 @@
 //
 // A weight's row lies contiguous in memory, and so does a token's: each element of a product is the dot product of two
 // of them. A panel of kPanel weight rows meets a group of up to most_rows() rows with all their sums in registers, so
-// that a weight is read once for the whole group; rows of a group lie interleaved, so that they come from one stream.
+// that a weight is read once for the whole group; rows of a group lie interleaved, so that they come in one stream.
 //
-// Every sum has one order of addition: vectors within a block of depth, the lanes of the block's sum, then the blocks.
-// It does not depend on the group, so that a row's result does not depend on the rows beside it.
+// Every sum has one order of addition: the vectors of a block of depth, the lanes of their sum, then block after block.
+// It does not depend on the group, and so a row's result does not depend on the rows beside it.
 
 /// Weight rows that are multiplied together.
 constexpr int64_t kPanel = 4;
 
-/// Elements of a row that are multiplied before the next row's turn. Two groups' rows and a panel of that depth fit in
-/// the first-level cache together.
+/// Elements of a row that are multiplied before it is the next row's turn: so much of kGroupsInCache groups and of a
+/// panel fits in the first-level cache.
 constexpr int64_t kDepthBlock = 512;
 constexpr int64_t kGroupsInCache = 2;
 
-/// Most rows and most weight rows that multiply() takes at once: their sums and the rows stay in the second-level
-/// cache.
+/// Most rows and most weight rows that multiply() takes at once: they stay in the second-level cache.
 constexpr int64_t kMaxRows = 48;
 constexpr int64_t kMaxChannels = 64;
-
-/// From this many groups on, 16-bit weights are converted once per block instead of once per group.
-constexpr int64_t kConvertGroups = 4;
 
 constexpr int64_t kCacheLine = 64;
 
 constexpr int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
-/// Rows whose sums with a panel fit in the registers: 24 of AVX-512's 32, 8 of the others' 16.
+/// Rows whose sums with a panel fit in the registers, beside the rows and a weight: 32 registers with AVX-512, else 16.
 template <typename A>
 constexpr int64_t most_rows() {
-  return sizeof(Vec<A>) == 64 ? 6 : 2;
+  return sizeof(Vec<A>) == 64 ? 6 : 3;
 }
 
-/// Rows of a segment that are multiplied together. Among the packed rows, element `i` of the group's row `r` lies at
-/// first_row * padded depth + round down(i, kWidth) * num_rows + r * kWidth + i % kWidth.
-struct RowGroup {
-  int64_t first_row;
-  int64_t num_rows;
-};
-
 /// One call of multiply_group.
-template <typename W, typename A>
+template <typename T>
 struct PanelProduct {
-  const A* rows;              ///< the group's packed rows from this block of depth on
-  const W* weights[kPanel];   ///< from this block of depth on
-  const char* ahead[kPanel];  ///< memory that will be needed soon, read alongside
+  const accumulate_t<T>* rows;  ///< the group's packed rows from this block of depth on
+  const T* weights[kPanel];     ///< from this block of depth on
+  const char* ahead[kPanel];    ///< memory that will be needed later, read alongside the weights
   int64_t depth;
-  bool adds;  ///< to the sums of earlier blocks of depth
-  A* sums;    ///< [rows of the group, kMaxChannels]
+  bool adds;              ///< to the sums of earlier blocks of depth
+  accumulate_t<T>* sums;  ///< [rows of the group, kMaxChannels]
 };
 
-/// sums[r, c] = rows[r] . weights[c] for r < kRows. A step along the depth takes kStride vectors of weights and brings
-/// kAhead of the four streams ahead nearer by ahead_step bytes.
-template <int64_t kRows, int64_t kStride, int64_t kAhead, typename W, typename A>
-void multiply_group(const PanelProduct<W, A>& product, int64_t ahead_step) {
+/// sums[r, c] = rows[r] . weights[c] for r < kRows. Reads the first kAhead of the streams ahead.
+template <int64_t kRows, int64_t kAhead, typename T>
+void multiply_group(const PanelProduct<T>& product) {
+  using A = accumulate_t<T>;
   using V = Vec<A>;
-  constexpr int64_t kLineElements = kCacheLine / static_cast<int64_t>(sizeof(W));
-  const W* const w0 = product.weights[0];
-  const W* const w1 = product.weights[1];
-  const W* const w2 = product.weights[2];
-  const W* const w3 = product.weights[3];
+  constexpr int64_t kLineElements = kCacheLine / static_cast<int64_t>(sizeof(T));
+  const T* const w0 = product.weights[0];
+  const T* const w1 = product.weights[1];
+  const T* const w2 = product.weights[2];
+  const T* const w3 = product.weights[3];
   V sums[static_cast<size_t>(kRows)][kPanel];
 #pragma GCC unroll 8
   for (int64_t r = 0; r < kRows; ++r) sums[r][0] = sums[r][1] = sums[r][2] = sums[r][3] = V::zero();
 
   const A* rows = product.rows;
   int64_t i = 0;
-  int64_t ahead = 0;
   for (; i + V::kWidth <= product.depth; i += V::kWidth) {
     if (i % kLineElements == 0) {
-      __builtin_prefetch(product.ahead[0] + ahead, 0, 2);
+      const int64_t line = i * static_cast<int64_t>(sizeof(T));
+      __builtin_prefetch(product.ahead[0] + line, 0, 2);
       if constexpr (kAhead == kPanel) {
-        __builtin_prefetch(product.ahead[1] + ahead, 0, 2);
-        __builtin_prefetch(product.ahead[2] + ahead, 0, 2);
-        __builtin_prefetch(product.ahead[3] + ahead, 0, 2);
+        __builtin_prefetch(product.ahead[1] + line, 0, 2);
+        __builtin_prefetch(product.ahead[2] + line, 0, 2);
+        __builtin_prefetch(product.ahead[3] + line, 0, 2);
       }
-      ahead += ahead_step;
     }
-    // unfused() also keeps the compiler from loading a weight anew for each of its products.
-    const V a = unfused(V::load(w0 + i * kStride));
-    const V b = unfused(V::load(w1 + i * kStride));
-    const V c = unfused(V::load(w2 + i * kStride));
-    const V d = unfused(V::load(w3 + i * kStride));
+    // unfused() keeps what is loaded once in a register, where a compiler may load it anew for each product.
+    V x[static_cast<size_t>(kRows)];
 #pragma GCC unroll 8
-    for (int64_t r = 0; r < kRows; ++r) {
-      const V x = unfused(V::load(rows + r * V::kWidth));
-      sums[r][0] = V::multiply_add(a, x, sums[r][0]);
-      sums[r][1] = V::multiply_add(b, x, sums[r][1]);
-      sums[r][2] = V::multiply_add(c, x, sums[r][2]);
-      sums[r][3] = V::multiply_add(d, x, sums[r][3]);
-    }
+    for (int64_t r = 0; r < kRows; ++r) x[r] = unfused(V::load(rows + r * V::kWidth));
+    const V a = unfused(V::load(w0 + i));
+#pragma GCC unroll 8
+    for (int64_t r = 0; r < kRows; ++r) sums[r][0] = V::multiply_add(a, x[r], sums[r][0]);
+    const V b = unfused(V::load(w1 + i));
+#pragma GCC unroll 8
+    for (int64_t r = 0; r < kRows; ++r) sums[r][1] = V::multiply_add(b, x[r], sums[r][1]);
+    const V c = unfused(V::load(w2 + i));
+#pragma GCC unroll 8
+    for (int64_t r = 0; r < kRows; ++r) sums[r][2] = V::multiply_add(c, x[r], sums[r][2]);
+    const V d = unfused(V::load(w3 + i));
+#pragma GCC unroll 8
+    for (int64_t r = 0; r < kRows; ++r) sums[r][3] = V::multiply_add(d, x[r], sums[r][3]);
     rows += kRows * V::kWidth;
   }
   if (i < product.depth) {
     const int64_t count = product.depth - i;
-    const V a = V::load_partial(w0 + i * kStride, count, 0);
-    const V b = V::load_partial(w1 + i * kStride, count, 0);
-    const V c = V::load_partial(w2 + i * kStride, count, 0);
-    const V d = V::load_partial(w3 + i * kStride, count, 0);
+    const V a = V::load_partial(w0 + i, count, 0);
+    const V b = V::load_partial(w1 + i, count, 0);
+    const V c = V::load_partial(w2 + i, count, 0);
+    const V d = V::load_partial(w3 + i, count, 0);
 #pragma GCC unroll 8
     for (int64_t r = 0; r < kRows; ++r) {
       const V x = V::load(rows + r * V::kWidth);
@@ -119,13 +110,13 @@ void multiply_group(const PanelProduct<W, A>& product, int64_t ahead_step) {
 }
 
 /// multiply_group for a group of `num_rows` rows, at most kRows.
-template <int64_t kRows, int64_t kStride, int64_t kAhead, typename W, typename A>
-ZEXPERT_INLINE void multiply_rows(int64_t num_rows, const PanelProduct<W, A>& product, int64_t ahead_step) {
+template <int64_t kRows, int64_t kAhead, typename T>
+ZEXPERT_INLINE void multiply_rows(int64_t num_rows, const PanelProduct<T>& product) {
   if constexpr (kRows >= 1) {
     if (num_rows == kRows) {
-      multiply_group<kRows, kStride, kAhead>(product, ahead_step);
+      multiply_group<kRows, kAhead>(product);
     } else {
-      multiply_rows<kRows - 1, kStride, kAhead>(num_rows, product, ahead_step);
+      multiply_rows<kRows - 1, kAhead>(num_rows, product);
     }
   }
 }
@@ -137,85 +128,40 @@ struct Channels {
   int64_t count = 0;
 };
 
-/// What a thread needs to multiply.
-template <typename T>
-struct Workspace {
-  using A = accumulate_t<T>;
-  static constexpr bool kConverts = !std::is_same_v<A, T>;
-  AlignedArray<A> sums{kMaxRows * kMaxChannels};
-  AlignedArray<A> converted{kConverts ? kMaxChannels * kDepthBlock : 1};  ///< panels, their rows interleaved
-};
-
-/// Converts channels' elements [begin, begin + depth), padded with zeros to whole vectors.
-template <typename T>
-void convert_channels(const Channels<T>& channels, int64_t begin, int64_t depth, accumulate_t<T>* converted) {
-  using V = Vec<accumulate_t<T>>;
-  for (int64_t c = 0; c < channels.count; ++c) {
-    const T* source = channels.rows[c] + begin;
-    accumulate_t<T>* target = converted + c / kPanel * kPanel * kDepthBlock + c % kPanel * V::kWidth;
-    int64_t i = 0;
-    for (; i + V::kWidth <= depth; i += V::kWidth) V::load(source + i).store(target + i * kPanel);
-    if (i < depth) {
-      V::load_partial(source + i, depth - i, 0).store(target + i * kPanel);
-    }
-  }
-}
-
-/// workspace.sums[r, c] = row r of the groups . channels[c]. Meanwhile brings the block `next` nearer, which will be
-/// multiplied after this one.
+/// sums[r, c] = row r of the groups . channels[c], kMaxChannels apart. Meanwhile reads `next`, the block that will be
+/// multiplied after this one, into the cache.
 template <typename T>
 void multiply(const accumulate_t<T>* packed_rows, const RowGroup* groups, int64_t num_groups,
-              const Channels<T>& channels, int64_t depth, const Channels<T>& next, Workspace<T>& workspace) {
+              const Channels<T>& channels, int64_t depth, const Channels<T>& next, accumulate_t<T>* sums) {
   using A = accumulate_t<T>;
-  constexpr int64_t kWidth = Vec<A>::kWidth;
-  const int64_t padded_depth = round_up(depth, kWidth);
-  const bool converts = Workspace<T>::kConverts && num_groups >= kConvertGroups;
-
-  for (int64_t begin = 0; begin < std::max<int64_t>(depth, 1); begin += kDepthBlock) {
-    const int64_t block_depth = std::min(kDepthBlock, depth - begin);
+  const int64_t padded_depth = round_up(depth, Vec<A>::kWidth);
+  // A depth of 0 is one empty block, whose sums are 0.
+  for (int64_t begin = 0; begin == 0 || begin < depth; begin += kDepthBlock) {
     const bool is_last = begin + kDepthBlock >= depth;
-    if (converts) {
-      convert_channels(channels, begin, block_depth, workspace.converted.get());
-    }
     for (int64_t tile = 0; tile < num_groups; tile += kGroupsInCache) {
       for (int64_t c = 0; c < channels.count; c += kPanel) {
         for (int64_t g = tile; g < std::min(tile + kGroupsInCache, num_groups); ++g) {
           const RowGroup& group = groups[g];
-          const auto fill = [&](auto& product) {
-            product.rows = packed_rows + group.first_row * padded_depth + begin * group.num_rows;
-            product.adds = begin > 0;
-            product.sums = workspace.sums.get() + (group.first_row - groups[0].first_row) * kMaxChannels + c;
-            // The groups share the panel's successor among them, so that memory is read all the time.
-            int64_t streams = 0;
-            for (int64_t k = 0; k < kPanel; ++k) {
-              if (k * num_groups / kPanel == g && (!is_last || c < next.count)) {
-                const T* successor = is_last ? next.rows[c + k] : channels.rows[c + k] + begin + kDepthBlock;
-                product.ahead[streams++] = reinterpret_cast<const char*>(successor);
-              }
+          PanelProduct<T> product;
+          product.rows = packed_rows + group.first_packed_row * padded_depth + begin * group.num_rows;
+          product.depth = std::min(kDepthBlock, depth - begin);
+          product.adds = begin > 0;
+          product.sums = sums + (group.first_row - groups[0].first_row) * kMaxChannels + c;
+          // The groups share out the four rows after this panel's, so that memory is read all the time.
+          int64_t streams = 0;
+          for (int64_t k = 0; k < kPanel; ++k) {
+            product.weights[k] = channels.rows[c + k] + begin;
+            if (k * num_groups / kPanel == g && !(is_last && c >= next.count)) {
+              const T* successor = is_last ? next.rows[c + k] : product.weights[k] + kDepthBlock;
+              product.ahead[streams++] = reinterpret_cast<const char*>(successor);
             }
-            for (; streams < kPanel; ++streams) {
-              product.ahead[streams] = reinterpret_cast<const char*>(channels.rows[c] + begin);
-            }
-          };
-          if (converts) {
-            PanelProduct<A, A> product;
-            for (int64_t k = 0; k < kPanel; ++k) {
-              product.weights[k] = workspace.converted.get() + c * kDepthBlock + k * kWidth;
-            }
-            fill(product);
-            product.depth = round_up(block_depth, kWidth);
-            constexpr int64_t kStep = kCacheLine / static_cast<int64_t>(sizeof(A) / sizeof(T));
-            multiply_rows<most_rows<A>(), kPanel, 1>(group.num_rows, product, kStep);
+          }
+          for (; streams < kPanel; ++streams)
+            product.ahead[streams] = reinterpret_cast<const char*>(product.weights[0]);
+          if (num_groups < kPanel) {
+            multiply_rows<most_rows<A>(), kPanel>(group.num_rows, product);
           } else {
-            PanelProduct<T, A> product;
-            for (int64_t k = 0; k < kPanel; ++k) product.weights[k] = channels.rows[c + k] + begin;
-            fill(product);
-            product.depth = block_depth;
-            if (num_groups < kPanel) {
-              multiply_rows<most_rows<A>(), 1, kPanel>(group.num_rows, product, kCacheLine);
-            } else {
-              multiply_rows<most_rows<A>(), 1, 1>(group.num_rows, product, kCacheLine);
-            }
+            multiply_rows<most_rows<A>(), 1>(group.num_rows, product);
           }
         }
       }

@@ -39,14 +39,17 @@ void sum_columns(const WeightedRow<T>* addends, int64_t num_addends, int64_t beg
   int64_t column = begin;
   for (; column + kVectors * V::kWidth <= end; column += kVectors * V::kWidth) {
     V sums[kVectors];
+#pragma GCC unroll 8
     for (int64_t v = 0; v < kVectors; ++v) sums[v] = V::zero();
     for (int64_t i = 0; i < num_addends; ++i) {
       const V weight = V::broadcast(addends[i].weight);
       const T* source = addends[i].row + column;
+#pragma GCC unroll 8
       for (int64_t v = 0; v < kVectors; ++v) {
         sums[v] = V::multiply_add(weight, V::load(source + v * V::kWidth), sums[v]);
       }
     }
+#pragma GCC unroll 8
     for (int64_t v = 0; v < kVectors; ++v) sums[v].store(out + column + v * V::kWidth);
   }
   for (; column < end; column += V::kWidth) {

@@ -17,42 +17,40 @@ constexpr int64_t kMaxBlocks = 64;
 
 struct Block {
   int64_t begin, end;
-  int32_t* next_row;  ///< [num_experts]: slots per expert, then the row of the expert's next slot
+  int32_t* next_row;  ///< [num_experts + 1]: slots per bucket, then the row of the bucket's next slot
 };
 
+/// Slots that do no work go to a bucket after the experts', which spares branches that no processor can predict.
 template <typename Id>
-void count_slots(const Id* topk_ids, const Block& block) {
-  for (int64_t slot = block.begin; slot < block.end; ++slot) {
-    if (topk_ids[slot] >= 0) {
-      ++block.next_row[topk_ids[slot]];
-    }
-  }
+size_t bucket_of(Id id, int64_t num_experts) {
+  return static_cast<size_t>(id >= 0 ? static_cast<int64_t>(id) : num_experts);
 }
 
-/// Turns the blocks' counts into their first rows: expert after expert, within an expert block after block.
+template <typename Id>
+void count_slots(const Id* topk_ids, int64_t num_experts, const Block& block) {
+  for (int64_t slot = block.begin; slot < block.end; ++slot) ++block.next_row[bucket_of(topk_ids[slot], num_experts)];
+}
+
+/// Turns the blocks' counts into their first rows: bucket after bucket, within a bucket block after block.
 void find_first_rows(const std::vector<Block>& blocks, int64_t num_experts, int32_t* expert_offsets) {
   int32_t row = 0;
-  for (int64_t expert = 0; expert < num_experts; ++expert) {
-    expert_offsets[expert] = row;
+  for (int64_t bucket = 0; bucket <= num_experts; ++bucket) {
+    expert_offsets[bucket] = row;
     for (const Block& block : blocks) {
-      const int32_t count = block.next_row[expert];
-      block.next_row[expert] = row;
+      const int32_t count = block.next_row[bucket];
+      block.next_row[bucket] = row;
       row += count;
     }
   }
-  expert_offsets[num_experts] = row;
 }
 
+/// The slots of the last bucket take the rows past the last offset for now.
 template <typename Id>
-void place_slots(const Id* topk_ids, const Block& block, int32_t* row_slots, int32_t* slot_rows) {
+void place_slots(const Id* topk_ids, int64_t num_experts, const Block& block, int32_t* row_slots, int32_t* slot_rows) {
   for (int64_t slot = block.begin; slot < block.end; ++slot) {
-    if (topk_ids[slot] >= 0) {
-      const int32_t row = block.next_row[topk_ids[slot]]++;
-      row_slots[row] = static_cast<int32_t>(slot);
-      slot_rows[slot] = row;
-    } else {
-      slot_rows[slot] = -1;
-    }
+    const int32_t row = block.next_row[bucket_of(topk_ids[slot], num_experts)]++;
+    row_slots[row] = static_cast<int32_t>(slot);
+    slot_rows[slot] = topk_ids[slot] >= 0 ? row : -1;
   }
 }
 
@@ -65,19 +63,22 @@ void moe_plan(const MoePlanParams& params) {
   // Blocks of at least as many slots as there are experts keep the counts smaller than the ids.
   const int64_t least_slots = std::max(kBlockSlots, params.num_experts);
   const int64_t num_blocks = std::clamp<int64_t>(params.num_slots / least_slots, 1, kMaxBlocks);
-  std::vector<int32_t> next_rows(static_cast<size_t>(num_blocks * params.num_experts));
+  const int64_t num_buckets = params.num_experts + 1;
+  std::vector<int32_t> next_rows(static_cast<size_t>(num_blocks * num_buckets));
   std::vector<Block> blocks;
   for (int64_t b = 0; b < num_blocks; ++b) {
     blocks.push_back({params.num_slots * b / num_blocks, params.num_slots * (b + 1) / num_blocks,
-                      next_rows.data() + b * params.num_experts});
+                      next_rows.data() + b * num_buckets});
   }
   parallel_for(0, num_blocks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; ++b) count_slots(topk_ids, blocks[static_cast<size_t>(b)]);
+    for (int64_t b = begin; b < end; ++b) {
+      count_slots(topk_ids, params.num_experts, blocks[static_cast<size_t>(b)]);
+    }
   });
   find_first_rows(blocks, params.num_experts, params.expert_offsets);
   parallel_for(0, num_blocks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
-      place_slots(topk_ids, blocks[static_cast<size_t>(b)], params.row_slots, params.slot_rows);
+      place_slots(topk_ids, params.num_experts, blocks[static_cast<size_t>(b)], params.row_slots, params.slot_rows);
     }
   });
   std::fill(params.row_slots + params.expert_offsets[params.num_experts], params.row_slots + params.num_slots, -1);

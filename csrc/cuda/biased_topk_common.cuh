@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "cuda/element_types.cuh"
 #include "cuda/launch.cuh"
 #include "zexpert/enums.h"
 #include "zexpert/scalar_types.h"
@@ -41,19 +42,6 @@ struct RoutingArguments {
 };
 
 // Loads
-
-template <typename T>
-__device__ __forceinline__ float to_float(T value) {
-  return static_cast<float>(value);
-}
-template <>
-__device__ __forceinline__ float to_float(__nv_bfloat16 value) {
-  return __bfloat162float(value);
-}
-template <>
-__device__ __forceinline__ float to_float(__half value) {
-  return __half2float(value);
-}
 
 /// Calls `fn` with a typed pointer to data of any floating type.
 template <typename Fn>

@@ -1,11 +1,10 @@
 #include "zexpert/zero_expert_accumulate.h"
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include <cstdint>
 
+#include "cuda/element_types.cuh"
 #include "cuda/launch.cuh"
 
 namespace zexpert {
@@ -15,9 +14,6 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kVectorsPerThread = 2;
 constexpr int64_t kVectorBytes = 16;
-
-template <typename T>
-using weight_t = accumulate_t<T>;
 
 /// kVector elements moved by one access.
 template <typename T, int kVector>
@@ -29,7 +25,7 @@ struct alignas(sizeof(T) * kVector) Vector {
 template <typename T, int kVector, bool kAccumulate>
 __global__ void __launch_bounds__(kThreads)
     zero_expert_accumulate(const ZeroExpertAccumulateParams params, const int64_t blocks_per_row) {
-  using Weight = weight_t<T>;
+  using Weight = typename Computed<T>::type;
   using Elements = Vector<T, kVector>;
   wait_for_previous_kernels();
   let_next_kernel_start();
@@ -49,10 +45,10 @@ __global__ void __launch_bounds__(kThreads)
       sums = *reinterpret_cast<const Elements*>(out + column);
 #pragma unroll
     for (int v = 0; v < kVector; ++v) {
-      Weight value = weight * static_cast<Weight>(elements.values[v]);
+      Weight value = weight * Computed<T>::from(elements.values[v]);
       if (kAccumulate)
-        value += static_cast<Weight>(sums.values[v]);
-      elements.values[v] = static_cast<T>(value);
+        value += Computed<T>::from(sums.values[v]);
+      elements.values[v] = Computed<T>::to(value);
     }
     *reinterpret_cast<Elements*>(out + column) = elements;
   }

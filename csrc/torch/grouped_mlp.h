@@ -9,16 +9,17 @@
 
 HIDDEN_NAMESPACE_BEGIN(zexpert, ops)
 
+/// `name` is what the op calls its rows.
 inline void check_grouped_mlp(const Tensor& rows, const Tensor& expert_offsets, const Tensor& w13_weight,
-                              const Tensor& w2_weight) {
-  check_device(expert_offsets, "expert_offsets", rows, "rows");
-  check_device(w13_weight, "w13_weight", rows, "rows");
-  check_device(w2_weight, "w2_weight", rows, "rows");
-  check_floating(rows, "rows");
+                              const Tensor& w2_weight, const char* name = "rows") {
+  check_device(expert_offsets, "expert_offsets", rows, name);
+  check_device(w13_weight, "w13_weight", rows, name);
+  check_device(w2_weight, "w2_weight", rows, name);
+  check_floating(rows, name);
   check_dtype(expert_offsets, "expert_offsets", DType::Int);
-  check_dtype(w13_weight, "w13_weight", rows.scalar_type(), rows, "rows");
-  check_dtype(w2_weight, "w2_weight", rows.scalar_type(), rows, "rows");
-  check_dims(rows, "rows", 2, "[rows, hidden_size]");
+  check_dtype(w13_weight, "w13_weight", rows.scalar_type(), rows, name);
+  check_dtype(w2_weight, "w2_weight", rows.scalar_type(), rows, name);
+  check_dims(rows, name, 2, "[rows, hidden_size]");
   check_expert_offsets_dims(expert_offsets);
   check_dims(w13_weight, "w13_weight", 3, "[experts, 2 * intermediate_size, hidden_size]");
   const int64_t num_experts = expert_offsets.size(0) - 1;

@@ -34,6 +34,22 @@ struct GroupedMlpGradients {
   Tensor w2_weight;   ///< [num_experts, hidden_size, intermediate_size]; likewise
 };
 
+inline GroupedMlpGradients empty_gradients(const GroupedMlpNeeds& needs, int64_t num_rows, int64_t num_experts,
+                                           int64_t hidden_size, int64_t intermediate_size, const Tensor& like) {
+  const auto allocate = [&](bool is_needed, std::initializer_list<int64_t> sizes) {
+    return is_needed ? empty(sizes, like.scalar_type(), like) : empty({0}, like.scalar_type(), like);
+  };
+  return {allocate(needs.rows, {num_rows, hidden_size}),
+          allocate(needs.w13_weight, {num_experts, 2 * intermediate_size, hidden_size}),
+          allocate(needs.w2_weight, {num_experts, hidden_size, intermediate_size})};
+}
+
+inline void zero_gradients(const GroupedMlpGradients& gradients) {
+  zero_rows(gradients.rows, 0, gradients.rows.size(0));
+  zero_rows(gradients.w13_weight, 0, gradients.w13_weight.size(0));
+  zero_rows(gradients.w2_weight, 0, gradients.w2_weight.size(0));
+}
+
 /// Calls launch(params, gradients) unless the gradients are empty or sums of nothing; returns gradients.
 template <typename Launch>
 GroupedMlpGradients grouped_mlp_backward(const Tensor& grad_out, const Tensor& rows, const Tensor& expert_offsets,
@@ -58,16 +74,9 @@ GroupedMlpGradients grouped_mlp_backward(const Tensor& grad_out, const Tensor& r
     check_shape(*gate_up, "gate_up", {num_rows, 2 * inner}, "[rows, 2 * intermediate_size]");
   }
 
-  const auto allocate = [&](bool is_needed, std::initializer_list<int64_t> sizes) {
-    return is_needed ? empty(sizes, rows.scalar_type(), rows) : empty({0}, rows.scalar_type(), rows);
-  };
-  GroupedMlpGradients gradients{allocate(needs.rows, {num_rows, hidden}),
-                                allocate(needs.w13_weight, {num_experts, 2 * inner, hidden}),
-                                allocate(needs.w2_weight, {num_experts, hidden, inner})};
+  const GroupedMlpGradients gradients = empty_gradients(needs, num_rows, num_experts, hidden, inner, rows);
   if (num_rows == 0 || hidden == 0 || inner == 0) {
-    torch::stable::zero_(gradients.rows);
-    torch::stable::zero_(gradients.w13_weight);
-    torch::stable::zero_(gradients.w2_weight);
+    zero_gradients(gradients);
     return gradients;
   }
 

@@ -59,4 +59,14 @@ STABLE_TORCH_LIBRARY(zexpert, m) {
       "moe_finalize_backward(Tensor grad_out, Tensor rows, Tensor slot_rows, Tensor topk_weights, "
       "Tensor hidden_states, Tensor zero_weight) -> (Tensor grad_rows, Tensor grad_topk_weights, "
       "Tensor grad_hidden_states, Tensor grad_zero_weight)");
+  m.def(
+      "fused_moe(Tensor hidden_states, Tensor topk_weights, Tensor zero_weight, Tensor expert_offsets, "
+      "Tensor row_slots, Tensor slot_rows, Tensor w13_weight, Tensor w2_weight, Tensor? residual=None, "
+      "Tensor? constant_weight=None, Tensor? constant_vectors=None) -> (Tensor out, Tensor gate_up)");
+  m.def(
+      "fused_moe_backward(Tensor grad_out, Tensor hidden_states, Tensor topk_weights, Tensor zero_weight, "
+      "Tensor expert_offsets, Tensor row_slots, Tensor slot_rows, Tensor w13_weight, Tensor w2_weight, "
+      "Tensor gate_up, *, bool needs_hidden_states=True, bool needs_w13_weight=True, bool needs_w2_weight=True) "
+      "-> (Tensor grad_hidden_states, Tensor grad_topk_weights, Tensor grad_zero_weight, Tensor grad_w13_weight, "
+      "Tensor grad_w2_weight)");
 }

@@ -14,7 +14,8 @@ pytest.importorskip("typer")
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 
-ENVIRONMENT = {**os.environ, "COLUMNS": "120", "NO_COLOR": "1"}
+# One thread: on a busy machine two wait for each other in every small operator.
+ENVIRONMENT = {**os.environ, "COLUMNS": "120", "NO_COLOR": "1", "OMP_NUM_THREADS": "1"}
 
 
 def zexpert(*arguments: object) -> subprocess.CompletedProcess[str]:

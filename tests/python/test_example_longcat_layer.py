@@ -67,7 +67,9 @@ def test_hidden_states_depend_on_the_text_alone(example: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("content", ["", "  \n\t"], ids=["empty", "blank"])
-def test_text_without_words(example: ModuleType, content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_text_without_words(
+    example: ModuleType, content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     text = tmp_path / "text.txt"
     text.write_text(content)
     assert example.main([*SMALL, "--text", str(text)]) == 2

@@ -1,6 +1,7 @@
 """Training of the byte-level decoder: it learns, its compute goes where it is wanted, and it resumes bit by bit."""
 
 import dataclasses
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -22,6 +23,15 @@ TINY = ByteDecoderConfig(
 TEXT = torch.frombuffer(
     bytearray(b"The quick brown fox jumps over the lazy dog; 0123456789 times it does so.\n" * 60), dtype=torch.uint8
 )
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """The model is tiny: on a busy machine two threads would wait for each other in every operator."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def make_trainer(model_config: ByteDecoderConfig = TINY, **settings: object) -> Trainer:

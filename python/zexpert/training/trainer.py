@@ -28,7 +28,7 @@ class TrainerConfig:
     warmup_steps: int = 30
     weight_decay: float = 0.1
     target_ffn_experts: float = 4.0  # wanted mean number of feed-forward experts per token and layer
-    bias_update_rate: float = 1.0
+    bias_update_rate: float = 0.1
     held_out_every: int = 50
     seed: int = 0
 
