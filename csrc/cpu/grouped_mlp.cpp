@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "cpu/aligned_array.h"
-#include "zexpert/error.h"
+#include "cpu/expert_offsets.h"
 #include "zexpert/parallel.h"
 
 namespace zexpert {
@@ -28,17 +28,6 @@ struct RowGroup {
   int64_t first_packed_row;
   int64_t num_rows;
 };
-
-void check_offsets(const GroupedMlpParams& params) {
-  const int32_t* offsets = params.expert_offsets;
-  ZEXPERT_CHECK(offsets[0] == 0, "expert_offsets must start at 0, got ", offsets[0]);
-  for (int64_t expert = 0; expert < params.num_experts; ++expert) {
-    ZEXPERT_CHECK(offsets[expert] <= offsets[expert + 1], "expert_offsets must ascend, got ", offsets[expert + 1],
-                  " after ", offsets[expert]);
-  }
-  ZEXPERT_CHECK(offsets[params.num_experts] <= params.num_rows, "expert_offsets must be at most the number of rows (",
-                params.num_rows, "), got ", offsets[params.num_experts]);
-}
 
 std::vector<Segment> find_segments(const GroupedMlpParams& params) {
   std::vector<Segment> segments;
@@ -78,7 +67,7 @@ std::vector<RowGroup> cut_into_groups(std::vector<Segment>& segments, int64_t mo
 namespace zexpert {
 
 void grouped_mlp_cpu(const GroupedMlpParams& params) {
-  check_offsets(params);
+  check_expert_offsets(params.expert_offsets, params.num_experts, params.num_rows);
   const std::vector<Segment> segments = find_segments(params);
   if (segments.empty() || params.hidden_size == 0) {
     return;

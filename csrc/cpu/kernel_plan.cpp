@@ -17,6 +17,10 @@ constexpr std::array<std::string_view, 2> kDevices = {"cpu", "cuda"};
 constexpr std::array<std::string_view, 4> kFloatingTypes = {"float32", "float64", "bfloat16", "float16"};
 constexpr std::array<std::string_view, 2> kIndexTypes = {"int32", "int64"};
 
+// What biased_topk's CUDA kernel for a row in a warp's registers takes; a block takes the rest.
+constexpr int64_t kMostWarpExperts = 1024;
+constexpr int64_t kMostWarpTopK = 32;
+
 /// "a", "b" or "c"
 template <size_t N>
 std::string listed(const std::array<std::string_view, N>& choices) {
@@ -86,6 +90,25 @@ KernelPlan plan_grouped_mlp(const KernelQuery& query, const char* isa) {
           about + "and a segment of more than " + limit + " rows repays a matrix-product library's packing."};
 }
 
+KernelPlan plan_on_cuda(const KernelQuery& query) {
+  if (query.op == "moe_plan") {
+    return {query.op, "cuda", "counting_sort", "The slots are counted and placed on the device."};
+  }
+  if (query.op == "zero_expert_accumulate") {
+    return {query.op, "cuda", query.op, "One kernel takes every size."};
+  }
+  if (query.op == "grouped_mlp") {
+    return {query.op, "torch", "loop", "The experts run one after another through torch's matrix product."};
+  }
+  ZEXPERT_CHECK(query.op == "biased_topk", "device must be \"cpu\": ", query.op, " has no CUDA kernel, got \"",
+                query.device, "\"");
+  const bool fits_warp = query.num_experts.value_or(1) <= kMostWarpExperts && query.top_k.value_or(1) <= kMostWarpTopK;
+  const std::string limits =
+      std::to_string(kMostWarpExperts) + " experts and a top_k of up to " + std::to_string(kMostWarpTopK);
+  return fits_warp ? KernelPlan{query.op, "cuda", "biased_topk_warp", "A warp holds a row of up to " + limits + "."}
+                   : KernelPlan{query.op, "cuda", "biased_topk_block", "A warp holds no more than " + limits + "."};
+}
+
 }  // namespace
 
 KernelPlan kernel_plan(const KernelQuery& query) {
@@ -105,8 +128,9 @@ KernelPlan kernel_plan(const KernelQuery& query) {
   check_size("top_k", query.top_k, 1);
   check_size("hidden_size", query.hidden_size, 1);
   check_size("intermediate_size", query.intermediate_size, 1);
-  ZEXPERT_CHECK(query.device == "cpu", "device must be \"cpu\": ", query.op, " has no CUDA kernel, got \"",
-                query.device, "\"");
+  if (query.device == "cuda") {
+    return plan_on_cuda(query);
+  }
 
   const char* isa = instruction_set(cpu_capability());
   if (query.op == "grouped_mlp") {

@@ -95,6 +95,45 @@ TYPED_TEST(SiluAndMulBackward, GivesTheForwardsResultBitForBit) {
   EXPECT_TRUE(out == forward_out);
 }
 
+TYPED_TEST(SiluAndMulBackward, RowWeights) {
+  using T = TypeParam;
+  constexpr int64_t kRows = 6;
+  constexpr int64_t kSize = 133;
+  Random random;
+  Rows<T> grad_out(kRows, kSize, kSize);
+  Rows<T> gate_up(kRows, 2 * kSize, 2 * kSize);
+  Rows<T> grad_gate_up(kRows, 2 * kSize, 2 * kSize);
+  Rows<T> out(kRows, kSize, kSize);
+  Rows<accumulate_t<T>> grad_row_weight(kRows, 1, 1);
+  grad_out.randomize(random);
+  gate_up.randomize(random, 2);
+  auto row_weight = random.normal<accumulate_t<T>>(kRows);
+  row_weight[1] = 0;
+  auto params = this->params_for(grad_out, gate_up, grad_gate_up, &out, kRows, kSize);
+  params.row_weight = row_weight.data();
+  params.grad_row_weight = grad_row_weight.data();
+  silu_and_mul_backward_cpu(params);
+  for (int64_t r = 0; r < kRows; ++r) {
+    const auto weight = static_cast<double>(row_weight[static_cast<size_t>(r)]);
+    double dot = 0;
+    double dot_magnitude = 0;
+    for (int64_t i = 0; i < kSize; ++i) {
+      const auto gradient = static_cast<double>(grad_out.row(r)[i]);
+      const auto gate = static_cast<double>(gate_up.row(r)[i]);
+      const auto up = static_cast<double>(gate_up.row(r)[kSize + i]);
+      const double s = 1 / (1 + std::exp(-gate));
+      const double silu = gate * s;
+      dot += gradient * silu * up;
+      dot_magnitude += std::abs(gradient * silu * up);
+      expect_gradient(grad_gate_up.row(r)[i], weight * gradient * up * s * (1 + gate * (1 - s)),
+                      std::abs(weight * gradient * up) * s * (1 + std::abs(gate)));
+      expect_gradient(grad_gate_up.row(r)[kSize + i], weight * gradient * silu, std::abs(weight * gradient * silu));
+      expect_gradient(out.row(r)[i], weight * silu * up, std::abs(weight * silu * up));
+    }
+    EXPECT_TRUE(is_rounded_sum(*grad_row_weight.row(r), dot, dot_magnitude, kSize + 8)) << "row " << r;
+  }
+}
+
 TYPED_TEST(SiluAndMulBackward, InPlaceAndThreadsChangeNoBit) {
   using T = TypeParam;
   constexpr int64_t kRows = 67;

@@ -1,4 +1,4 @@
-"""What the tests of gradients share: gradients of a function and their comparison with those of plain PyTorch."""
+"""What the tests of gradients share: gradients, their comparison with those of plain PyTorch, inputs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from testing import assert_error_rule
+from testing import assert_error_rule, weight_dtype
+from zexpert import DispatchPlan, ops
+
+#: Tokens, slots per token, real experts, hidden size and intermediate size.
+T, K, R, H, F = 7, 3, 4, 19, 6
 
 Function = Callable[..., Tensor | tuple[Tensor, ...]]
 
@@ -50,3 +54,42 @@ def assert_gradients(
     for one, allowance, reference, name, tensor in zip(actual, same_dtype, expected, names, inputs, strict=True):
         assert one.dtype == tensor.dtype, f"the gradient of {name} has dtype {one.dtype}, not {tensor.dtype}"
         assert_error_rule(one, allowance, reference, f"gradient of {name}")
+
+
+def leaf(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64).to(dtype).requires_grad_()
+
+
+def make_plan(num_tokens: int = T) -> tuple[DispatchPlan, int]:
+    """A plan in which some slots do no work and expert 2 has none to do, and its number of rows."""
+    topk_ids = torch.randint(-2, R, (num_tokens, K)).clamp(min=-1)
+    plan = ops.moe_plan(topk_ids.masked_fill(topk_ids == 2, -1), R)
+    return plan, int(plan.expert_offsets[-1])
+
+
+def poisoned(tensor: Tensor, num_rows: int, value: float = float("nan")) -> Tensor:
+    """A copy whose rows from `num_rows` on must not be read."""
+    copy = tensor.detach().clone()
+    copy[num_rows:] = value
+    return copy
+
+
+def mlp_inputs(num_rows: int, dtype: torch.dtype = torch.float64, hidden: int = H, inner: int = F) -> list[Tensor]:
+    return [
+        torch.randn(num_rows, hidden).to(dtype),
+        (torch.randn(R, 2 * inner, hidden) / hidden**0.5).to(dtype),
+        (torch.randn(R, hidden, inner) / inner**0.5).to(dtype),
+    ]
+
+
+def finalize_inputs(num_rows: int, dtype: torch.dtype = torch.float64, hidden: int = H) -> dict[str, Tensor]:
+    weights = weight_dtype(dtype)
+    return {
+        "rows": torch.randn(num_rows, hidden).to(dtype),
+        "topk_weights": torch.rand(T, K, dtype=weights),
+        "hidden_states": torch.randn(T, hidden).to(dtype),
+        "zero_weight": torch.rand(T, dtype=weights),
+        "residual": torch.randn(T, hidden).to(dtype),
+        "constant_weight": torch.rand(T, 2, dtype=weights),
+        "constant_vectors": torch.randn(2, hidden).to(dtype),
+    }

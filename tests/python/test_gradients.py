@@ -1,4 +1,4 @@
-"""Gradients of every op: by finite differences in float64, and by the error rule in every dtype."""
+"""Gradients of every op but the experts: by finite differences in float64, and by the error rule in every dtype."""
 
 from __future__ import annotations
 
@@ -10,11 +10,22 @@ import torch
 from torch import Tensor
 
 import reference
-from gradients import assert_gradients, gradients_of, random_like
+from gradients import (
+    F,
+    H,
+    K,
+    T,
+    assert_gradients,
+    finalize_inputs,
+    gradients_of,
+    leaf,
+    make_plan,
+    poisoned,
+    random_like,
+)
 from testing import FLOAT_DTYPES, assert_equal, layouts, random_logits, weight_dtype
-from zexpert import DispatchPlan, ops
+from zexpert import ops
 
-T, K, R, H, F = 7, 3, 4, 19, 6
 #: Experts of every kind, and the logits' width.
 EVERY_KIND = {"num_real_experts": 8, "num_identity_experts": 5, "num_constant_experts": 3}
 WIDTH = 20
@@ -29,24 +40,6 @@ def weights_of(logits: Tensor, bias: Tensor | None = None, top_k: int = 6, **rou
 def reference_weights_of(logits: Tensor, bias: Tensor | None, top_k: int = 6, **routing: Any) -> tuple[Tensor, ...]:
     result = reference.biased_topk(logits, bias, top_k, **{**EVERY_KIND, **routing})
     return result.topk_weights, result.zero_weight, result.constant_weight
-
-
-def leaf(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64).to(dtype).requires_grad_()
-
-
-def make_plan(num_tokens: int = T) -> tuple[DispatchPlan, int]:
-    """A plan in which some slots do no work and expert 2 has none to do, and its number of rows."""
-    topk_ids = torch.randint(-2, R, (num_tokens, K)).clamp(min=-1)
-    plan = ops.moe_plan(topk_ids.masked_fill(topk_ids == 2, -1), R)
-    return plan, int(plan.expert_offsets[-1])
-
-
-def poisoned(tensor: Tensor, num_rows: int, value: float = float("nan")) -> Tensor:
-    """A copy whose rows from `num_rows` on must not be read."""
-    copy = tensor.detach().clone()
-    copy[num_rows:] = value
-    return copy
 
 
 # ---- biased_topk ----------------------------------------------------------------------------------------------------
@@ -283,115 +276,6 @@ def test_silu_and_mul_rows_past_the_last_offset() -> None:
     expected = backward(gradient[:5], gate_up[:5])
     actual = backward(poisoned(gradient, 5), poisoned(gate_up, 5), expert_offsets)
     assert_equal(actual, torch.cat([expected, torch.zeros(2, 2 * F)]))
-
-
-def mlp_inputs(num_rows: int, dtype: torch.dtype = torch.float64, hidden: int = H, inner: int = F) -> list[Tensor]:
-    return [
-        torch.randn(num_rows, hidden).to(dtype),
-        (torch.randn(R, 2 * inner, hidden) / hidden**0.5).to(dtype),
-        (torch.randn(R, hidden, inner) / inner**0.5).to(dtype),
-    ]
-
-
-GROUPED_MLPS = {
-    "grouped_mlp": ops.grouped_mlp,
-    "grouped_mlp_with_gate_up": lambda *arguments: ops.grouped_mlp_with_gate_up(*arguments)[0],
-}
-
-
-@pytest.mark.parametrize("name", GROUPED_MLPS)
-def test_grouped_mlp(name: str) -> None:
-    plan, num_rows = make_plan()
-    inputs = [tensor.requires_grad_() for tensor in mlp_inputs(T * K)]
-    assert torch.autograd.gradcheck(
-        lambda rows, w13, w2: GROUPED_MLPS[name](rows, plan.expert_offsets, w13, w2)[:num_rows], inputs
-    )
-
-
-@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
-@pytest.mark.parametrize("name", GROUPED_MLPS)
-def test_grouped_mlp_by_the_error_rule(name: str, dtype: torch.dtype) -> None:
-    for sizes in ((0, 2, 0, 3), (1, 40, 7, 17)):
-        expert_offsets = torch.tensor([0, *itertools.accumulate(sizes)], dtype=torch.int32)
-        assert_gradients(
-            lambda rows, w13, w2, offsets=expert_offsets: GROUPED_MLPS[name](rows, offsets, w13, w2),
-            lambda dtype, offsets=expert_offsets: (
-                lambda rows, w13, w2: reference.grouped_mlp(rows, offsets, w13, w2, dtype=dtype)
-            ),
-            mlp_inputs(sum(sizes), dtype, 65, 33),
-            dtype,
-            ["rows", "w13_weight", "w2_weight"],
-        )
-
-
-def test_grouped_mlp_rows_past_the_last_offset_and_idle_experts() -> None:
-    plan, num_rows = make_plan()
-    rows, w13, w2 = mlp_inputs(T * K)
-    gradient = torch.randn(T * K, H, dtype=torch.float64)
-    gate_up = ops.grouped_mlp_with_gate_up(rows, plan.expert_offsets, w13, w2)[1]
-    w13[2] = w2[2] = float("nan")  # expert 2 has no rows
-    backward = torch.ops.zexpert.grouped_mlp_backward
-    for kept in (None, poisoned(gate_up, num_rows)):
-        grads = backward(poisoned(gradient, num_rows), poisoned(rows, num_rows), plan.expert_offsets, w13, w2, kept)
-        assert all(bool(grad.isfinite().all()) for grad in grads)
-        assert_equal(grads[0][num_rows:], torch.zeros(T * K - num_rows, H, dtype=torch.float64))
-        assert_equal(grads[1][2], torch.zeros_like(w13[2]))
-        assert_equal(grads[2][2], torch.zeros_like(w2[2]))
-
-
-def test_grouped_mlp_computes_the_gradients_that_are_needed() -> None:
-    plan, _ = make_plan()
-    inputs = mlp_inputs(T * K)
-    rows, w13, w2 = inputs
-    gradient = torch.randn(T * K, H, dtype=torch.float64)
-    backward = torch.ops.zexpert.grouped_mlp_backward
-    all_needed = backward(gradient, rows, plan.expert_offsets, w13, w2, None)
-    for needs in itertools.product((False, True), repeat=3):
-        keywords = dict(zip(("needs_rows", "needs_w13_weight", "needs_w2_weight"), needs, strict=True))
-        for is_needed, grad, full in zip(
-            needs, backward(gradient, rows, plan.expert_offsets, w13, w2, None, **keywords), all_needed, strict=True
-        ):
-            assert_equal(grad, full if is_needed else full.new_empty(0))
-
-        leaves = [tensor.clone().requires_grad_(is_needed) for tensor, is_needed in zip(inputs, needs, strict=True)]
-        out = ops.grouped_mlp(leaves[0], plan.expert_offsets, leaves[1], leaves[2])
-        assert out.requires_grad == any(needs)
-        if any(needs):
-            out.backward(gradient)
-        for is_needed, tensor, full in zip(needs, leaves, all_needed, strict=True):
-            assert (tensor.grad is not None) == is_needed
-            if tensor.grad is not None:
-                assert_equal(tensor.grad, full)
-
-
-def test_grouped_mlp_layouts() -> None:
-    """Weights that are a part of more experts, rows and gradients in any layout."""
-    plan, _ = make_plan()
-    rows, w13, w2 = mlp_inputs(T * K)
-    gradient = torch.randn(T * K, H, dtype=torch.float64)
-    backward = torch.ops.zexpert.grouped_mlp_backward
-    expected = backward(gradient, rows, plan.expert_offsets, w13, w2, None)
-    more_w13 = torch.cat([w13, w13])[:R]
-    transposed_w2 = w2.transpose(1, 2).contiguous().transpose(1, 2)
-    for name in layouts(rows):
-        actual = backward(
-            layouts(gradient)[name], layouts(rows)[name], plan.expert_offsets, more_w13, transposed_w2, None
-        )
-        for one, other in zip(actual, expected, strict=True):
-            torch.testing.assert_close(one, other, msg=name)
-
-
-def finalize_inputs(num_rows: int, dtype: torch.dtype = torch.float64, hidden: int = H) -> dict[str, Tensor]:
-    weights = weight_dtype(dtype)
-    return {
-        "rows": torch.randn(num_rows, hidden).to(dtype),
-        "topk_weights": torch.rand(T, K, dtype=weights),
-        "hidden_states": torch.randn(T, hidden).to(dtype),
-        "zero_weight": torch.rand(T, dtype=weights),
-        "residual": torch.randn(T, hidden).to(dtype),
-        "constant_weight": torch.rand(T, 2, dtype=weights),
-        "constant_vectors": torch.randn(2, hidden).to(dtype),
-    }
 
 
 @pytest.mark.parametrize("parts", [(), ("residual",), ("constant_weight", "constant_vectors"), "all"], ids=str)

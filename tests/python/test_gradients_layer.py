@@ -193,6 +193,20 @@ def test_anomaly_mode_finds_nothing() -> None:
         assert_same_step(step(layer, layer, *inputs), expected)
 
 
+def test_nothing_as_large_as_tokens_times_slots_times_hidden_size_is_kept() -> None:
+    layer = FusedMoE(NUM_EXPERTS, TOP_K, HIDDEN, 3, zero_expert_type="identity", zero_expert_num=3)
+    hidden_states, router_logits = make_inputs("identity", 50)
+    kept: list[int] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        layer(hidden_states.requires_grad_(), router_logits.requires_grad_())
+    assert max(kept) == hidden_states.numel()
+
+
 def test_activation_checkpointing() -> None:
     layer = make_layer("mixed")
     inputs = make_inputs("mixed", T)

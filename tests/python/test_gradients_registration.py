@@ -42,6 +42,8 @@ def call_of(op: str, num_tokens: int = T, *, requires_grad: bool = True) -> tupl
     rows = data(num_tokens * K, H)
     experts = (plan.expert_offsets, data(R, 2 * F, H), data(R, H, F))
     epilogue = (rows, plan.slot_rows, data(num_tokens, K), data(num_tokens, H), data(num_tokens))
+    routing = (data(num_tokens, K), data(num_tokens))
+    layer = (data(num_tokens, H), *routing, plan.expert_offsets, plan.row_slots, plan.slot_rows, *experts[1:])
     constants = {"constant_weight": data(num_tokens, 2), "constant_vectors": data(2, H)}
     gradients = (torch.rand(num_tokens, K), torch.rand(num_tokens), torch.rand(num_tokens, 2))
     logits = data(num_tokens, R + 5)
@@ -59,6 +61,11 @@ def call_of(op: str, num_tokens: int = T, *, requires_grad: bool = True) -> tupl
         "grouped_mlp_backward": ((data(num_tokens * K, H), rows, *experts, None), {"needs_w2_weight": False}),
         "moe_finalize": (epilogue, {"residual": data(num_tokens, H), **constants}),
         "moe_finalize_backward": ((data(num_tokens, H), *epilogue), {}),
+        "fused_moe": (layer, {"residual": data(num_tokens, H), **constants}),
+        "fused_moe_backward": (
+            (data(num_tokens, H), *layer, torch.rand(num_tokens * K, 2 * F)),
+            {"needs_w13_weight": False},
+        ),
     }
     return calls[op]
 
@@ -71,6 +78,7 @@ FORWARD = [
     "grouped_mlp",
     "grouped_mlp_with_gate_up",
     "moe_finalize",
+    "fused_moe",
 ]
 BACKWARD = [f"{op}_backward" for op in FORWARD if op != "grouped_mlp_with_gate_up"]
 
@@ -190,12 +198,18 @@ def test_fake_kernels_refuse_other_devices(op: str) -> None:
         ("silu_and_mul_backward", 0, r"grad_out must have shape \[5, 8\] \[rows, intermediate_size\], got"),
         ("grouped_mlp_backward", 0, r"grad_out must have shape \[15, 16\] \[rows, hidden_size\], got"),
         ("moe_finalize_backward", 0, r"grad_out must have shape \[5, 16\] \[tokens, hidden_size\], got"),
+        ("fused_moe_backward", 0, r"grad_out must have shape \[5, 16\] \[tokens, hidden_size\], got"),
+        ("fused_moe_backward", 9, r"gate_up must have shape \[15, 16\] \[tokens \* top_k, 2 \* intermediate_size\]"),
+        ("fused_moe", 1, r"row_slots must have shape \[20\] \[tokens \* top_k\], got \[15\]"),
+        ("fused_moe", 4, r"row_slots must have shape \[15\] \[tokens \* top_k\], got \[16\]"),
+        ("fused_moe", 6, r"w13_weight must have shape \[4, 16, 16\] \[experts, 2 \* intermediate_size, hidden_size\]"),
     ],
 )
 def test_wrong_shapes(op: str, position: int, message: str) -> None:
     arguments, keywords = call_of(op, requires_grad=False)
     wrong = list(arguments)
-    wrong[position] = torch.rand(*wrong[position].shape[:-1], wrong[position].shape[-1] + 1)
+    shape = (*wrong[position].shape[:-1], wrong[position].shape[-1] + 1)
+    wrong[position] = torch.zeros(shape, dtype=wrong[position].dtype)
     with pytest.raises(RuntimeError, match=message):
         packet(op)(*wrong, **keywords)
 
@@ -223,7 +237,7 @@ def test_what_is_kept_for_the_backward(op: str) -> None:
     new = [tensor for tensor in kept if tensor.data_ptr() not in inputs]
     if op == "biased_topk":
         assert [tensor.shape for tensor in new] == [(R + 5,)]
-    elif op == "grouped_mlp_with_gate_up":
+    elif op in ("grouped_mlp_with_gate_up", "fused_moe"):
         assert [tensor.data_ptr() for tensor in new] == [outputs[1].data_ptr()]
     else:
         assert new == []

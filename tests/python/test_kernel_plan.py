@@ -117,3 +117,24 @@ def test_torch_types_are_taken_as_well_as_names() -> None:
 def test_bad_questions_get_a_sentence(op: str, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         zexpert.kernel_plan(op, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("op", "sizes", "backend", "kernel"),
+    [
+        ("biased_topk", {"num_experts": 768, "top_k": 12}, "cuda", "biased_topk_warp"),
+        ("biased_topk", {"num_experts": 1025, "top_k": 12}, "cuda", "biased_topk_block"),
+        ("biased_topk", {"num_experts": 768, "top_k": 33}, "cuda", "biased_topk_block"),
+        ("moe_plan", {}, "cuda", "counting_sort"),
+        ("zero_expert_accumulate", {}, "cuda", "zero_expert_accumulate"),
+        ("grouped_mlp", {}, "torch", "loop"),
+    ],
+)
+def test_cuda(op: str, sizes: dict[str, int], backend: str, kernel: str) -> None:
+    plan = zexpert.kernel_plan(op, device="cuda", **sizes)
+    assert (plan.backend, plan.kernel) == (backend, kernel)
+
+
+def test_an_op_without_a_cuda_kernel_is_named() -> None:
+    with pytest.raises(ValueError, match=r'^device must be "cpu": moe_finalize has no CUDA kernel, got "cuda"$'):
+        zexpert.kernel_plan("moe_finalize", device="cuda")

@@ -23,6 +23,11 @@ class AutoExperts(MoEExperts):
             return self.cpu_experts.reduces
         return self.torch_experts.reduces
 
+    def fuses_epilogue_for(self, hidden_states: Tensor, w13_weight: Tensor, w2_weight: Tensor) -> bool:
+        if hidden_states.is_cpu or hidden_states.is_meta:
+            return self.cpu_experts.fuses_epilogue_for(hidden_states, w13_weight, w2_weight)
+        return self.torch_experts.fuses_epilogue_for(hidden_states, w13_weight, w2_weight)
+
     def backend_for(self, hidden_states: Tensor) -> str:
         if hidden_states.is_cpu or hidden_states.is_meta:
             return self.cpu_experts.name

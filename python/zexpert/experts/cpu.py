@@ -8,10 +8,18 @@ from zexpert.ops.types import DispatchPlan, RoutingResult
 
 
 class CpuExperts(MoEExperts):
-    """Gathers the tokens into one segment of rows per expert and runs each expert over its segment with grouped_mlp."""
+    """Gathers the tokens into one segment of rows per expert and runs each expert over its segment with grouped_mlp.
+
+    Where experts or tokens are to have gradients, fused_moe does it all: its backward keeps the least.
+    """
 
     def __init__(self) -> None:
         super().__init__("cpu", reduces=False)
+
+    def fuses_epilogue_for(self, hidden_states: Tensor, w13_weight: Tensor, w2_weight: Tensor) -> bool:
+        return torch.is_grad_enabled() and (
+            hidden_states.requires_grad or w13_weight.requires_grad or w2_weight.requires_grad
+        )
 
     def forward(
         self, hidden_states: Tensor, routing: RoutingResult, plan: DispatchPlan, w13_weight: Tensor, w2_weight: Tensor

@@ -26,6 +26,11 @@ class MoEExperts(nn.Module):
         """`reduces` for these tokens; a backend that chooses among others can answer by device."""
         return self.reduces
 
+    def fuses_epilogue_for(self, hidden_states: Tensor, w13_weight: Tensor, w2_weight: Tensor) -> bool:
+        """Whether torch.ops.zexpert.fused_moe is to take these tokens through the experts and the epilogue, in the
+        place of forward."""
+        return False
+
     def backend_for(self, hidden_states: Tensor) -> str:
         """Name of the backend that computes these tokens."""
         return self.name

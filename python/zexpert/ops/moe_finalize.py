@@ -89,6 +89,24 @@ def _setup_context(ctx: Context, inputs: tuple[Tensor, ...], output: Tensor) -> 
     ctx.save_for_backward(rows, slot_rows, topk_weights, hidden_states, zero_weight, constant_weight, constant_vectors)
 
 
+def constant_gradients(
+    grad_out: Tensor,
+    constant_weight: Tensor | None,
+    constant_vectors: Tensor | None,
+    needs_weight: bool,
+    needs_vectors: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of constant_weight @ constant_vectors, a part of the epilogue's sum."""
+    grad_weight = grad_vectors = None
+    if constant_weight is not None and constant_vectors is not None:
+        wide_grad_out = grad_out.to(constant_weight.dtype)
+        if needs_weight:
+            grad_weight = wide_grad_out @ constant_vectors.to(constant_weight.dtype).T
+        if needs_vectors:
+            grad_vectors = (constant_weight.T @ wide_grad_out).to(constant_vectors.dtype)
+    return grad_weight, grad_vectors
+
+
 def _backward(ctx: Context, grad_out: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad_out is None:
         return (None,) * 8
@@ -99,13 +117,9 @@ def _backward(ctx: Context, grad_out: Tensor | None) -> tuple[Tensor | None, ...
         grad_rows, grad_topk_weights, grad_hidden_states, grad_zero_weight = torch.ops.zexpert.moe_finalize_backward(
             grad_out, *tensors
         )
-    grad_constant_weight = grad_constant_vectors = None
-    if constant_weight is not None and constant_vectors is not None:
-        wide_grad_out = grad_out.to(constant_weight.dtype)
-        if needs[6]:
-            grad_constant_weight = wide_grad_out @ constant_vectors.to(constant_weight.dtype).T
-        if needs[7]:
-            grad_constant_vectors = (constant_weight.T @ wide_grad_out).to(constant_vectors.dtype)
+    grad_constant_weight, grad_constant_vectors = constant_gradients(
+        grad_out, constant_weight, constant_vectors, needs[6], needs[7]
+    )
     return (
         grad_rows,
         None,

@@ -70,6 +70,23 @@ class MoERunnerBase(MoERunner):
         expert_offsets, row_slots, slot_rows = torch.ops.zexpert.moe_plan(routing.topk_ids, w13_weight.size(0))
         if self.routing_stats is not None:
             self.routing_stats(routing.topk_ids, expert_offsets)
+        if self.experts.fuses_epilogue_for(hidden_states, w13_weight, w2_weight):
+            fused = torch.ops.zexpert.fused_moe(
+                hidden_states,
+                routing.topk_weights,
+                routing.zero_weight,
+                expert_offsets,
+                row_slots,
+                slot_rows,
+                w13_weight,
+                w2_weight,
+                residual,
+                constant_weight,
+                constant_vectors,
+            )
+            output: Tensor = fused[0]
+            return output
+
         plan = DispatchPlan(expert_offsets, row_slots, slot_rows)
         rows: Tensor = self.experts(hidden_states, routing, plan, w13_weight, w2_weight)
 
