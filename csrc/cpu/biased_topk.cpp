@@ -3,6 +3,7 @@
 #include <limits>
 
 #include "cpu/biased_topk_workspace.h"
+#include "zexpert/error.h"
 #include "zexpert/parallel.h"
 
 #define ZEXPERT_KERNEL_FILE "cpu/biased_topk_kernel.h"
@@ -10,7 +11,33 @@
 
 namespace zexpert {
 
+namespace {
+
+void check_pointer(const void* pointer, const char* name_of_pointer) {
+  ZEXPERT_CHECK(pointer != nullptr, name_of_pointer, " must not be null");
+}
+
+void check_params(const BiasedTopKParams& params) {
+  const RoutingSpec& spec = params.spec;
+  spec.validate();
+  ZEXPERT_CHECK(spec.num_experts != kFromLogits && spec.num_identity_experts != kFromLogits,
+                "spec must be resolved by RoutingSpec::for_width, got an open count of experts");
+  ZEXPERT_CHECK(params.num_tokens >= 0, "num_tokens must not be negative, got ", params.num_tokens);
+  if (params.num_tokens > 0) {
+    check_pointer(params.logits, "logits");
+    check_pointer(params.topk_weights, "topk_weights");
+    check_pointer(params.topk_ids, "topk_ids");
+    check_pointer(params.zero_weight, "zero_weight");
+    if (spec.num_constant_experts > 0) {
+      check_pointer(params.constant_weight, "constant_weight");
+    }
+  }
+}
+
+}  // namespace
+
 void biased_topk_cpu(const BiasedTopKParams& params) {
+  check_params(params);
   if (params.num_tokens == 0) {
     return;
   }

@@ -109,6 +109,31 @@ TEST(BiasedTopK, NoTokens) {
   biased_topk_cpu(params);  // with null pointers
 }
 
+TEST(BiasedTopK, BadParamsAreRefusedBeforeAnythingIsRead) {
+  const auto error_of = [](const BiasedTopKParams& params) {
+    try {
+      biased_topk_cpu(params);
+    } catch (const Error& error) {
+      return std::string(error.what());
+    }
+    return std::string("no error");
+  };
+  BiasedTopKParams params;
+  params.num_tokens = 2;
+  params.spec.num_real_experts = 4;
+  EXPECT_EQ(error_of(params), "spec must be resolved by RoutingSpec::for_width, got an open count of experts");
+  params.spec.top_k = 0;
+  EXPECT_EQ(error_of(params), "top_k must be between 1 and 64, got 0");
+  params.spec.top_k = 2;
+  params.spec = params.spec.for_width(6);
+  EXPECT_EQ(error_of(params), "logits must not be null");
+  const float logits[12] = {};
+  params.logits = logits;
+  EXPECT_EQ(error_of(params), "topk_weights must not be null");
+  params.num_tokens = -1;
+  EXPECT_EQ(error_of(params), "num_tokens must not be negative, got -1");
+}
+
 TEST(BiasedTopK, EqualLogitsChooseTheFirst) {
   for (int64_t width : kWidths) {
     for (int64_t top_k : kTopKs) {

@@ -35,6 +35,7 @@ struct BiasedTopKParams {
   RoutingSpec spec;  ///< resolved by RoutingSpec::for_width: every count known
 };
 
+/// Throws Error, before anything is written, if the spec is not resolved or out of range, or a pointer is missing.
 void biased_topk_cpu(const BiasedTopKParams& params);
 
 /// The same on the current CUDA device, for float32, bfloat16 and float16 logits of at most 8192 experts; pointers are

@@ -120,15 +120,19 @@ def train(console: Console, trainer: Trainer) -> bool:
 
 def show_results(console: Console, trainer: Trainer) -> None:
     """A table: loss, and the compute per byte against its target."""
-    recent = trainer.history[-50:]
+    recent = trainer.history[-20:]
     target = trainer.controller.target_ffn_experts
-    measured = statistics.fmean(record.ffn_slots_per_token for record in recent)
     top_k = trainer.model.config.top_k
+    held_out = trainer.held_out_bits_per_byte()
+    measured = count_ffn_slots(trainer.model, trainer.held_out_windows()[:, :-1]).double().mean().item()
     table = Table(title=f"After {trainer.step} steps", show_header=False)
-    table.add_row("training text", f"{statistics.fmean(r.bits_per_byte for r in recent):.3f} bits per byte")
-    table.add_row("held-out text", f"{trainer.held_out_bits_per_byte():.3f} bits per byte (8 is knowing nothing)")
     table.add_row(
-        "feed-forward experts per byte and layer",
+        f"training text, mean of the last {len(recent)} steps",
+        f"{statistics.fmean(record.bits_per_byte for record in recent):.3f} bits per byte",
+    )
+    table.add_row("held-out text", f"{held_out:.3f} bits per byte (8 is knowing nothing)")
+    table.add_row(
+        "feed-forward experts per byte and layer, held-out text",
         f"{measured:.2f} of {top_k} (target {target:.2f}, off by {abs(measured / target - 1):.1%})",
     )
     table.add_row("slots that cost nothing", f"{1 - measured / top_k:.0%}")

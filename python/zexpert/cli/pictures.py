@@ -41,7 +41,7 @@ def coloured_text(text: Tensor, ffn_slots: Tensor, top_k: int) -> Text:
     for byte, mean in zip(text.tolist(), means.tolist(), strict=True):
         character = chr(byte) if 32 <= byte <= 126 else ("\u21b5\n" if byte == 10 else ".")
         shown.append(character, style=style(mean))
-    shown.append("\n\nfeed-forward experts per byte, mean over the layers:  ")
+    shown.append("\n\nfeed-forward experts per byte, mean over the layers, from the least here to the most:  ")
     for step in range(5):
         mean = low + (high - low) * step / 4
         shown.append(f" {mean:.1f} ", style=style(mean))
@@ -98,7 +98,7 @@ def save_compute_map(
     axis.axvline(target, color="tab:red", linestyle="--", label=f"target {target:.2f}")
     axis.set_xticks(list(values))
     axis.set_xlabel(f"feed-forward experts used by a byte in a layer (of {top_k} chosen; the others are zero experts)")
-    axis.set_ylabel("% of choices")
+    axis.set_ylabel("% of bytes and layers")
     axis.set_title("Over the whole held-out text", fontsize=11)
     axis.legend(frameon=False)
     axis.spines[["top", "right"]].set_visible(False)
@@ -113,9 +113,15 @@ def save_training_curves(path: Path, history: Sequence[StepRecord], *, top_k: in
     """Saves loss and mean feed-forward experts per byte over the steps."""
     figure, (loss_axis, slots_axis) = plt.subplots(1, 2, figsize=(13, 4.8), layout="constrained")
     steps = [record.step for record in history]
-    loss_axis.plot(steps, [record.bits_per_byte for record in history], color="0.75", linewidth=0.8)
     loss_axis.plot(
-        steps, smoothed([record.bits_per_byte for record in history]), label="training text", color="tab:blue"
+        steps,
+        [record.bits_per_byte for record in history],
+        color="0.75",
+        linewidth=0.8,
+        label="training text, each step",
+    )
+    loss_axis.plot(
+        steps, smoothed([record.bits_per_byte for record in history]), label="training text, smoothed", color="tab:blue"
     )
     held_out = [(record.step, record.held_out_bits_per_byte) for record in history if record.held_out_bits_per_byte]
     if held_out:
@@ -129,7 +135,7 @@ def save_training_curves(path: Path, history: Sequence[StepRecord], *, top_k: in
     slots_axis.set(
         xlabel="step",
         ylabel=f"experts per byte and layer (of {top_k} chosen)",
-        title="Feed-forward experts used: the bias controller holds the mean",
+        title="Feed-forward experts used: the bias controller moves the mean to the target",
         ylim=(0, top_k),
     )
     slots_axis.legend(frameon=False)
@@ -139,7 +145,7 @@ def save_training_curves(path: Path, history: Sequence[StepRecord], *, top_k: in
     plt.close(figure)
 
 
-def smoothed(values: Sequence[float], memory: float = 0.95) -> list[float]:
+def smoothed(values: Sequence[float], memory: float = 0.9) -> list[float]:
     """Exponential moving average, corrected for its start (as in Adam, arXiv 1412.6980)."""
     total, weight, result = 0.0, 0.0, []
     for value in values:
