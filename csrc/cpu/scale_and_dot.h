@@ -6,7 +6,8 @@ template <typename T>
 ZEXPERT_INLINE accumulate_t<T> scale_and_dot(const T* gradient, accumulate_t<T> weight, const T* row, int64_t size,
                                              T* target) {
   using V = Vec<accumulate_t<T>>;
-  constexpr int64_t kVectors = 4;  // independent sums, so that no addition waits for the one before
+  // 64 sums whatever the register: no addition waits for the one before, and rounding errors stay small.
+  constexpr int64_t kVectors = 64 / V::kWidth;
   const V scale = V::broadcast(weight);
   V sums[kVectors];
   for (V& sum : sums) sum = V::zero();
@@ -24,5 +25,8 @@ ZEXPERT_INLINE accumulate_t<T> scale_and_dot(const T* gradient, accumulate_t<T> 
     sums[0] = V::multiply_add(g, V::load_partial(row + i, count, 0), sums[0]);
     (scale * g).store_partial(target + i, count);
   }
-  return ((sums[0] + sums[1]) + (sums[2] + sums[3])).sum();
+  for (int64_t half = kVectors / 2; half > 0; half /= 2) {
+    for (int64_t v = 0; v < half; ++v) sums[v] = sums[v] + sums[v + half];
+  }
+  return sums[0].sum();
 }

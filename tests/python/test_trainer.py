@@ -106,7 +106,8 @@ def test_later_bytes_do_not_change_earlier_predictions() -> None:
     changed = text.clone()
     changed[0, 20:] = (changed[0, 20:] + 1) % 256
     with torch.no_grad():
-        assert torch.equal(model(text)[:, :20], model(changed)[:, :20])
+        # Not bitwise: the other rows of an expert's segment are others, and a matrix product may round by their number.
+        torch.testing.assert_close(model(text)[:, :20], model(changed)[:, :20])
 
 
 @pytest.mark.parametrize(
