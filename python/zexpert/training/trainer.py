@@ -105,8 +105,6 @@ class Trainer:
 
         ffn_slots = torch.stack([stats.mean_ffn_slots for stats in self.routing_stats.values()]).mean()
         record = StepRecord(self.step + 1, loss.item() / math.log(2), ffn_slots.item())
-        # The rate falls with the learning rate: large steps find the level, small ones hold it.
-        self.controller.update_rate = config.bias_update_rate * self.learning_rate(self.step) / config.learning_rate
         self.controller.update(self.model)
         self.history.append(record)
         if self.step % config.held_out_every == 0 or self.step == config.steps:
