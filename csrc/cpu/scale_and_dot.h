@@ -9,7 +9,7 @@ ZEXPERT_INLINE accumulate_t<T> scale_and_dot(const T* gradient, accumulate_t<T> 
   // 64 sums whatever the register: no addition waits for the one before, and rounding errors stay small.
   constexpr int64_t kVectors = 64 / V::kWidth;
   const V scale = V::broadcast(weight);
-  V sums[kVectors];
+  V sums[static_cast<size_t>(kVectors)];
   for (V& sum : sums) sum = V::zero();
   int64_t i = 0;
   for (; i + kVectors * V::kWidth <= size; i += kVectors * V::kWidth) {
