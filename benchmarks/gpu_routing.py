@@ -10,7 +10,6 @@ plan" adds moe_plan. The floor is the time to read the logits and to write the r
 from __future__ import annotations
 
 import argparse
-import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -20,7 +19,8 @@ from torch import Tensor
 import harness
 import torch_routing
 import zexpert
-from harness import CaseResult, Timing
+from gpu_harness import copy_bandwidth, graph_seconds, head, require_gpu
+from harness import CaseResult
 from torch_routing import LONGCAT_FLASH, RoutingCase
 
 CASES = {
@@ -34,47 +34,6 @@ SUBJECT = "zexpert"
 CHECKED_TOKENS = 4096  # rows compared with the float64 reference
 
 Route = Callable[[Tensor, "Tensor | None"], "tuple[Tensor, Tensor, Tensor]"]
-
-
-def graph_seconds(calls: Sequence[Callable[[], object]], repeats: int) -> Timing:
-    """Seconds per call, of graphs that make every call in turn."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for call in calls:
-            call()
-        stream.synchronize()
-        num_calls = max(len(calls), 8)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            for i in range(num_calls):
-                calls[i % len(calls)]()
-        for _ in range(3):
-            graph.replay()
-        seconds = []
-        for _ in range(repeats):
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            seconds.append(begin.elapsed_time(end) / 1e3 / num_calls)
-    return Timing.of(seconds)
-
-
-def copy_bandwidth() -> float:
-    """Bytes per second, read and written, of a large device-to-device copy."""
-    source = torch.rand(1 << 29, device="cuda")
-    target = torch.empty_like(source)
-    seconds = []
-    for _ in range(8):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        target.copy_(source)
-        end.record()
-        end.synchronize()
-        seconds.append(begin.elapsed_time(end) / 1e3)
-    return 2 * source.nbytes / statistics.median(seconds)
 
 
 def zexpert_route(case: RoutingCase) -> Route:
@@ -156,11 +115,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--json", type=Path, help="write the results there")
     options = parser.parse_args(arguments)
-    if not torch.cuda.is_available():
-        parser.error("this benchmark needs a CUDA device: torch.cuda.is_available() is False")
+    require_gpu(parser)
 
     bandwidth = copy_bandwidth()
-    print(f"{torch.cuda.get_device_name()}: a copy moves {bandwidth / 1e12:.2f} TB/s; torch {torch.__version__}")
+    print(head(bandwidth))
     results = []
     for name in options.cases.split(","):
         for num_tokens in map(int, options.tokens.split(",")):

@@ -94,14 +94,18 @@ KernelPlan plan_on_cuda(const KernelQuery& query) {
   if (query.op == "moe_plan") {
     return {query.op, "cuda", "counting_sort", "The slots are counted and placed on the device."};
   }
-  if (query.op == "zero_expert_accumulate") {
+  if (query.op == "grouped_mlp") {
+    // What the layer's experts run on; the op itself has CPU kernels alone.
+    const bool fits = query.dtype == "bfloat16" && query.hidden_size.value_or(8) % 8 == 0 &&
+                      query.intermediate_size.value_or(8) % 8 == 0;
+    return fits ? KernelPlan{query.op, "torch", "grouped_mm", "One grouped matrix product takes all experts."}
+                : KernelPlan{query.op, "torch", "loop",
+                             "Only bfloat16, with hidden and intermediate sizes that are multiples of 8, fits torch's "
+                             "grouped_mm; the experts run one after another."};
+  }
+  if (query.op != "biased_topk") {
     return {query.op, "cuda", query.op, "One kernel takes every size."};
   }
-  if (query.op == "grouped_mlp") {
-    return {query.op, "torch", "loop", "The experts run one after another through torch's matrix product."};
-  }
-  ZEXPERT_CHECK(query.op == "biased_topk", "device must be \"cpu\": ", query.op, " has no CUDA kernel, got \"",
-                query.device, "\"");
   const bool fits_warp = query.num_experts.value_or(1) <= kMostWarpExperts && query.top_k.value_or(1) <= kMostWarpTopK;
   const std::string limits =
       std::to_string(kMostWarpExperts) + " experts and a top_k of up to " + std::to_string(kMostWarpTopK);

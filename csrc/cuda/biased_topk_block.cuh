@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "cuda/biased_topk_common.cuh"
+#include "cuda/biased_topk_outputs.cuh"
 
 namespace zexpert::cuda {
 
@@ -54,12 +55,51 @@ __device__ inline void mask_groups_of_block(const RoutingArguments& arguments, u
   __syncthreads();
 }
 
-/// Dynamic shared memory: key bits [num_experts], group scores [num_expert_group].
+/// The slots of a token that a lane of the first warp holds.
+inline constexpr int kSlotsPerLane = kMaxBlockTopK / kWarpSize;
+
 template <typename Logit>
-__global__ void __launch_bounds__(kBlockThreads) biased_topk_block(const RoutingArguments arguments) {
+__device__ __forceinline__ void finish_token_of_block(const RoutingArguments& arguments, const RoutingOutputs& outputs,
+                                                      int64_t token, const Slot (&slots)[kSlotsPerLane], RowScale,
+                                                      float*) {
+  const int thread = static_cast<int>(threadIdx.x);
+  if (thread < kWarpSize)
+    write_routing(arguments, outputs, token, thread, slots);
+}
+
+template <typename Logit>
+__device__ __forceinline__ void finish_token_of_block(const RoutingArguments& arguments,
+                                                      const RoutingGradients& gradients, int64_t token,
+                                                      const Slot (&slots)[kSlotsPerLane], RowScale scale,
+                                                      float* scratch) {
+  const int thread = static_cast<int>(threadIdx.x);
+  float slot_gradient[kSlotsPerLane];
+  if (thread < kWarpSize) {
+    const float sum = slot_gradients(arguments, gradients, token, slots, slot_gradient);
+    if (thread == 0)
+      scratch[0] = sum;
+  }
+  __syncthreads();
+  const float sum = scratch[0];
+  const Logit* row = static_cast<const Logit*>(arguments.logits) + token * arguments.logits_row_stride;
+  Logit* grad_row = static_cast<Logit*>(gradients.logits) + token * arguments.num_experts;
+  for (int expert = thread; expert < arguments.num_experts; expert += kBlockThreads) {
+    const float gradient = sum == 0.0F ? 0.0F : spread_gradient<true>(sum, to_float(row[expert]), scale);
+    grad_row[expert] = Computed<Logit>::to(gradient);
+  }
+  __syncthreads();
+  if (thread < kWarpSize)
+    write_slot_gradients(arguments, slots, slot_gradient, grad_row);
+}
+
+/// Dynamic shared memory: key bits [num_experts], group scores [num_expert_group].
+template <typename Logit, typename Outputs>
+__global__ void __launch_bounds__(kBlockThreads)
+    biased_topk_block(const RoutingArguments arguments, const Outputs outputs) {
   extern __shared__ unsigned row_memory[];
   __shared__ uint64_t word_scratch[kBlockWarps];
   __shared__ float float_scratch[kBlockWarps];
+  __shared__ double double_scratch[kBlockWarps];
   __shared__ uint64_t chosen[kMaxBlockTopK];
   wait_for_previous_kernels();
   let_next_kernel_start();
@@ -82,13 +122,15 @@ __global__ void __launch_bounds__(kBlockThreads) biased_topk_block(const Routing
           largest = fmaxf(largest, logit);
       }
       scale.largest = block_reduce(largest, float_scratch, [](float a, float b) { return fmaxf(a, b); });
-      float sum = 0.0F;
+      // Many equal terms would all be rounded the same way.
+      double sum = 0.0;
       for (int expert = thread; expert < num_experts; expert += kBlockThreads) {
         const float logit = to_float(row[expert]);
         if (is_finite(logit))
-          sum = __fadd_rn(sum, softmax_term<true>(logit, scale.largest));
+          sum += static_cast<double>(softmax_term<true>(logit, scale.largest));
       }
-      scale.inverse = reciprocal(block_reduce(sum, float_scratch, [](float a, float b) { return a + b; }));
+      sum = block_reduce(sum, double_scratch, [](double a, double b) { return a + b; });
+      scale.inverse = static_cast<float>(1.0 / sum);
     }
 
     for (int expert = thread; expert < num_experts; expert += kBlockThreads) {
@@ -122,19 +164,17 @@ __global__ void __launch_bounds__(kBlockThreads) biased_topk_block(const Routing
     }
     __syncthreads();
 
-    if (thread < kWarpSize) {
-      Slot slots[kMaxBlockTopK / kWarpSize];
+    Slot slots[kSlotsPerLane];
 #pragma unroll
-      for (int s = 0; s < kMaxBlockTopK / kWarpSize; ++s) {
-        slots[s] = {s * kWarpSize + thread, -1, 0.0F};
-        const uint64_t word = slots[s].index < arguments.top_k ? chosen[slots[s].index] : 0;
-        if (word != 0) {
-          slots[s].expert = index_of(word);
-          slots[s].score = score_of<true>(scoring_func, to_float(row[slots[s].expert]), scale);
-        }
+    for (int s = 0; s < kSlotsPerLane; ++s) {
+      slots[s] = {s * kWarpSize + thread, -1, 0.0F};
+      const uint64_t word = slots[s].is_of_row(arguments) ? chosen[slots[s].index] : 0;
+      if (word != 0) {
+        slots[s].expert = index_of(word);
+        slots[s].score = score_of<true>(scoring_func, to_float(row[slots[s].expert]), scale);
       }
-      write_routing(arguments, token, thread, slots);
     }
+    finish_token_of_block<Logit>(arguments, outputs, token, slots, scale, float_scratch);
     __syncthreads();  // the next token overwrites keys and choices
   }
 }

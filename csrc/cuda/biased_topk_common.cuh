@@ -1,4 +1,4 @@
-// What the routing kernels share: arguments, loads, scores, and the output of a row.
+// What the routing kernels share: arguments, loads, scores.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -8,20 +8,17 @@
 
 #include "cuda/element_types.cuh"
 #include "cuda/launch.cuh"
+#include "cuda/vector.cuh"
 #include "zexpert/enums.h"
 #include "zexpert/scalar_types.h"
 
 namespace zexpert::cuda {
 
-/// BiasedTopKParams as a kernel takes them: every count known, sizes that fit made int.
+/// What a kernel routes, and how: every count known, sizes that fit made int.
 struct RoutingArguments {
   const void* logits;
   int64_t logits_row_stride;
   const void* bias;  // null: none
-  float* topk_weights;
-  void* topk_ids;
-  float* zero_weight;
-  float* constant_weight;
   int64_t num_tokens;
   int num_experts;
   int top_k;
@@ -36,7 +33,6 @@ struct RoutingArguments {
   ScoringFunc scoring_func;
   bool logits_fit_vectors;  // every row has the alignment of the widest load
   bool bias_fits_vectors;   // float32, and aligned likewise
-  bool ids_are_int64;
   bool renormalize;
   bool drop_before_renormalize;
 };
@@ -58,17 +54,11 @@ __device__ __forceinline__ float load_as_float(const void* data, ScalarType type
   return visit_floating_pointer(data, type, [index](const auto* typed) { return to_float(typed[index]); });
 }
 
-/// kVector elements that are loaded by accesses of up to 16 bytes.
-template <typename T, int kVector>
-struct alignas(sizeof(T) * kVector < 16 ? sizeof(T) * kVector : 16) Packed {
-  T values[kVector];
-};
-
 template <int kVector, typename T>
 __device__ __forceinline__ void load_vector(const T* source, float (&values)[kVector]) {
-  const Packed<T, kVector> packed = *reinterpret_cast<const Packed<T, kVector>*>(source);
+  const Vector<T, kVector> vector = *reinterpret_cast<const Vector<T, kVector>*>(source);
 #pragma unroll
-  for (int v = 0; v < kVector; ++v) values[v] = to_float(packed.values[v]);
+  for (int v = 0; v < kVector; ++v) values[v] = to_float(vector.values[v]);
 }
 
 // Scores. The intrinsics with a rounding mode are never fused, so that a score is the same bits wherever it is
@@ -85,13 +75,13 @@ __device__ __forceinline__ float exp2_approx(float x) {
 
 inline constexpr float kLog2E = 1.44269504088896341F;
 
-/// exp(logit - largest), before the division by the row's sum. The careful form is right for every logit. The other
-/// takes a step less, is right for logits of ordinary size, and has a factor that all terms of the row share: the
-/// rounding of largest * log2(e).
+/// exp(logit - largest), before the division by the row's sum. The careful form is right for every logit, and to within
+/// a unit in the last place. The other is fast, right for logits of ordinary size, and has a factor that all terms of
+/// the row share: the rounding of largest * log2(e).
 template <bool kCareful>
 __device__ __forceinline__ float softmax_term(float logit, float largest) {
   if (kCareful)
-    return exp2_approx(__fmul_rn(__fadd_rn(logit, -largest), kLog2E));
+    return expf(__fadd_rn(logit, -largest));
   return exp2_approx(__fmaf_rn(logit, kLog2E, __fmul_rn(largest, -kLog2E)));
 }
 
@@ -173,76 +163,19 @@ __device__ __forceinline__ float warp_max(float value) {
   return from_ordered_bits(__reduce_max_sync(kFullMask, ordered_bits(value)));
 }
 
-__device__ __forceinline__ float warp_sum(float value) {
-#pragma unroll
-  for (int offset = kWarpSize / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(kFullMask, value, offset);
-  return value;
-}
-
 /// One slot of a token's row as a lane holds it.
 struct Slot {
   int index;   // top_k or more: none
   int expert;  // among all experts; -1: nothing was left to choose
   float score;
+
+  __device__ bool is_of_row(const RoutingArguments& arguments) const { return index < arguments.top_k; }
+  /// The score as the row's weights are made of it.
+  __device__ float weight(const RoutingArguments& arguments) const {
+    const bool counts =
+        is_of_row(arguments) && expert >= 0 && !(arguments.drop_before_renormalize && expert >= arguments.first_drop);
+    return counts ? score : 0.0F;
+  }
 };
-
-/// Writes a token's outputs. The whole warp calls this; lanes hold kSlots slots each, every one of the row once.
-template <int kSlots>
-__device__ __forceinline__ void write_routing(const RoutingArguments& arguments, int64_t token, int lane,
-                                              const Slot (&slots)[kSlots]) {
-  float weights[kSlots];
-#pragma unroll
-  for (int s = 0; s < kSlots; ++s) {
-    const bool counts = slots[s].index < arguments.top_k && slots[s].expert >= 0 &&
-                        !(arguments.drop_before_renormalize && slots[s].expert >= arguments.first_drop);
-    weights[s] = counts ? slots[s].score : 0.0F;
-  }
-  if (arguments.renormalize) {
-    float total = 0.0F;
-#pragma unroll
-    for (int s = 0; s < kSlots; ++s) total += weights[s];
-    total = warp_sum(total);
-#pragma unroll
-    for (int s = 0; s < kSlots; ++s) weights[s] = total > 0.0F ? weights[s] / total : 0.0F;
-  }
-
-  float zero_weight = 0.0F;
-#pragma unroll
-  for (int s = 0; s < kSlots; ++s) {
-    weights[s] *= arguments.routed_scaling_factor;
-    const int expert = slots[s].expert;
-    const bool is_real = expert < arguments.num_real_experts;
-    if (!is_real && expert < arguments.first_constant)
-      zero_weight += weights[s];
-    if (slots[s].index < arguments.top_k) {
-      const int64_t slot = token * arguments.top_k + slots[s].index;
-      const int id = is_real ? expert : -1;
-      arguments.topk_weights[slot] = is_real ? weights[s] : 0.0F;
-      if (arguments.ids_are_int64) {
-        static_cast<int64_t*>(arguments.topk_ids)[slot] = id;
-      } else {
-        static_cast<int32_t*>(arguments.topk_ids)[slot] = id;
-      }
-    }
-  }
-  if (arguments.first_constant > arguments.num_real_experts)
-    zero_weight = warp_sum(zero_weight);
-  if (lane == 0)
-    arguments.zero_weight[token] = zero_weight;
-
-  const int num_constants = arguments.first_drop - arguments.first_constant;
-  if (num_constants > 0) {
-    float* constant_weight = arguments.constant_weight + token * num_constants;
-    for (int c = lane; c < num_constants; c += kWarpSize) constant_weight[c] = 0.0F;
-    __syncwarp();
-#pragma unroll
-    for (int s = 0; s < kSlots; ++s) {
-      const int constant = slots[s].expert - arguments.first_constant;
-      if (slots[s].index < arguments.top_k && constant >= 0 && constant < num_constants) {
-        constant_weight[constant] = weights[s];
-      }
-    }
-  }
-}
 
 }  // namespace zexpert::cuda

@@ -7,10 +7,11 @@
 
 namespace zexpert::cuda {
 
-/// How a row of kWidth logits lies in a warp's registers: element v of load j of a lane is expert
+/// How a row of kRowWidth logits lies in a warp's registers: element v of load j of a lane is expert
 /// (j * 32 + lane) * kVector + v.
-template <typename Logit, int kWidth>
+template <typename Logit, int kRowWidth>
 struct RowLayout {
+  static constexpr int kWidth = kRowWidth;
   static constexpr int kPerLane = kWidth / kWarpSize;
   static constexpr int kVector = sizeof(Logit) == 2 && kPerLane % 8 == 0 ? 8 : kPerLane % 4 == 0 ? 4 : 2;
   static constexpr int kLoads = kPerLane / kVector;
@@ -66,6 +67,29 @@ __device__ __forceinline__ void load_row(const T* row, bool fits_vectors, int nu
 #pragma unroll
     for (int i = 0; i < Layout::kPerLane; ++i) {
       values[i] = Layout::expert(lane, i) < num_experts ? to_float(own[Layout::expert(0, i)]) : NAN;
+    }
+  }
+}
+
+/// Stores a lane's part of a row of any alignment.
+template <typename Layout, typename T>
+__device__ __forceinline__ void store_row(T* row, bool fits_vectors, int num_experts, int lane,
+                                          const float (&values)[Layout::kPerLane]) {
+  constexpr int kVector = Layout::kVector;
+  T* own = row + lane * kVector;
+  if (fits_vectors) {
+#pragma unroll
+    for (int j = 0; j < Layout::kLoads; ++j) {
+      Vector<T, kVector> vector;
+#pragma unroll
+      for (int v = 0; v < kVector; ++v) vector.values[v] = Computed<T>::to(values[j * kVector + v]);
+      *reinterpret_cast<Vector<T, kVector>*>(own + j * kWarpSize * kVector) = vector;
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < Layout::kPerLane; ++i) {
+      if (Layout::expert(lane, i) < num_experts)
+        own[Layout::expert(0, i)] = Computed<T>::to(values[i]);
     }
   }
 }

@@ -12,6 +12,7 @@
 #include <cstdint>
 
 #include "cuda/biased_topk_common.cuh"
+#include "cuda/biased_topk_outputs.cuh"
 #include "cuda/biased_topk_row.cuh"
 #include "cuda/biased_topk_select.cuh"
 
@@ -22,11 +23,39 @@ inline constexpr int kWarpsPerBlock = 4;
 inline constexpr int kBlocksPerMultiprocessor = 8;
 inline constexpr int kMaxWarpTopK = kWarpSize;
 
+template <bool kCareful, typename Layout, typename Logit>
+__device__ __forceinline__ void finish_token(const RoutingArguments& arguments, const RoutingOutputs& outputs,
+                                             int64_t token, int lane, Slot slot, RowScale) {
+  const Slot slots[1] = {slot};
+  write_routing(arguments, outputs, token, lane, slots);
+}
+
+template <bool kCareful, typename Layout, typename Logit>
+__device__ __forceinline__ void finish_token(const RoutingArguments& arguments, const RoutingGradients& gradients,
+                                             int64_t token, int lane, Slot slot, RowScale scale) {
+  const Slot slots[1] = {slot};
+  float slot_gradient[1];
+  const float sum = slot_gradients(arguments, gradients, token, slots, slot_gradient);
+  float values[Layout::kPerLane] = {};
+  if (sum != 0.0F) {
+    // Read again, out of the cache: the registers have since become keys.
+    const Logit* row = static_cast<const Logit*>(arguments.logits) + token * arguments.logits_row_stride;
+    load_row<Layout>(row, arguments.logits_fit_vectors, arguments.num_experts, lane, values);
+#pragma unroll
+    for (float& value : values) value = spread_gradient<kCareful>(sum, value, scale);
+  }
+  Logit* grad_row = static_cast<Logit*>(gradients.logits) + token * arguments.num_experts;
+  store_row<Layout>(grad_row, arguments.num_experts == Layout::kWidth, arguments.num_experts, lane, values);
+  __syncwarp();
+  write_slot_gradients(arguments, slots, slot_gradient, grad_row);
+}
+
 /// Routes one token. A careful call is right for every row; any other finds out whether the row needs one, and then
 /// returns false and writes nothing. `row_keys` is the warp's shared memory for groups.
-template <bool kCareful, typename Layout, typename Logit>
-__device__ __forceinline__ bool route_token(const RoutingArguments& arguments, const float* bias, int64_t token,
-                                            int lane, WarpScratch scratch, float* row_keys) {
+template <bool kCareful, typename Layout, typename Logit, typename Outputs>
+__device__ __forceinline__ bool route_token(const RoutingArguments& arguments, const Outputs& outputs,
+                                            const float* bias, int64_t token, int lane, WarpScratch scratch,
+                                            float* row_keys) {
   constexpr int kPerLane = Layout::kPerLane;
   // Above this the rounding of largest * log2(e) would spoil the softmax's terms.
   constexpr float kLargestOrdinary = 16777216.0F;
@@ -119,14 +148,13 @@ __device__ __forceinline__ bool route_token(const RoutingArguments& arguments, c
     if (lane < num_candidates)
       slot.index = rank;
   }
-  const Slot slots[1] = {slot};
-  write_routing(arguments, token, lane, slots);
+  finish_token<kCareful, Layout, Logit>(arguments, outputs, token, lane, slot, scale);
   return true;
 }
 
-template <typename Logit, int kWidth>
+template <typename Logit, int kWidth, typename Outputs>
 __global__ void __launch_bounds__(kWarpsPerBlock* kWarpSize, kBlocksPerMultiprocessor)
-    biased_topk_warp(const RoutingArguments arguments) {
+    biased_topk_warp(const RoutingArguments arguments, const Outputs outputs) {
   using Layout = RowLayout<Logit, kWidth>;
   __shared__ float4 scratch_memory[kWarpsPerBlock][WarpScratch::kBytes / sizeof(float4)];
   extern __shared__ float4
@@ -144,41 +172,42 @@ __global__ void __launch_bounds__(kWarpsPerBlock* kWarpSize, kBlocksPerMultiproc
 
   const WarpScratch scratch(scratch_memory[warp]);
   if (arguments.num_experts == kWidth && arguments.topk_group == arguments.num_expert_group) {
-    if (__builtin_expect(route_token<false, Layout, Logit>(arguments, bias, token, lane, scratch, nullptr), 1))
+    if (__builtin_expect(route_token<false, Layout, Logit>(arguments, outputs, bias, token, lane, scratch, nullptr), 1))
       return;
     __syncwarp();
   }
   float* row_keys =
       dynamic_floats + kWidth + static_cast<int>(warp) * (arguments.num_experts + arguments.num_expert_group);
-  route_token<true, Layout, Logit>(arguments, bias, token, lane, scratch, row_keys);
+  route_token<true, Layout, Logit>(arguments, outputs, bias, token, lane, scratch, row_keys);
 }
 
-template <typename Logit, int kWidth>
-void launch_biased_topk_warp(const RoutingArguments& arguments, cudaStream_t stream) {
+template <typename Logit, int kWidth, typename Outputs>
+void launch_biased_topk_warp(const RoutingArguments& arguments, const Outputs& outputs, cudaStream_t stream) {
   const bool has_groups = arguments.topk_group < arguments.num_expert_group;
   const bool converts_bias = arguments.bias != nullptr && !arguments.bias_fits_vectors;
   int64_t dynamic_floats = converts_bias || has_groups ? kWidth : 0;
   if (has_groups) {
     dynamic_floats += int64_t{kWarpsPerBlock} * (arguments.num_experts + arguments.num_expert_group);
   }
-  launch("biased_topk", &biased_topk_warp<Logit, kWidth>, (arguments.num_tokens + kWarpsPerBlock - 1) / kWarpsPerBlock,
-         kWarpsPerBlock * kWarpSize, sizeof(float) * static_cast<size_t>(dynamic_floats), stream, arguments);
+  launch("biased_topk", &biased_topk_warp<Logit, kWidth, Outputs>,
+         (arguments.num_tokens + kWarpsPerBlock - 1) / kWarpsPerBlock, kWarpsPerBlock * kWarpSize,
+         sizeof(float) * static_cast<size_t>(dynamic_floats), stream, arguments, outputs);
 }
 
 /// Defined by the file of the width, which instantiates the kernel for every type of logits.
-template <int kWidth>
-void launch_biased_topk_width(const RoutingArguments& arguments, cudaStream_t stream);
+template <int kWidth, typename Outputs>
+void launch_biased_topk_width(const RoutingArguments& arguments, const Outputs& outputs, cudaStream_t stream);
 
-#define ZEXPERT_DEFINE_BIASED_TOPK_WIDTH(width)                                                            \
-  namespace zexpert::cuda {                                                                                \
-  template <>                                                                                              \
-  void launch_biased_topk_width<width>(const RoutingArguments& arguments, cudaStream_t stream) {           \
-    switch (arguments.logits_type) {                                                                       \
-      case ScalarType::kBFloat16: return launch_biased_topk_warp<__nv_bfloat16, width>(arguments, stream); \
-      case ScalarType::kFloat16: return launch_biased_topk_warp<__half, width>(arguments, stream);         \
-      default: return launch_biased_topk_warp<float, width>(arguments, stream);                            \
-    }                                                                                                      \
-  }                                                                                                        \
+#define ZEXPERT_DEFINE_BIASED_TOPK_WIDTH(width)                                                                   \
+  namespace zexpert::cuda {                                                                                       \
+  template <int kWidth, typename Outputs>                                                                         \
+  void launch_biased_topk_width(const RoutingArguments& arguments, const Outputs& outputs, cudaStream_t stream) { \
+    visit_data_type(arguments.logits_type, [&](auto logit) {                                                      \
+      launch_biased_topk_warp<decltype(logit), kWidth>(arguments, outputs, stream);                               \
+    });                                                                                                           \
+  }                                                                                                               \
+  template void launch_biased_topk_width<width>(const RoutingArguments&, const RoutingOutputs&, cudaStream_t);    \
+  template void launch_biased_topk_width<width>(const RoutingArguments&, const RoutingGradients&, cudaStream_t);  \
   }
 
 }  // namespace zexpert::cuda

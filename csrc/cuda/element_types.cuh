@@ -5,6 +5,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include "zexpert/scalar_types.h"
+
 namespace zexpert::cuda {
 
 template <typename T>
@@ -40,6 +42,24 @@ __device__ __forceinline__ __nv_bfloat16 Computed<__nv_bfloat16>::to(float value
 template <>
 __device__ __forceinline__ __half Computed<__half>::to(float value) {
   return __float2half_rn(value);
+}
+
+/// Calls `fn` with an element of the type: float32, bfloat16 or float16.
+template <typename Fn>
+void visit_data_type(ScalarType type, Fn&& fn) {
+  switch (type) {
+    case ScalarType::kBFloat16: return fn(__nv_bfloat16{});
+    case ScalarType::kFloat16: return fn(__half{});
+    default: return fn(float{});
+  }
+}
+
+/// The same, with float64.
+template <typename Fn>
+void visit_any_data_type(ScalarType type, Fn&& fn) {
+  if (type == ScalarType::kFloat64)
+    return fn(double{});
+  visit_data_type(type, fn);
 }
 
 }  // namespace zexpert::cuda

@@ -45,6 +45,14 @@ __device__ __forceinline__ void let_next_kernel_start() {
 #endif
 }
 
+/// The sum of every lane's value; the same bits in every lane.
+template <typename T>
+__device__ __forceinline__ T warp_sum(T value) {
+#pragma unroll
+  for (int offset = kWarpSize / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(kFullMask, value, offset);
+  return value;
+}
+
 /// Starts `kernel` on `stream`; throws Error, naming `name`, if that fails. Safe while the stream is being captured.
 template <typename... Parameters>
 void launch(const char* name, void (*kernel)(Parameters...), int64_t num_blocks, int num_threads,

@@ -6,6 +6,7 @@
 
 #include "cuda/element_types.cuh"
 #include "cuda/launch.cuh"
+#include "cuda/vector.cuh"
 
 namespace zexpert {
 namespace cuda {
@@ -13,13 +14,6 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kVectorsPerThread = 2;
-constexpr int64_t kVectorBytes = 16;
-
-/// kVector elements moved by one access.
-template <typename T, int kVector>
-struct alignas(sizeof(T) * kVector) Vector {
-  T values[kVector];
-};
 
 /// A block serves one run of columns of one token.
 template <typename T, int kVector, bool kAccumulate>
@@ -64,20 +58,6 @@ void launch_vectors(const ZeroExpertAccumulateParams& params, cudaStream_t strea
          blocks_per_row);
 }
 
-template <typename T>
-void launch_type(const ZeroExpertAccumulateParams& params, cudaStream_t stream) {
-  constexpr int kVector = static_cast<int>(kVectorBytes / sizeof(T));
-  const auto fits = [](const void* data, int64_t row_stride) {
-    return reinterpret_cast<uintptr_t>(data) % kVectorBytes == 0 && row_stride % kVector == 0;
-  };
-  if (params.hidden_size % kVector == 0 && fits(params.hidden_states, params.hidden_row_stride) &&
-      fits(params.out, params.out_row_stride)) {
-    launch_vectors<T, kVector>(params, stream);
-  } else {
-    launch_vectors<T, 1>(params, stream);
-  }
-}
-
 }  // namespace
 }  // namespace cuda
 
@@ -85,12 +65,13 @@ void zero_expert_accumulate_cuda(const ZeroExpertAccumulateParams& params, cudaS
   if (params.num_tokens == 0 || params.hidden_size == 0) {
     return;
   }
-  switch (params.data_type) {
-    case ScalarType::kFloat64: return cuda::launch_type<double>(params, stream);
-    case ScalarType::kBFloat16: return cuda::launch_type<__nv_bfloat16>(params, stream);
-    case ScalarType::kFloat16: return cuda::launch_type<__half>(params, stream);
-    default: return cuda::launch_type<float>(params, stream);
-  }
+  cuda::visit_any_data_type(params.data_type, [&](auto element) {
+    using T = decltype(element);
+    const bool fits = cuda::fits_vectors(params.hidden_states, params.hidden_row_stride, sizeof(T)) &&
+                      cuda::fits_vectors(params.out, params.out_row_stride, sizeof(T));
+    cuda::visit_vector<T>(fits, params.hidden_size,
+                          [&](auto vector) { cuda::launch_vectors<T, vector.value>(params, stream); });
+  });
 }
 
 }  // namespace zexpert

@@ -2,11 +2,45 @@
 
 from __future__ import annotations
 
-import torch
+from typing import Any
 
-from zexpert.ops import biased_topk, moe_plan, zero_expert_accumulate
+import torch
+from torch import Tensor
+
+from zexpert.ops import (
+    biased_topk,
+    moe_finalize,
+    moe_permute,
+    moe_plan,
+    silu_and_mul,
+    zero_expert_accumulate,
+)
 
 WIDTHS = (128, 192, 256, 384, 512, 576, 768, 896, 1024)
+
+
+def differentiate_routing(logits: Tensor, bias: Tensor | None, top_k: int, **routing: Any) -> None:
+    result = biased_topk(logits.requires_grad_(), bias, top_k, **routing)
+    weights = result.topk_weights, result.zero_weight, result.constant_weight
+    torch.autograd.grad(weights, logits, [torch.ones_like(weight) for weight in weights])
+
+
+def take_tokens_through(dtype: torch.dtype, hidden_size: int) -> None:
+    """Everything between routing and output but the experts' products, forward and backward."""
+    plan = moe_plan(torch.randint(-2, 5, (9, 4), device="cuda").clamp(min=-1), 5)
+    hidden_states = torch.randn(9, hidden_size, device="cuda").to(dtype).requires_grad_()
+    weights = torch.rand(9, 4, device="cuda", requires_grad=True)
+    zero_weight = torch.rand(9, device="cuda", requires_grad=True)
+    rows = moe_permute(hidden_states, plan.row_slots, plan.expert_offsets, 4)
+    gate_up = torch.zeros(36, 2 * hidden_size, device="cuda", dtype=dtype)
+    gate_up[:, :hidden_size] = gate_up[:, hidden_size:] = 1.0
+    gate_up.requires_grad_()
+    activation = silu_and_mul(gate_up, plan.expert_offsets)
+    given = [hidden_states, weights, zero_weight]
+    out = moe_finalize(rows, plan.slot_rows, weights, hidden_states, zero_weight, residual=hidden_states)
+    torch.autograd.grad(out, given, torch.ones_like(out))
+    torch.autograd.grad(activation, gate_up, torch.ones_like(activation))
+    torch.autograd.grad(zero_expert_accumulate(hidden_states, zero_weight), given[::2], torch.ones_like(hidden_states))
 
 
 def main() -> None:
@@ -18,13 +52,17 @@ def main() -> None:
             bias = 0.01 * torch.randn(width, device="cuda")
             biased_topk(logits, bias, 12, num_real_experts=64, num_constant_experts=2, renormalize=True)
             biased_topk(logits, bias.to(dtype), 8, num_real_experts=64, num_expert_group=8, topk_group=3)
+            differentiate_routing(logits, bias, 12, num_real_experts=64, num_constant_experts=2)
         for width, top_k in ((5, 3), (200, 40), (1500, 12)):
             logits = torch.randn(9, width, device="cuda").to(dtype)
             biased_topk(logits, None, top_k, num_real_experts=width, scoring_func="sigmoid", indices_dtype=torch.int64)
+            differentiate_routing(logits, None, top_k, num_real_experts=width)
         hidden_states = torch.randn(3, 1000, device="cuda").to(dtype)
         weight = torch.rand(3, device="cuda")
         zero_expert_accumulate(hidden_states, weight, zero_expert_accumulate(hidden_states, weight))
         zero_expert_accumulate(hidden_states[:, 1:], weight)
+        for hidden_size in (24, 1000, 1001):
+            take_tokens_through(dtype, hidden_size)
     for num_tokens in (1, 100, 2000):
         moe_plan(torch.randint(-1, 100, (num_tokens, 6), device="cuda"), 100)
     torch.cuda.synchronize()

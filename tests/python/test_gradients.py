@@ -24,7 +24,11 @@ from gradients import (
     random_like,
 )
 from testing import FLOAT_DTYPES, assert_equal, layouts, random_logits, weight_dtype
-from zexpert import ops
+from zexpert.ops import biased_topk, moe_finalize, moe_permute, silu_and_mul, zero_expert_accumulate
+
+moe_permute_backward = torch.ops.zexpert.moe_permute_backward
+silu_and_mul_backward = torch.ops.zexpert.silu_and_mul_backward
+moe_finalize_backward = torch.ops.zexpert.moe_finalize_backward
 
 #: Experts of every kind, and the logits' width.
 EVERY_KIND = {"num_real_experts": 8, "num_identity_experts": 5, "num_constant_experts": 3}
@@ -33,7 +37,7 @@ WIDTH = 20
 
 def weights_of(logits: Tensor, bias: Tensor | None = None, top_k: int = 6, **routing: Any) -> tuple[Tensor, ...]:
     """What of a routing has gradients."""
-    result = ops.biased_topk(logits, bias, top_k, **{**EVERY_KIND, **routing})
+    result = biased_topk(logits, bias, top_k, **{**EVERY_KIND, **routing})
     return result.topk_weights, result.zero_weight, result.constant_weight
 
 
@@ -68,6 +72,7 @@ def test_biased_topk_by_finite_differences(
         )
 
 
+@pytest.mark.every_device("biased_topk")
 @pytest.mark.cpu_paths
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
 @pytest.mark.parametrize("renormalize", [False, True])
@@ -94,6 +99,7 @@ def test_biased_topk_by_the_error_rule(scoring_func: str, renormalize: bool, dty
         )
 
 
+@pytest.mark.every_device("biased_topk")
 @pytest.mark.parametrize("scoring_func", ["softmax", "sigmoid", "sqrtsoftplus"])
 def test_biased_topk_single_renormalized_weight_is_constant(scoring_func: str) -> None:
     upstream = random_like(weights_of(random_logits(9, WIDTH), None, 1))
@@ -105,14 +111,16 @@ def test_biased_topk_single_renormalized_weight_is_constant(scoring_func: str) -
     assert_equal(gradient, torch.zeros(9, WIDTH))
 
 
+@pytest.mark.every_device("biased_topk")
 def test_biased_topk_gradient_at_ties_flows_to_the_chosen() -> None:
     logits = torch.zeros(1, 8, requires_grad=True)
-    result = ops.biased_topk(logits, None, 3, num_real_experts=8, scoring_func="sigmoid")
+    result = biased_topk(logits, None, 3, num_real_experts=8, scoring_func="sigmoid")
     assert result.topk_ids.tolist() == [[0, 1, 2]]
     result.topk_weights.sum().backward()
     assert_equal(logits.grad, torch.tensor([[0.25, 0.25, 0.25, 0, 0, 0, 0, 0]]))
 
 
+@pytest.mark.every_device("biased_topk")
 @pytest.mark.parametrize("renormalize", [False, True])
 @pytest.mark.parametrize("scoring_func", ["softmax", "sigmoid", "sqrtsoftplus"])
 def test_biased_topk_masked_logits_have_no_gradient(scoring_func: str, renormalize: bool) -> None:
@@ -132,6 +140,7 @@ def test_biased_topk_masked_logits_have_no_gradient(scoring_func: str, renormali
     assert bool((gradient[0] != 0).any())
 
 
+@pytest.mark.every_device("biased_topk")
 @pytest.mark.parametrize("scoring_func", ["sigmoid", "sqrtsoftplus"])
 def test_biased_topk_weights_that_sum_to_zero_have_no_gradient(scoring_func: str) -> None:
     logits = torch.full((2, WIDTH), -300.0, requires_grad=True)  # scores underflow
@@ -184,17 +193,19 @@ def test_biased_topk_layouts_and_id_types() -> None:
 # ---- The other ops --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.every_device("zero_expert_accumulate")
 def test_zero_expert_accumulate() -> None:
-    assert torch.autograd.gradcheck(ops.zero_expert_accumulate, (leaf(T, H), leaf(T)))
+    assert torch.autograd.gradcheck(zero_expert_accumulate, (leaf(T, H), leaf(T)))
 
 
+@pytest.mark.every_device("zero_expert_accumulate")
 @pytest.mark.cpu_paths
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
 @pytest.mark.parametrize("hidden_size", [1, 200, 257])
 def test_zero_expert_accumulate_by_the_error_rule(hidden_size: int, dtype: torch.dtype) -> None:
     inputs = [torch.randn(T, hidden_size).to(dtype), torch.rand(T, dtype=weight_dtype(dtype))]
     assert_gradients(
-        ops.zero_expert_accumulate,
+        zero_expert_accumulate,
         lambda dtype: lambda x, weight: reference.zero_expert_accumulate(x, weight, dtype=dtype),
         inputs,
         dtype,
@@ -210,25 +221,27 @@ def test_zero_expert_accumulate_refuses_out_where_a_gradient_is_wanted() -> None
             tensor.requires_grad_(wants)
         if any(wants_gradient):
             with pytest.raises(RuntimeError, match=r"out must be None where a gradient is wanted"):
-                ops.zero_expert_accumulate(given[0], given[1], given[2])
+                zero_expert_accumulate(given[0], given[1], given[2])
         with torch.no_grad():
-            ops.zero_expert_accumulate(given[0], given[1], given[2])
+            zero_expert_accumulate(given[0], given[1], given[2])
 
 
+@pytest.mark.every_device("moe_permute")
 def test_moe_permute() -> None:
     plan, num_rows = make_plan()
     assert torch.autograd.gradcheck(
-        lambda x: ops.moe_permute(x, plan.row_slots, plan.expert_offsets, K)[:num_rows], (leaf(T, H),)
+        lambda x: moe_permute(x, plan.row_slots, plan.expert_offsets, K)[:num_rows], (leaf(T, H),)
     )
 
 
+@pytest.mark.every_device("moe_permute")
 @pytest.mark.cpu_paths
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
 @pytest.mark.parametrize("hidden_size", [1, 200, 257])
 def test_moe_permute_by_the_error_rule(hidden_size: int, dtype: torch.dtype) -> None:
     plan, num_rows = make_plan()
     assert_gradients(
-        lambda x: ops.moe_permute(x, plan.row_slots, plan.expert_offsets, K)[:num_rows],
+        lambda x: moe_permute(x, plan.row_slots, plan.expert_offsets, K)[:num_rows],
         lambda dtype: lambda x: reference.moe_permute(x, plan.row_slots, plan.expert_offsets, K)[:num_rows],
         [torch.randn(T, hidden_size).to(dtype)],
         dtype,
@@ -236,13 +249,12 @@ def test_moe_permute_by_the_error_rule(hidden_size: int, dtype: torch.dtype) -> 
     )
 
 
+@pytest.mark.every_device("moe_permute_backward")
 def test_moe_permute_reads_no_gradient_past_the_last_offset() -> None:
     plan, num_rows = make_plan()
     gradient = torch.randn(T * K, H)
     results = [
-        torch.ops.zexpert.moe_permute_backward(
-            poisoned(gradient, num_rows, value), plan.row_slots, plan.expert_offsets, T, K
-        )
+        moe_permute_backward(poisoned(gradient, num_rows, value), plan.row_slots, plan.expert_offsets, T, K)
         for value in (0.0, float("nan"))
     ]
     assert_equal(results[1], results[0])
@@ -252,32 +264,35 @@ def test_moe_permute_sums_rows_that_share_a_slot() -> None:
     """No plan has such rows, but moe_permute copies them, so they count."""
     row_slots = torch.tensor([4, 0, 4, 4, 1, 5], dtype=torch.int32)
     expert_offsets = torch.tensor([0, 6], dtype=torch.int32)
-    assert torch.autograd.gradcheck(lambda x: ops.moe_permute(x, row_slots, expert_offsets, 2), (leaf(3, H),))
+    assert torch.autograd.gradcheck(lambda x: moe_permute(x, row_slots, expert_offsets, 2), (leaf(3, H),))
 
 
+@pytest.mark.every_device("silu_and_mul")
 def test_silu_and_mul() -> None:
-    assert torch.autograd.gradcheck(ops.silu_and_mul, (leaf(T, 2 * F),))
+    assert torch.autograd.gradcheck(silu_and_mul, (leaf(T, 2 * F),))
 
 
+@pytest.mark.every_device("silu_and_mul")
 @pytest.mark.cpu_paths
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
 @pytest.mark.parametrize("intermediate_size", [1, 100, 129])
 def test_silu_and_mul_by_the_error_rule(intermediate_size: int, dtype: torch.dtype) -> None:
     gate_up = (3 * torch.randn(T, 2 * intermediate_size)).to(dtype)
     assert_gradients(
-        ops.silu_and_mul, lambda dtype: lambda x: reference.silu_and_mul(x, dtype=dtype), [gate_up], dtype, ["gate_up"]
+        silu_and_mul, lambda dtype: lambda x: reference.silu_and_mul(x, dtype=dtype), [gate_up], dtype, ["gate_up"]
     )
 
 
+@pytest.mark.every_device("silu_and_mul_backward")
 def test_silu_and_mul_rows_past_the_last_offset() -> None:
     expert_offsets = torch.tensor([0, 3, 5], dtype=torch.int32)
     gate_up, gradient = torch.randn(T, 2 * F), torch.randn(T, F)
-    backward = torch.ops.zexpert.silu_and_mul_backward
-    expected = backward(gradient[:5], gate_up[:5])
-    actual = backward(poisoned(gradient, 5), poisoned(gate_up, 5), expert_offsets)
+    expected = silu_and_mul_backward(gradient[:5], gate_up[:5])
+    actual = silu_and_mul_backward(poisoned(gradient, 5), poisoned(gate_up, 5), expert_offsets)
     assert_equal(actual, torch.cat([expected, torch.zeros(2, 2 * F)]))
 
 
+@pytest.mark.every_device("moe_finalize")
 @pytest.mark.parametrize("parts", [(), ("residual",), ("constant_weight", "constant_vectors"), "all"], ids=str)
 def test_moe_finalize(parts: tuple[str, ...] | str) -> None:
     plan, _ = make_plan()
@@ -285,11 +300,12 @@ def test_moe_finalize(parts: tuple[str, ...] | str) -> None:
     optional = ("residual", "constant_weight", "constant_vectors")
     names = [name for name in given if name not in optional or name in parts or parts == "all"]
     assert torch.autograd.gradcheck(
-        lambda *tensors: ops.moe_finalize(slot_rows=plan.slot_rows, **dict(zip(names, tensors, strict=True))),
+        lambda *tensors: moe_finalize(slot_rows=plan.slot_rows, **dict(zip(names, tensors, strict=True))),
         [given[name].requires_grad_() for name in names],
     )
 
 
+@pytest.mark.every_device("moe_finalize")
 @pytest.mark.cpu_paths
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
 @pytest.mark.parametrize("hidden_size", [1, 200, 257])
@@ -297,7 +313,7 @@ def test_moe_finalize_by_the_error_rule(hidden_size: int, dtype: torch.dtype) ->
     plan, _ = make_plan()
     given = finalize_inputs(T * K, dtype, hidden_size)
     assert_gradients(
-        lambda *tensors: ops.moe_finalize(slot_rows=plan.slot_rows, **dict(zip(given, tensors, strict=True))),
+        lambda *tensors: moe_finalize(slot_rows=plan.slot_rows, **dict(zip(given, tensors, strict=True))),
         lambda dtype: (
             lambda *tensors: reference.moe_finalize(
                 slot_rows=plan.slot_rows, dtype=dtype, **dict(zip(given, tensors, strict=True))
@@ -309,11 +325,12 @@ def test_moe_finalize_by_the_error_rule(hidden_size: int, dtype: torch.dtype) ->
     )
 
 
+@pytest.mark.every_device("moe_finalize_backward")
 def test_moe_finalize_rows_that_no_slot_names() -> None:
     plan, num_rows = make_plan()
     given = finalize_inputs(T * K)
     gradient = torch.randn(T, H, dtype=torch.float64)
-    grads = torch.ops.zexpert.moe_finalize_backward(
+    grads = moe_finalize_backward(
         gradient,
         poisoned(given["rows"], num_rows),
         plan.slot_rows,

@@ -44,7 +44,7 @@ def step(module: Any, layer: nn.Module, *inputs: Tensor) -> tuple[Tensor, ...]:
     leaves = [tensor.detach().clone().requires_grad_() for tensor in inputs]
     wanted = [*leaves, *(parameter for parameter in layer.parameters() if parameter.requires_grad)]
     out: Tensor = module(*leaves)
-    weights = torch.linspace(-1, 1, out.numel()).reshape(out.shape).to(out.dtype)
+    weights = torch.linspace(-1, 1, out.numel(), device=out.device).reshape(out.shape).to(out.dtype)
     gradients = torch.autograd.grad((out * weights).sum(), wanted)
     return (out.detach(), *gradients)
 
@@ -257,3 +257,15 @@ def test_one_optimizer_step_is_that_of_plain_pytorch() -> None:
         theirs.step()
     for one, other in zip((layer.w13_weight, layer.w2_weight, classifier.weight), twins, strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: torch.cuda.is_available() is False")
+@pytest.mark.parametrize("kind", LAYERS)
+def test_on_a_gpu(kind: str) -> None:
+    layer = make_layer(kind)
+    inputs = make_inputs(kind, T)
+    expected = step(layer, layer, *inputs)
+    on_gpu = copy.deepcopy(layer).cuda()
+    actual = step(on_gpu, on_gpu, *(tensor.cuda() for tensor in inputs))
+    for one, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one.cpu(), other, rtol=1e-3, atol=1e-4)

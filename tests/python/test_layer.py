@@ -207,7 +207,10 @@ def test_custom_routing_function_and_simulation() -> None:
             r"^e_score_correction_bias must have shape \[6\], .*, got \[7\]$",
         ),
         ({"routing_simulation": "zipf"}, r"^routing_simulation must be .*, got 'zipf'$"),
-        ({"experts_backend": "gpu"}, r"^experts_backend must be \"auto\", \"cpu\" or \"torch\", got 'gpu'$"),
+        (
+            {"experts_backend": "gpu"},
+            r"^experts_backend must be \"auto\", .* or \"torch\", got 'gpu'$",
+        ),
     ],
 )
 def test_rejects_bad_arguments(arguments: dict[str, Any], message: str) -> None:

@@ -45,6 +45,7 @@ def assert_agrees(result: Tensor, given: dict[str, Tensor | None]) -> None:
     assert_error_rule(result, plain, reference.moe_finalize(**given))  # type: ignore[arg-type]
 
 
+@pytest.mark.every_device("moe_finalize")
 @pytest.mark.cpu_paths
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
 @pytest.mark.parametrize("hidden_size", [0, 1, 200, 257])
@@ -57,6 +58,7 @@ def test_against_reference(num_tokens: int, hidden_size: int, dtype: torch.dtype
     assert_agrees(result, given)
 
 
+@pytest.mark.every_device("moe_finalize")
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
 @pytest.mark.parametrize("has_residual", [False, True])
 @pytest.mark.parametrize("num_constant_experts", [None, 0, 1, 5])
@@ -69,6 +71,7 @@ def test_parts(num_constant_experts: int | None, has_residual: bool, dtype: torc
     assert_agrees(moe_finalize(**given), given)
 
 
+@pytest.mark.every_device("moe_finalize")
 @pytest.mark.cpu_paths
 @pytest.mark.parametrize("top_k", [0, 1, 2, 12, 64])
 def test_slots_per_token(top_k: int) -> None:
@@ -76,6 +79,7 @@ def test_slots_per_token(top_k: int) -> None:
     assert_agrees(moe_finalize(**given), given)
 
 
+@pytest.mark.every_device("moe_finalize")
 def test_no_rows() -> None:
     given = arguments(4, 57)
     given["rows"] = torch.zeros(0, 57)
@@ -83,6 +87,7 @@ def test_no_rows() -> None:
     assert_agrees(moe_finalize(**given), given)
 
 
+@pytest.mark.every_device("moe_finalize")
 def test_rows_without_a_slot_are_not_read() -> None:
     given = arguments(7, 57)
     rows, slot_rows = given["rows"], given["slot_rows"]
@@ -93,6 +98,7 @@ def test_rows_without_a_slot_are_not_read() -> None:
     assert_equal(moe_finalize(**given), expected)
 
 
+@pytest.mark.every_device("moe_finalize")
 def test_a_slot_without_work_adds_nothing_whatever_its_weight() -> None:
     given = arguments(7, 57)
     expected = moe_finalize(**given)
@@ -103,6 +109,7 @@ def test_a_slot_without_work_adds_nothing_whatever_its_weight() -> None:
     assert_equal(moe_finalize(**given), expected)
 
 
+@pytest.mark.every_device("moe_finalize")
 def test_order_of_rows_and_company_change_nothing() -> None:
     """The sum is in slot order, wherever the rows lie and whichever tokens are beside."""
     given = arguments(40, 257, torch.bfloat16, top_k=8)
@@ -119,6 +126,7 @@ def test_order_of_rows_and_company_change_nothing() -> None:
         assert_equal(moe_finalize(**alone)[0], expected[token])
 
 
+@pytest.mark.every_device("moe_finalize")
 def test_rounds_once() -> None:
     """bfloat16 cannot hold the partial sums of 1 + 256 * 2^-9."""
     given = arguments(1, 8, torch.bfloat16, top_k=64, num_constant_experts=0, has_residual=False)
@@ -130,6 +138,7 @@ def test_rounds_once() -> None:
     assert_equal(moe_finalize(**given), torch.full((1, 8), 1.5).bfloat16())
 
 
+@pytest.mark.every_device("moe_finalize")
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
 def test_layouts(dtype: torch.dtype) -> None:
     given = arguments(7, 57, dtype)
@@ -143,6 +152,7 @@ def test_layouts(dtype: torch.dtype) -> None:
             assert_equal(moe_finalize(**{**given, name: tensor.repeat_interleave(2)[::2]}), expected, name)
 
 
+@pytest.mark.every_device("moe_finalize")
 def test_many_tokens() -> None:
     """Enough for several threads."""
     given = arguments(600, 200)

@@ -15,6 +15,7 @@ def plan_of(num_tokens: int, top_k: int, num_experts: int = 5, lowest: int = -1)
     return moe_plan(torch.randint(lowest, num_experts, (num_tokens, top_k)), num_experts)
 
 
+@pytest.mark.every_device("moe_permute")
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
 @pytest.mark.parametrize("hidden_size", [0, 1, 200, 257])
 @pytest.mark.parametrize("num_tokens", [0, 1, 7])
@@ -29,6 +30,7 @@ def test_against_reference(num_tokens: int, hidden_size: int, dtype: torch.dtype
     assert_equal(rows[:num_rows], expected[:num_rows])
 
 
+@pytest.mark.every_device("moe_permute")
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
 def test_layouts(dtype: torch.dtype) -> None:
     hidden_states = torch.randn(7, 57).to(dtype)
@@ -39,6 +41,7 @@ def test_layouts(dtype: torch.dtype) -> None:
         assert_equal(rows, expected[:1].expand_as(rows) if name == "expanded" else expected, name)
 
 
+@pytest.mark.every_device("moe_permute")
 def test_values_that_are_not_numbers_are_copied() -> None:
     hidden_states = torch.tensor([[float("nan"), float("inf")], [-float("inf"), -0.0]])
     plan = plan_of(2, 3, lowest=0)
@@ -46,6 +49,7 @@ def test_values_that_are_not_numbers_are_copied() -> None:
     assert_equal(rows.view(torch.int32), hidden_states.view(torch.int32)[plan.row_slots.long() // 3])
 
 
+@pytest.mark.every_device("moe_permute")
 def test_many_rows() -> None:
     """Enough for several threads."""
     hidden_states = torch.randn(1000, 300)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from layer_cases import HIDDEN, LAYERS, NUM_EXPERTS, SharedExperts, expected_output, make_inputs, make_layer
 from testing import FLOAT_DTYPES, assert_equal, assert_error_rule, weight_dtype
 from zexpert import DispatchPlan, FusedMoE, RoutingResult, ops
-from zexpert.experts import AutoExperts, CpuExperts, MoEExperts, TorchLoopExperts, create_experts
+from zexpert.experts import AutoExperts, CpuExperts, GroupedMMExperts, MoEExperts, TorchLoopExperts, create_experts
 from zexpert.router import FusedTopKRouter, ZeroExpertRouter
 from zexpert.runner import ChunkingMoERunner, DefaultMoERunner, MoERunner, MoERunnerBase
 
@@ -268,8 +268,11 @@ def test_shared_experts_of_another_dtype_are_cast() -> None:
 def test_create_experts() -> None:
     assert isinstance(create_experts(), AutoExperts)
     assert isinstance(create_experts("cpu"), CpuExperts)
+    assert isinstance(create_experts("grouped_mm"), GroupedMMExperts)
     assert isinstance(create_experts("torch"), TorchLoopExperts)
-    with pytest.raises(ValueError, match=r"^experts_backend must be \"auto\", \"cpu\" or \"torch\", got 'cuda'$"):
+    with pytest.raises(
+        ValueError, match=r"^experts_backend must be \"auto\", \"cpu\", \"grouped_mm\" or \"torch\", got 'cuda'$"
+    ):
         create_experts("cuda")
 
 
@@ -277,8 +280,28 @@ def test_auto_is_the_cpu_backend_on_a_cpu() -> None:
     inputs = make_inputs("mixed", 6)
     auto, cpu = make_layer("mixed"), make_layer("mixed", experts_backend="cpu")
     assert_equal(auto(*inputs).detach(), cpu(*inputs).detach())
-    assert auto.runner.experts.backend_for(inputs[0]) == "cpu"
-    assert not auto.runner.experts.reduces_for(inputs[0])
+    assert auto.experts_backend == "cpu"
+    assert not auto.runner.experts.reduces_for(inputs[0], auto.w2_weight)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated:DeprecationWarning")
+def test_grouped_mm_agrees_with_the_cpu_backend() -> None:
+    """torch runs its grouped_mm on a CPU too."""
+    layers = []
+    for backend in ("grouped_mm", "cpu"):
+        torch.manual_seed(0)
+        zero_experts: dict[str, Any] = {"zero_expert_type": "identity", "zero_expert_num": 3}
+        layers.append(FusedMoE(5, 3, 32, 16, **zero_experts, params_dtype=torch.bfloat16, experts_backend=backend))
+    scripted = torch.jit.script(layers[0])
+    for num_tokens in (0, 1, 40):
+        hidden_states = torch.randn(num_tokens, 32).bfloat16().requires_grad_()
+        router_logits = torch.randn(num_tokens, 8)
+        results = []
+        for layer in (*layers, scripted):
+            out = layer(hidden_states, router_logits)
+            results.append((out.detach(), torch.autograd.grad(out.sum(), hidden_states)[0]))
+        for result in (results[0], results[2]):
+            torch.testing.assert_close(result, results[1], rtol=2e-2, atol=2e-2)
 
 
 def test_torch_loop_gradients() -> None:

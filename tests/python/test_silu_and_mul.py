@@ -10,6 +10,7 @@ from testing import FLOAT_DTYPES, assert_equal, assert_error_rule, layouts, unch
 from zexpert.ops import silu_and_mul
 
 
+@pytest.mark.every_device("silu_and_mul")
 @pytest.mark.cpu_paths
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
 @pytest.mark.parametrize("intermediate_size", [0, 1, 5, 200, 257])
@@ -22,6 +23,7 @@ def test_against_reference(num_rows: int, intermediate_size: int, dtype: torch.d
     assert_error_rule(result, reference.silu_and_mul(gate_up, dtype=dtype), reference.silu_and_mul(gate_up))
 
 
+@pytest.mark.every_device("silu_and_mul")
 @pytest.mark.parametrize("num_rows", [0, 1, 4, 7])
 def test_rows_below_the_last_offset(num_rows: int) -> None:
     gate_up = torch.randn(7, 38)
@@ -33,6 +35,7 @@ def test_rows_below_the_last_offset(num_rows: int) -> None:
     assert_equal(result[:num_rows], expected[:num_rows])
 
 
+@pytest.mark.every_device("silu_and_mul")
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
 def test_layouts(dtype: torch.dtype) -> None:
     gate_up = torch.randn(7, 58).to(dtype)
@@ -44,6 +47,7 @@ def test_layouts(dtype: torch.dtype) -> None:
     assert_equal(silu_and_mul(gate_up, spread_offsets), expected)
 
 
+@pytest.mark.every_device("silu_and_mul")
 @pytest.mark.cpu_paths
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
 def test_extreme_gates(dtype: torch.dtype) -> None:
@@ -55,6 +59,7 @@ def test_extreme_gates(dtype: torch.dtype) -> None:
     assert_error_rule(result, reference.silu_and_mul(gate_up, dtype=dtype), reference.silu_and_mul(gate_up))
 
 
+@pytest.mark.every_device("silu_and_mul")
 def test_many_rows() -> None:
     """Enough for several threads."""
     gate_up = torch.randn(2000, 400)

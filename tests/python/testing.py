@@ -102,8 +102,8 @@ def unchanged(*tensors: Tensor | None) -> Iterator[None]:
 
 def on_device(op: Callable[..., Any], device: str) -> Callable[..., Any]:
     """`op` for tensors on the CPU, run on `device`: arguments go there with their layout, alignment and shared memory,
-    and what the op did to them comes back, as do the results. Skips the test where the op does not support a dtype or
-    size there."""
+    and what the op did to them comes back, as do the results, and gradients to those that want one. Skips the test
+    where the op does not support a dtype or size there."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
         memories: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] = {}
@@ -112,6 +112,8 @@ def on_device(op: Callable[..., Any], device: str) -> Callable[..., Any]:
         def there(value: Any) -> Any:
             if not isinstance(value, Tensor) or value.device.type != "cpu":
                 return value
+            if value.requires_grad and torch.is_grad_enabled():
+                return value.to(device)
             storage = value.untyped_storage()
             key = (storage.data_ptr(), value.dtype)
             if key not in memories:
@@ -137,7 +139,8 @@ def on_device(op: Callable[..., Any], device: str) -> Callable[..., Any]:
                 memory.copy_(copy)
         if isinstance(result, Tensor):
             return back(result)
-        return type(result)(*map(back, result))
+        results = map(back, result)
+        return tuple(results) if type(result) is tuple else type(result)(*results)
 
     return run
 

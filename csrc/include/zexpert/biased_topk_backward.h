@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "zexpert/cuda_stream.h"
 #include "zexpert/routing_spec.h"
 #include "zexpert/scalar_types.h"
 
@@ -39,5 +40,8 @@ struct BiasedTopKBackwardParams {
 };
 
 void biased_topk_backward_cpu(const BiasedTopKBackwardParams& params);
+
+/// The same on the current CUDA device, for what biased_topk_cuda takes; pointers are to its memory.
+void biased_topk_backward_cuda(const BiasedTopKBackwardParams& params, cudaStream_t stream);
 
 }  // namespace zexpert

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "zexpert/cuda_stream.h"
 #include "zexpert/scalar_types.h"
 
 namespace zexpert {
@@ -37,5 +38,8 @@ struct MoeFinalizeParams {
 
 /// Throws Error, before anything is written, if an entry of slot_rows lies outside [-1, num_rows).
 void moe_finalize_cpu(const MoeFinalizeParams& params);
+
+/// The same on the current CUDA device; pointers are to its memory. A slot whose row is out of range is skipped.
+void moe_finalize_cuda(const MoeFinalizeParams& params, cudaStream_t stream);
 
 }  // namespace zexpert

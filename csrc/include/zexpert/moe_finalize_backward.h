@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "zexpert/cuda_stream.h"
 #include "zexpert/scalar_types.h"
 
 namespace zexpert {
@@ -39,5 +40,9 @@ struct MoeFinalizeBackwardParams {
 /// Throws Error, before anything is written, if an entry of slot_rows lies outside [-1, num_rows) or two slots name
 /// one row.
 void moe_finalize_backward_cpu(const MoeFinalizeBackwardParams& params);
+
+/// The same on the current CUDA device; pointers are to its memory. A slot whose row is out of range has gradient 0,
+/// and no two slots may name one row. `row_has_slot` is [num_rows] to work in.
+void moe_finalize_backward_cuda(const MoeFinalizeBackwardParams& params, uint8_t* row_has_slot, cudaStream_t stream);
 
 }  // namespace zexpert

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "zexpert/cuda_stream.h"
 #include "zexpert/scalar_types.h"
 
 namespace zexpert {
@@ -22,5 +23,9 @@ struct MoePermuteParams {
 
 /// Throws Error, before anything is written, if an entry of row_slots is out of range.
 void moe_permute_cpu(const MoePermuteParams& params);
+
+/// The same on the current CUDA device; pointers are to its memory, `last_offset` too: rows from *last_offset on are
+/// left untouched, as are rows whose slot is out of range.
+void moe_permute_cuda(const MoePermuteParams& params, const int32_t* last_offset, cudaStream_t stream);
 
 }  // namespace zexpert

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "zexpert/cuda_stream.h"
 #include "zexpert/scalar_types.h"
 
 namespace zexpert {
@@ -24,5 +25,10 @@ struct MoePermuteBackwardParams {
 
 /// Throws Error, before anything is written, if an entry of row_slots is out of range.
 void moe_permute_backward_cpu(const MoePermuteBackwardParams& params);
+
+/// The same on the current CUDA device; pointers are to its memory. Rows from *last_offset on are not read, nor are
+/// rows whose slot is out of range; no slot may have two rows. `slot_rows` is [num_tokens * top_k] to work in.
+void moe_permute_backward_cuda(const MoePermuteBackwardParams& params, const int32_t* last_offset, int32_t* slot_rows,
+                               cudaStream_t stream);
 
 }  // namespace zexpert

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "zexpert/cuda_stream.h"
 #include "zexpert/scalar_types.h"
 
 namespace zexpert {
@@ -20,5 +21,9 @@ struct SiluAndMulParams {
 };
 
 void silu_and_mul_cpu(const SiluAndMulParams& params);
+
+/// The same on the current CUDA device; pointers are to its memory. Rows from *last_offset on, unless it is null, are
+/// neither read nor written.
+void silu_and_mul_cuda(const SiluAndMulParams& params, const int32_t* last_offset, cudaStream_t stream);
 
 }  // namespace zexpert

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "zexpert/cuda_stream.h"
 #include "zexpert/scalar_types.h"
 
 namespace zexpert {
@@ -31,5 +32,10 @@ struct SiluAndMulBackwardParams {
 };
 
 void silu_and_mul_backward_cpu(const SiluAndMulBackwardParams& params);
+
+/// The same on the current CUDA device, without out and row weights; pointers are to its memory. Rows from *last_offset
+/// on, unless it is null, are not read, and their gradient is 0.
+void silu_and_mul_backward_cuda(const SiluAndMulBackwardParams& params, const int32_t* last_offset,
+                                cudaStream_t stream);
 
 }  // namespace zexpert

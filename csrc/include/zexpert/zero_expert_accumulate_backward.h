@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "zexpert/cuda_stream.h"
 #include "zexpert/scalar_types.h"
 
 namespace zexpert {
@@ -26,5 +27,8 @@ struct ZeroExpertAccumulateBackwardParams {
 };
 
 void zero_expert_accumulate_backward_cpu(const ZeroExpertAccumulateBackwardParams& params);
+
+/// The same on the current CUDA device; pointers are to its memory.
+void zero_expert_accumulate_backward_cuda(const ZeroExpertAccumulateBackwardParams& params, cudaStream_t stream);
 
 }  // namespace zexpert

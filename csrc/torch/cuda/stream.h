@@ -26,4 +26,9 @@ class CurrentDevice {
   torch::stable::accelerator::DeviceGuard guard_;
 };
 
+/// Where contiguous offsets in device memory hold the number of rows that do work.
+inline const int32_t* last_offset_pointer(const Tensor& expert_offsets) {
+  return expert_offsets.const_data_ptr<int32_t>() + expert_offsets.size(0) - 1;
+}
+
 HIDDEN_NAMESPACE_END(zexpert, ops)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from zexpert.experts.auto import AutoExperts
 from zexpert.experts.cpu import CpuExperts
+from zexpert.experts.grouped_mm import GroupedMMExperts
 from zexpert.experts.interface import MoEExperts
 from zexpert.experts.torch_loop import TorchLoopExperts
 
 
 def create_experts(backend: str = "auto") -> MoEExperts:
-    """Makes the backend called `backend`: "auto" chooses by the tokens' device at every call, "cpu" and "torch" force
-    CpuExperts and TorchLoopExperts. Which kernel a backend's operators run for given sizes and dtypes is
-    zexpert.kernel_plan's to tell.
+    """Makes the backend called `backend`: "auto" chooses at every call, by the tokens' device and dtype; "cpu",
+    "grouped_mm" and "torch" force CpuExperts, GroupedMMExperts and TorchLoopExperts. Which kernel a backend's operators
+    run for given sizes and dtypes is zexpert.kernel_plan's to tell.
 
     Raises:
         ValueError: for any other name.
@@ -20,6 +21,8 @@ def create_experts(backend: str = "auto") -> MoEExperts:
         return AutoExperts()
     if backend == "cpu":
         return CpuExperts()
+    if backend == "grouped_mm":
+        return GroupedMMExperts()
     if backend == "torch":
         return TorchLoopExperts()
-    raise ValueError(f'experts_backend must be "auto", "cpu" or "torch", got {backend!r}')
+    raise ValueError(f'experts_backend must be "auto", "cpu", "grouped_mm" or "torch", got {backend!r}')

@@ -22,8 +22,8 @@ class MoEExperts(nn.Module):
         self.name = name
         self.reduces = reduces
 
-    def reduces_for(self, hidden_states: Tensor) -> bool:
-        """`reduces` for these tokens; a backend that chooses among others can answer by device."""
+    def reduces_for(self, hidden_states: Tensor, w2_weight: Tensor) -> bool:
+        """`reduces` for these tokens and weights; a backend that chooses among others answers for the chosen one."""
         return self.reduces
 
     def fuses_epilogue_for(self, hidden_states: Tensor, w13_weight: Tensor, w2_weight: Tensor) -> bool:
@@ -31,8 +31,8 @@ class MoEExperts(nn.Module):
         place of forward."""
         return False
 
-    def backend_for(self, hidden_states: Tensor) -> str:
-        """Name of the backend that computes these tokens."""
+    def backend_for(self, hidden_states: Tensor, w2_weight: Tensor) -> str:
+        """Name of the backend that computes these tokens with these weights."""
         return self.name
 
     def forward(

@@ -90,7 +90,7 @@ class MoERunnerBase(MoERunner):
         plan = DispatchPlan(expert_offsets, row_slots, slot_rows)
         rows: Tensor = self.experts(hidden_states, routing, plan, w13_weight, w2_weight)
 
-        if self.experts.reduces_for(hidden_states):
+        if self.experts.reduces_for(hidden_states, w2_weight):
             out = self._maybe_add_zero_expert_output(rows, hidden_states, routing.zero_weight)
             if constant_weight is not None and constant_vectors is not None:
                 out = out + (constant_weight @ constant_vectors.to(constant_weight.dtype)).to(out.dtype)

@@ -1,0 +1,60 @@
+#include "zexpert/moe_permute.h"
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "cuda/launch.cuh"
+#include "cuda/vector.cuh"
+
+namespace zexpert {
+namespace cuda {
+namespace {
+
+constexpr int kThreads = 256;
+
+/// A block per row; T is as wide as an element, whatever it holds.
+template <typename T, int kVector>
+__global__ void __launch_bounds__(kThreads) moe_permute(const MoePermuteParams params, const int32_t* last_offset) {
+  using Elements = Vector<T, kVector>;
+  wait_for_previous_kernels();
+  let_next_kernel_start();
+  const int64_t row = blockIdx.x;
+  const int32_t slot = params.row_slots[row];
+  if (row >= *last_offset || slot < 0 || slot >= params.num_rows)
+    return;
+  const int64_t token = slot / static_cast<int32_t>(params.top_k);
+  const T* __restrict__ source = static_cast<const T*>(params.hidden_states) + token * params.hidden_row_stride;
+  T* __restrict__ target = static_cast<T*>(params.rows) + row * params.hidden_size;
+#pragma unroll 4
+  for (int64_t i = int64_t{threadIdx.x} * kVector; i < params.hidden_size; i += int64_t{blockDim.x} * kVector) {
+    *reinterpret_cast<Elements*>(target + i) = *reinterpret_cast<const Elements*>(source + i);
+  }
+}
+
+template <typename T>
+void launch_moe_permute(const MoePermuteParams& params, const int32_t* last_offset, cudaStream_t stream) {
+  const bool fits = fits_vectors(params.hidden_states, params.hidden_row_stride, sizeof(T)) &&
+                    fits_vectors(params.rows, params.hidden_size, sizeof(T));
+  visit_vector<T>(fits, params.hidden_size, [&](auto vector) {
+    launch("moe_permute", &moe_permute<T, vector.value>, params.num_rows,
+           threads_for_row<vector.value>(params.hidden_size, kThreads), 0, stream, params, last_offset);
+  });
+}
+
+}  // namespace
+}  // namespace cuda
+
+void moe_permute_cuda(const MoePermuteParams& params, const int32_t* last_offset, cudaStream_t stream) {
+  if (params.num_rows == 0 || params.hidden_size == 0) {
+    return;
+  }
+  switch (params.data_type) {
+    case ScalarType::kFloat64: return cuda::launch_moe_permute<uint64_t>(params, last_offset, stream);
+    case ScalarType::kBFloat16:
+    case ScalarType::kFloat16: return cuda::launch_moe_permute<uint16_t>(params, last_offset, stream);
+    default: return cuda::launch_moe_permute<uint32_t>(params, last_offset, stream);
+  }
+}
+
+}  // namespace zexpert

@@ -1,0 +1,69 @@
+// Rows moved by the widest accesses that their alignment allows.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "cuda/launch.cuh"
+
+namespace zexpert::cuda {
+
+inline constexpr int64_t kWidestAccess = 16;  // bytes
+
+/// kVector elements that lie side by side.
+template <typename T, int kVector>
+struct alignas(sizeof(T) * kVector < kWidestAccess ? sizeof(T) * kVector : kWidestAccess) Vector {
+  T values[kVector];
+};
+
+/// A vector as registers hold it best while it waits: elements of 16 bits would take a register each.
+template <typename T, int kVector>
+using Words = std::conditional_t<sizeof(Vector<T, kVector>) == sizeof(uint4), uint4, Vector<T, kVector>>;
+
+template <typename T, int kVector>
+__device__ __forceinline__ Vector<T, kVector> to_vector(const Words<T, kVector>& words) {
+  Vector<T, kVector> vector;
+  memcpy(&vector, &words, sizeof(vector));
+  return vector;
+}
+
+/// Whether every row begins where the widest access may.
+inline bool fits_vectors(const void* data, int64_t row_stride, int64_t element_size) {
+  return reinterpret_cast<uintptr_t>(data) % kWidestAccess == 0 && row_stride * element_size % kWidestAccess == 0;
+}
+
+/// Calls `fn` with the number of elements of T to move at a time, as an integral_constant: one where rows do not fit
+/// vectors, or are not made of whole ones.
+template <typename T, typename Fn>
+void visit_vector(bool fits, int64_t row_size, Fn&& fn) {
+  constexpr int kVector = static_cast<int>(kWidestAccess / sizeof(T));
+  if (fits && row_size % kVector == 0) {
+    fn(std::integral_constant<int, kVector>{});
+  } else {
+    fn(std::integral_constant<int, 1>{});
+  }
+}
+
+/// Threads for a block that walks one row, a vector per thread and step.
+template <int kVector>
+int threads_for_row(int64_t row_size, int most) {
+  const int64_t warps = (row_size + int64_t{kWarpSize} * kVector - 1) / (int64_t{kWarpSize} * kVector);
+  return warps * kWarpSize < most ? static_cast<int>(warps < 1 ? 1 : warps) * kWarpSize : most;
+}
+
+/// The sum of every thread's value, the same bits in every run; valid in thread 0. `scratch` is shared memory for one
+/// value of each warp.
+template <typename A>
+__device__ __forceinline__ A block_sum(A value, A* scratch) {
+  value = warp_sum(value);
+  __syncthreads();  // the scratch may still be read for the sum before
+  if (threadIdx.x % kWarpSize == 0)
+    scratch[threadIdx.x / kWarpSize] = value;
+  __syncthreads();
+  A total = 0;
+  for (unsigned warp = 0; warp < blockDim.x / kWarpSize; ++warp) total += scratch[warp];
+  return total;
+}
+
+}  // namespace zexpert::cuda
