@@ -8,7 +8,7 @@
 namespace {
 
 void torch_pool(int64_t begin, int64_t end, int64_t grain_size, zexpert::ParallelBody body, void* context) {
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(begin, end, grain_size, body, context));
+  TORCH_ERROR_CODE_CHECK(torch_parallel_for(begin, end, grain_size, body, context));
 }
 
 }  // namespace

@@ -35,7 +35,7 @@ class MatrixProduct {
   void operator()(const Matrix& a, const Matrix& b, const Matrix& out) const {
     using torch::stable::detail::from;
     std::array<StableIValue, 3> stack{from(view(a)), from(view(b)), from(view(out))};
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
     torch::stable::detail::to<Tensor>(stack[0]);  // the result is a reference to out that is ours to release
   }
 

@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <initializer_list>
@@ -96,7 +97,7 @@ inline std::string text(const torch::stable::Device& device) {
 inline Tensor dense_copy(const Tensor& tensor) {
   using torch::stable::detail::from;
   std::array<StableIValue, 1> stack{from(tensor)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::detach", "", stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::detach", "", stack.data(), TORCH_ABI_VERSION));
   const auto detached = torch::stable::detail::to<Tensor>(stack[0]);
   Tensor copy = torch::stable::new_empty(detached, detached.sizes());
   torch::stable::copy_(copy, detached);
@@ -139,7 +140,9 @@ inline Tensor unaliased(const Tensor& input, const Tensor& out) {
   const auto [input_begin, input_end] = memory_range(input);
   const auto [out_begin, out_end] = memory_range(out);
   const bool disjoint = input_end <= out_begin || out_end <= input_begin;
-  const bool same = input_begin == out_begin && input.sizes() == out.sizes() && input.strides() == out.strides();
+  const auto equal = [](Sizes a, Sizes b) { return std::equal(a.begin(), a.end(), b.begin(), b.end()); };
+  const bool same =
+      input_begin == out_begin && equal(input.sizes(), out.sizes()) && equal(input.strides(), out.strides());
   return disjoint || same ? input : dense_copy(input);
 }
 
