@@ -21,7 +21,9 @@ SOURCES := setup.py pyproject.toml python/zexpert/_version.py $(shell find csrc 
 CXX_FILES := $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 TOOLS := .venv/tools.stamp
 BENCH_TOOLS := .venv/bench.stamp
+CUDA_TOOLS := .venv-cuda/tools.stamp
 INSTALLED := .venv/installed.stamp
+NVCC := $(firstword $(CUDA_HOME:%=%/bin/nvcc) $(wildcard /usr/local/cuda/bin/nvcc) nvcc)
 
 .PHONY: help
 help: ## list the targets
@@ -32,7 +34,7 @@ demo: $(INSTALLED) ## train a small model and show where it spends its compute (
 	zexpert demo $(if $(TEXT),--text "$(TEXT)") $(DEMO_ARGS)
 
 .PHONY: test
-test: test-python test-cpp ## run all tests
+test: test-python test-cpp test-cuda-build ## run all tests
 
 .PHONY: test-python
 test-python: $(INSTALLED) ## run the Python tests (PYTEST_ARGS="-k router")
@@ -45,6 +47,31 @@ test-cpp: $(TOOLS) ## build with CMake, warnings as errors, and run the C++ test
 	  -DCMAKE_PREFIX_PATH="$$(python -c 'import torch; print(torch.utils.cmake_prefix_path)')"
 	cmake --build $(CMAKE_BUILD) --parallel $(JOBS)
 	ctest --test-dir $(CMAKE_BUILD) --output-on-failure
+
+# Needs no GPU. A second environment holds a PyTorch with CUDA, some gigabytes; where .venv's own has CUDA, `make install`
+# compiled everything already.
+.PHONY: test-cuda-build
+test-cuda-build: $(INSTALLED) ## compile the CUDA code, warnings as errors; the wheel must serve a PyTorch without CUDA too
+	@if python -c 'import sys, torch; sys.exit(torch.version.cuda is None)'; then \
+	  echo "test-cuda-build: skipped, this PyTorch has CUDA and the build above had it too"; \
+	elif ! $(NVCC) --version > /dev/null 2>&1; then \
+	  echo "test-cuda-build: SKIPPED, no nvcc ($(NVCC)): the CUDA code was not compiled"; \
+	else \
+	  $(MAKE) --no-print-directory cuda-wheel && \
+	  rm -rf build/cuda-wheel && \
+	  python -m pip install --quiet --no-deps --target build/cuda-wheel dist/cuda/*.whl && \
+	  python tests/python/check_wheel.py build/cuda-wheel; \
+	fi
+
+.PHONY: cuda-wheel
+cuda-wheel: $(CUDA_TOOLS) ## build the wheel with CUDA into dist/cuda, with a PyTorch of its own in .venv-cuda
+	rm -rf dist/cuda
+	@echo "compiling the CUDA code (log: build/cuda-wheel.log)"
+	@mkdir -p build
+	@PATH="$(CURDIR)/.venv-cuda/bin:$$PATH" ZEXPERT_CUDA=on NVCC_APPEND_FLAGS="-Werror all-warnings" \
+	  .venv-cuda/bin/python -m pip wheel --verbose . --no-build-isolation --no-deps --wheel-dir dist/cuda \
+	  > build/cuda-wheel.log 2>&1 || { grep -E "error|warning" build/cuda-wheel.log | head -n 40; exit 1; }
+	@ls -l dist/cuda
 
 .PHONY: test-sanitize
 test-sanitize: $(TOOLS) ## run the C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer
@@ -83,14 +110,14 @@ wheel: $(TOOLS) ## build the wheel into dist (with CUDA as ZEXPERT_CUDA says)
 install: $(INSTALLED) ## build zexpert and install it into .venv
 
 .PHONY: clean
-clean: ## remove what was built, but for .venv
+clean: ## remove what was built, but for the environments
 	rm -rf build dist python/*.egg-info python/zexpert/lib python/zexpert/_C.*.so $(INSTALLED)
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
 .PHONY: distclean
-distclean: clean ## remove .venv as well
-	rm -rf .venv
+distclean: clean ## remove .venv and .venv-cuda as well
+	rm -rf .venv .venv-cuda
 
 $(TOOLS): third_party/requirements-dev.txt
 	@third_party/check_system.sh $(PYTHON)
@@ -100,6 +127,13 @@ $(TOOLS): third_party/requirements-dev.txt
 
 $(BENCH_TOOLS): third_party/requirements-bench.txt $(TOOLS)
 	python -m pip install --quiet -r $<
+	@touch $@
+
+$(CUDA_TOOLS): third_party/requirements-cuda.txt
+	@third_party/check_system.sh $(PYTHON)
+	@test -x .venv-cuda/bin/python || $(PYTHON) -m venv .venv-cuda
+	@echo "installing a PyTorch with CUDA into .venv-cuda"
+	.venv-cuda/bin/python -m pip install --quiet -r $<
 	@touch $@
 
 # The library lies in the source tree, where another environment's build may have put or removed it.

@@ -14,11 +14,19 @@ namespace cuda {
 namespace {
 
 constexpr int kThreads = 128;
-constexpr int kBlocksPerMultiprocessor = 8;  // enough loads in flight, and registers for eight rows
+
+/// How many rows' loads a thread has in flight, and so how many blocks' registers a multiprocessor holds. Where all
+/// blocks run at once, latency counts: more rows of few blocks, so that most tokens take one round. Else throughput
+/// does: fewer rows of more blocks.
+template <bool kAllAtOnce>
+struct InFlight {
+  static constexpr int kRows = kAllAtOnce ? 12 : 8;
+  static constexpr int kBlocksPerMultiprocessor = kAllAtOnce ? 6 : 8;
+};
 
 /// A thread per vector of a token's output; the blocks of a token lie side by side.
-template <typename T, int kVector>
-__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
+template <typename T, int kVector, bool kAllAtOnce>
+__global__ void __launch_bounds__(kThreads, InFlight<kAllAtOnce>::kBlocksPerMultiprocessor)
     moe_finalize(const MoeFinalizeParams params, const int blocks_per_row) {
   using A = typename Computed<T>::type;
   using Elements = Vector<T, kVector>;
@@ -41,11 +49,12 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
                                                                    token * params.residual_row_stride + column);
     }
   }
+  constexpr int kRowsAtOnce = InFlight<kAllAtOnce>::kRows * int{sizeof(float)} / int{sizeof(A)};
   A sums[kVector] = {};
-  add_weighted_rows<T, kVector>(static_cast<const T*>(params.rows) + column, params.rows_row_stride, params.num_rows,
-                                params.slot_rows + token * params.top_k,
-                                static_cast<const A*>(params.topk_weights) + token * params.top_k, params.top_k, active,
-                                sums);
+  add_weighted_rows<T, kVector, kRowsAtOnce>(static_cast<const T*>(params.rows) + column, params.rows_row_stride,
+                                             params.num_rows, params.slot_rows + token * params.top_k,
+                                             static_cast<const A*>(params.topk_weights) + token * params.top_k,
+                                             params.top_k, active, sums);
   if (!active)
     return;
   Elements own = to_vector<T, kVector>(own_words);
@@ -89,8 +98,12 @@ void moe_finalize_cuda(const MoeFinalizeParams& params, cudaStream_t stream) {
       const int threads = cuda::threads_for_row<vector.value>(params.hidden_size, cuda::kThreads);
       const int64_t columns_per_block = int64_t{threads} * vector.value;
       const int64_t blocks_per_row = (params.hidden_size + columns_per_block - 1) / columns_per_block;
-      cuda::launch("moe_finalize", &cuda::moe_finalize<T, vector.value>, params.num_tokens * blocks_per_row, threads, 0,
-                   stream, params, static_cast<int>(blocks_per_row));
+      const int64_t num_blocks = params.num_tokens * blocks_per_row;
+      const bool all_at_once =
+          num_blocks <= cuda::num_multiprocessors() * cuda::InFlight<true>::kBlocksPerMultiprocessor;
+      const auto kernel =
+          all_at_once ? &cuda::moe_finalize<T, vector.value, true> : &cuda::moe_finalize<T, vector.value, false>;
+      cuda::launch("moe_finalize", kernel, num_blocks, threads, 0, stream, params, static_cast<int>(blocks_per_row));
     });
   });
 }

@@ -42,9 +42,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   const int64_t column = (block_of_row * blockDim.x + threadIdx.x) * kVector;
   const bool active = column < params.hidden_size;
   A sums[kVector] = {};
-  add_weighted_rows<T, kVector>(static_cast<const T*>(params.grad_rows) + column, params.grad_rows_row_stride,
-                                params.num_rows, slot_rows + token * params.top_k, static_cast<const A*>(nullptr),
-                                params.top_k, active, sums);
+  constexpr int kRowsAtOnce = sizeof(A) == sizeof(double) ? 4 : 8;
+  add_weighted_rows<T, kVector, kRowsAtOnce>(
+      static_cast<const T*>(params.grad_rows) + column, params.grad_rows_row_stride, params.num_rows,
+      slot_rows + token * params.top_k, static_cast<const A*>(nullptr), params.top_k, active, sums);
   if (!active)
     return;
   Elements result;

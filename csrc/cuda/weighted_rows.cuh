@@ -11,13 +11,12 @@ namespace zexpert::cuda {
 
 /// Adds weights[k] * rows[indices[k]], for every k whose index is in [0, num_rows) and in the order of k, to this
 /// thread's vector of columns, which begins at `rows`; weights may be null: all 1. The whole warp calls this, with the
-/// same indices and weights; a thread that is not `active` reads no rows. Loads of several rows are in flight at a
+/// same indices and weights; a thread that is not `active` reads no rows. The loads of kAtOnce rows are in flight at a
 /// time.
-template <typename T, int kVector, typename A>
+template <typename T, int kVector, int kAtOnce, typename A>
 __device__ __forceinline__ void add_weighted_rows(const T* rows, int64_t row_stride, int64_t num_rows,
                                                   const int32_t* indices, const A* weights, int64_t count, bool active,
                                                   A (&sums)[kVector]) {
-  constexpr int kAtOnce = sizeof(A) == sizeof(double) ? 4 : 8;
   const auto lane = static_cast<int>(threadIdx.x % kWarpSize);
   for (int64_t first = 0; first < count; first += kWarpSize) {
     int32_t own_index = -1;
