@@ -65,9 +65,10 @@ ZEXPERT_INLINE Choice<T> choose(const SharedByRows<T>& shared, int64_t token, co
   T* keys = workspace.keys.get();
   const auto* logits = static_cast<const Logit*>(params.logits);
   const Logit* row = logits + token * params.logits_row_stride;
-  const Logit* next_row = logits + std::min(token + 1, params.num_tokens - 1) * params.logits_row_stride;
+  // Two rows ahead: the time of one row is too short for memory to answer.
+  const Logit* later_row = logits + std::min(token + 2, params.num_tokens - 1) * params.logits_row_stride;
 
-  const T factor = load_scores(shared, row, next_row, scores);
+  const T factor = load_scores(shared, row, later_row, scores);
   make_keys(scores, factor, shared.bias, shared.padded_experts, keys);
   if (spec.topk_group < spec.num_expert_group) {
     apply_groups(spec, keys, workspace.group_scores.get(), workspace.group_order.get());

@@ -37,10 +37,11 @@ T load_logits(const Logit* row, int64_t num_experts, int64_t padded_experts, T* 
   return V::max(V::max(largest[0], largest[1]), V::max(largest[2], largest[3])).largest();
 }
 
-/// Puts transform(logits, sum) in place of logits, and asks for the next row's logits meanwhile: the arithmetic of this
-/// pass hides the time they take to come. What transform adds to the sums it is given is returned.
+/// Puts transform(logits, sum) in place of logits, and asks for a later row's logits meanwhile: the arithmetic of this
+/// pass hides the time they take to come. They stop at the second-level cache, for which processors read ahead by
+/// themselves on a sequence of requests. What transform adds to the sums it is given is returned.
 template <typename T, typename Logit, typename Transform>
-ZEXPERT_INLINE T transform_in_place(T* logits, int64_t padded_experts, const Logit* next_row,
+ZEXPERT_INLINE T transform_in_place(T* logits, int64_t padded_experts, const Logit* later_row,
                                     const Transform& transform) {
   using V = Vec<T>;
   // Four sums of a quarter each: the rounding errors of one grow with the number of its terms.
@@ -49,7 +50,7 @@ ZEXPERT_INLINE T transform_in_place(T* logits, int64_t padded_experts, const Log
   for (int64_t i = 0; i < padded_experts; i += 4 * V::kWidth) {
     for (int64_t j = 0; j < 4; ++j) {
       const int64_t at = i + j * V::kWidth;
-      __builtin_prefetch(next_row + at);
+      __builtin_prefetch(later_row + at, 0, 2);
       transform(V::load(logits + at), sums[j]).store(logits + at);
     }
   }
@@ -58,13 +59,13 @@ ZEXPERT_INLINE T transform_in_place(T* logits, int64_t padded_experts, const Log
 
 /// Fills `scores` and returns their common factor: expert i's score is scores[i] * factor.
 template <typename T, typename Logit>
-T load_scores(const SharedByRows<T>& shared, const Logit* row, const Logit* next_row, T* scores) {
+T load_scores(const SharedByRows<T>& shared, const Logit* row, const Logit* later_row, T* scores) {
   using V = Vec<T>;
   const int64_t padded_experts = shared.padded_experts;
   const V largest = V::broadcast(load_logits(row, shared.params.spec.num_experts, padded_experts, scores));
   switch (shared.params.spec.scoring_func) {
     case ScoringFunc::kSoftmax: {
-      const T sum = transform_in_place(scores, padded_experts, next_row, [&](V logits, V& partial_sum) {
+      const T sum = transform_in_place(scores, padded_experts, later_row, [&](V logits, V& partial_sum) {
         const V e = exp_up_to_130(logits - largest);
         partial_sum = partial_sum + V::max(e, V::zero());  // a masked expert's NaN counts as 0
         return e;
@@ -72,10 +73,10 @@ T load_scores(const SharedByRows<T>& shared, const Logit* row, const Logit* next
       return T(1) / sum;
     }
     case ScoringFunc::kSigmoid:
-      transform_in_place(scores, padded_experts, next_row, [](V logits, V&) { return sigmoid(logits); });
+      transform_in_place(scores, padded_experts, later_row, [](V logits, V&) { return sigmoid(logits); });
       break;
     case ScoringFunc::kSqrtSoftplus:
-      transform_in_place(scores, padded_experts, next_row, [](V logits, V&) { return V::sqrt(softplus(logits)); });
+      transform_in_place(scores, padded_experts, later_row, [](V logits, V&) { return V::sqrt(softplus(logits)); });
       break;
   }
   return T(1);

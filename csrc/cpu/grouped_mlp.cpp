@@ -29,16 +29,27 @@ struct RowGroup {
   int64_t num_rows;
 };
 
-std::vector<Segment> find_segments(const GroupedMlpParams& params) {
-  std::vector<Segment> segments;
+/// Rows that are computed in one go, if no segment has more: their copies and activations are small enough to be kept
+/// by allocators from one go to the next, where large memory comes as fresh pages each time.
+constexpr int64_t kRowsAtOnce = 1024;
+
+/// The segments, in runs of up to kRowsAtOnce rows or of a single longer segment.
+std::vector<std::vector<Segment>> find_segments(const GroupedMlpParams& params) {
+  std::vector<std::vector<Segment>> runs;
+  int64_t rows_of_run = kRowsAtOnce;
   for (int64_t expert = 0; expert < params.num_experts; ++expert) {
     const int64_t first_row = params.expert_offsets[expert];
     const int64_t num_rows = params.expert_offsets[expert + 1] - first_row;
     if (num_rows >= 1 && num_rows <= params.max_rows) {
-      segments.push_back({expert, first_row, num_rows});
+      rows_of_run += num_rows;
+      if (rows_of_run > kRowsAtOnce) {
+        runs.emplace_back();
+        rows_of_run = num_rows;
+      }
+      runs.back().push_back({expert, first_row, num_rows});
     }
   }
-  return segments;
+  return runs;
 }
 
 /// Cuts every segment into as few groups of up to `most_rows` rows as it takes, of about the same size.
@@ -68,13 +79,14 @@ namespace zexpert {
 
 void grouped_mlp_cpu(const GroupedMlpParams& params) {
   check_expert_offsets(params.expert_offsets, params.num_experts, params.num_rows);
-  const std::vector<Segment> segments = find_segments(params);
-  if (segments.empty() || params.hidden_size == 0) {
+  if (params.hidden_size == 0) {
     return;
   }
   visit_floating(params.data_type, [&](auto element) {
     using T = decltype(element);
-    ZEXPERT_DISPATCH(grouped_mlp<T>, params, segments)
+    for (std::vector<Segment>& run : find_segments(params)) {
+      ZEXPERT_DISPATCH(grouped_mlp<T>, params, run)
+    }
   });
 }
 

@@ -1,7 +1,7 @@
 // Compiled once per instruction set by grouped_mlp.cpp through for_each_isa.h; nothing else is included here.
 //
 // Two products in turn, each over blocks of every expert's output channels: gate and up of the same channels with the
-// activation after them, then down. The blocks of all experts form one list that the threads work through together.
+// activation after them, then down. The blocks of a run's experts form one list that the threads work through together.
 #include "cpu/grouped_mlp_product.h"
 
 /// Weights of a block of channels: so many that starting on a block costs little, so few that the groups of rows after
@@ -120,7 +120,7 @@ void multiply_all(const Product& product, const accumulate_t<T>* packed_rows, co
 }
 
 template <typename T>
-void grouped_mlp(const GroupedMlpParams& params, std::vector<Segment> segments) {
+void grouped_mlp(const GroupedMlpParams& params, std::vector<Segment>& segments) {
   using A = accumulate_t<T>;
   using V = Vec<A>;
   const int64_t hidden = params.hidden_size;

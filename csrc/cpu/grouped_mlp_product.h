@@ -10,13 +10,8 @@
 /// Weight rows that are multiplied together.
 constexpr int64_t kPanel = 4;
 
-/// Elements of a row that are multiplied before it is the next row's turn: so much of kGroupsInCache groups and of a
-/// panel fits in the first-level cache.
-constexpr int64_t kDepthBlock = 512;
-constexpr int64_t kGroupsInCache = 2;
-
 /// Most rows and most weight rows that multiply() takes at once: they stay in the second-level cache.
-constexpr int64_t kMaxRows = 48;
+constexpr int64_t kMaxRows = 192;
 constexpr int64_t kMaxChannels = 64;
 
 constexpr int64_t kCacheLine = 64;
@@ -29,20 +24,27 @@ constexpr int64_t most_rows() {
   return sizeof(Vec<A>) == 64 ? 6 : 3;
 }
 
+/// Elements of a row that are multiplied before it is the next row's turn: so much of a group and of a panel fits in
+/// the first-level cache. Long blocks have few sums across lanes.
+template <typename A>
+constexpr int64_t kDepthBlock = 4096 / static_cast<int64_t>(sizeof(A));
+
 /// One call of multiply_group.
 template <typename T>
 struct PanelProduct {
   const accumulate_t<T>* rows;  ///< the group's packed rows from this block of depth on
   const T* weights[kPanel];     ///< from this block of depth on
   const char* ahead[kPanel];    ///< memory that will be needed later, read alongside the weights
+  int64_t ahead_step;           ///< a line of a single stream is read with every so many elements of depth
   int64_t depth;
   bool adds;              ///< to the sums of earlier blocks of depth
   accumulate_t<T>* sums;  ///< [rows of the group, kMaxChannels]
 };
 
-/// sums[r, c] = rows[r] . weights[c] for r < kRows. Reads the first kAhead of the streams ahead.
+/// sums[r, c] = rows[r] . weights[c] for r < kRows. Reads the first kAhead of the streams ahead: one at the product's
+/// pace, several at the pace of the weights. Not inlined, so that nothing of a caller's competes for registers.
 template <int64_t kRows, int64_t kAhead, typename T>
-void multiply_group(const PanelProduct<T>& product) {
+__attribute__((noinline)) void multiply_group(const PanelProduct<T>& product) {
   using A = accumulate_t<T>;
   using V = Vec<A>;
   constexpr int64_t kLineElements = kCacheLine / static_cast<int64_t>(sizeof(T));
@@ -55,16 +57,20 @@ void multiply_group(const PanelProduct<T>& product) {
   for (int64_t r = 0; r < kRows; ++r) sums[r][0] = sums[r][1] = sums[r][2] = sums[r][3] = V::zero();
 
   const A* rows = product.rows;
+  const char* ahead = product.ahead[0];
+  int64_t next_ahead = 0;
   int64_t i = 0;
   for (; i + V::kWidth <= product.depth; i += V::kWidth) {
-    if (i % kLineElements == 0) {
-      const int64_t line = i * static_cast<int64_t>(sizeof(T));
-      __builtin_prefetch(product.ahead[0] + line, 0, 2);
-      if constexpr (kAhead == kPanel) {
-        __builtin_prefetch(product.ahead[1] + line, 0, 2);
-        __builtin_prefetch(product.ahead[2] + line, 0, 2);
-        __builtin_prefetch(product.ahead[3] + line, 0, 2);
+    if constexpr (kAhead == 1) {
+      if (i == next_ahead) {
+        __builtin_prefetch(ahead, 0, 2);
+        ahead += kCacheLine;
+        next_ahead += product.ahead_step;
       }
+    } else if (i % kLineElements == 0) {
+      const int64_t line = i * static_cast<int64_t>(sizeof(T));
+#pragma GCC unroll 8
+      for (int64_t k = 0; k < kAhead; ++k) __builtin_prefetch(product.ahead[k] + line, 0, 2);
     }
     // unfused() keeps what is loaded once in a register, where a compiler may load it anew for each product.
     V x[static_cast<size_t>(kRows)];
@@ -128,41 +134,69 @@ struct Channels {
   int64_t count = 0;
 };
 
+/// A group's share of reading the next panel into the cache. The shares spread the reading over all groups: requests in
+/// a burst would hold the buffers that the groups' own loads go through.
+struct ReadAhead {
+  ReadAhead(int64_t group, int64_t num_groups, int64_t depth, int64_t line_elements) {
+    if (num_groups < kPanel) {
+      first_row = (group * kPanel + num_groups - 1) / num_groups;
+      num_rows = ((group + 1) * kPanel + num_groups - 1) / num_groups - first_row;
+      step = line_elements;
+    } else {
+      // A piece of one row, the more slowly the shorter it is.
+      first_row = (group * kPanel + kPanel - 1) / num_groups;
+      num_rows = 1;
+      const int64_t first_group = first_row * num_groups / kPanel;
+      const int64_t pieces = (first_row + 1) * num_groups / kPanel - first_group;
+      offset = depth * (group - first_group) / pieces;
+      step = line_elements * pieces;
+    }
+  }
+
+  int64_t first_row;
+  int64_t num_rows;
+  int64_t offset = 0;  ///< of the first element
+  int64_t step;        ///< elements of the product's depth from one line that is read to the next
+};
+
 /// sums[r, c] = row r of the groups . channels[c], kMaxChannels apart. Meanwhile reads `next`, the block that will be
 /// multiplied after this one, into the cache.
 template <typename T>
 void multiply(const accumulate_t<T>* packed_rows, const RowGroup* groups, int64_t num_groups,
               const Channels<T>& channels, int64_t depth, const Channels<T>& next, accumulate_t<T>* sums) {
   using A = accumulate_t<T>;
+  constexpr int64_t kLineElements = kCacheLine / static_cast<int64_t>(sizeof(T));
   const int64_t padded_depth = round_up(depth, Vec<A>::kWidth);
   // A depth of 0 is one empty block, whose sums are 0.
-  for (int64_t begin = 0; begin == 0 || begin < depth; begin += kDepthBlock) {
-    const bool is_last = begin + kDepthBlock >= depth;
-    for (int64_t tile = 0; tile < num_groups; tile += kGroupsInCache) {
-      for (int64_t c = 0; c < channels.count; c += kPanel) {
-        for (int64_t g = tile; g < std::min(tile + kGroupsInCache, num_groups); ++g) {
-          const RowGroup& group = groups[g];
-          PanelProduct<T> product;
-          product.rows = packed_rows + group.first_packed_row * padded_depth + begin * group.num_rows;
-          product.depth = std::min(kDepthBlock, depth - begin);
-          product.adds = begin > 0;
-          product.sums = sums + (group.first_row - groups[0].first_row) * kMaxChannels + c;
-          // The groups share out the four rows after this panel's, so that memory is read all the time.
-          int64_t streams = 0;
-          for (int64_t k = 0; k < kPanel; ++k) {
-            product.weights[k] = channels.rows[c + k] + begin;
-            if (k * num_groups / kPanel == g && !(is_last && c >= next.count)) {
-              const T* successor = is_last ? next.rows[c + k] : product.weights[k] + kDepthBlock;
-              product.ahead[streams++] = reinterpret_cast<const char*>(successor);
-            }
+  const int64_t num_blocks = std::max<int64_t>((depth + kDepthBlock<A> - 1) / kDepthBlock<A>, 1);
+  const int64_t block_depth = round_up((depth + num_blocks - 1) / num_blocks, kLineElements);
+  for (int64_t block = 0; block < num_blocks; ++block) {
+    const int64_t begin = block * block_depth;
+    const bool is_last = block + 1 == num_blocks;
+    for (int64_t g = 0; g < num_groups; ++g) {
+      const RowGroup& group = groups[g];
+      const ReadAhead share(g, num_groups, block_depth, kLineElements);
+      PanelProduct<T> product;
+      product.rows = packed_rows + group.first_packed_row * padded_depth + begin * group.num_rows;
+      product.ahead_step = share.step;
+      product.depth = std::min(block_depth, depth - begin);
+      product.adds = block > 0;
+      product.sums = sums + (group.first_row - groups[0].first_row) * kMaxChannels;
+      for (int64_t c = 0; c < channels.count; c += kPanel, product.sums += kPanel) {
+        for (int64_t k = 0; k < kPanel; ++k) product.weights[k] = channels.rows[c + k] + begin;
+        // What is in the cache already stands in where there is nothing to read.
+        for (const char*& ahead : product.ahead) ahead = reinterpret_cast<const char*>(product.weights[0]);
+        for (int64_t k = 0; k < share.num_rows; ++k) {
+          const int64_t row = c + share.first_row + k;
+          if (!is_last || row < next.count) {
+            const T* next_row = is_last ? next.rows[row] : channels.rows[row] + begin + block_depth;
+            product.ahead[k] = reinterpret_cast<const char*>(next_row + share.offset);
           }
-          for (; streams < kPanel; ++streams)
-            product.ahead[streams] = reinterpret_cast<const char*>(product.weights[0]);
-          if (num_groups < kPanel) {
-            multiply_rows<most_rows<A>(), kPanel>(group.num_rows, product);
-          } else {
-            multiply_rows<most_rows<A>(), 1>(group.num_rows, product);
-          }
+        }
+        if (num_groups < kPanel) {
+          multiply_rows<most_rows<A>(), kPanel>(group.num_rows, product);
+        } else {
+          multiply_rows<most_rows<A>(), 1>(group.num_rows, product);
         }
       }
     }

@@ -14,7 +14,7 @@ from zexpert.ops import grouped_mlp
 
 # None, one, an odd few, the most that stream bfloat16 weights beside AMX, a middling number, and enough for torch's
 # matrix product in every dtype.
-SEGMENTS = [0, 1, 3, 12, 33, 0, 100]
+SEGMENTS = [0, 1, 3, 12, 33, 0, 170]
 
 
 def offsets_of(segments: list[int]) -> Tensor:
@@ -45,7 +45,7 @@ def assert_agrees(result: Tensor, rows: Tensor, expert_offsets: Tensor, w13_weig
 
 @pytest.mark.cpu_paths
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
-@pytest.mark.parametrize(("hidden_size", "intermediate_size"), [(200, 96), (257, 33), (1, 1), (5, 130)])
+@pytest.mark.parametrize(("hidden_size", "intermediate_size"), [(200, 96), (257, 33), (1, 1), (5, 130), (1300, 16)])
 def test_against_reference(hidden_size: int, intermediate_size: int, dtype: torch.dtype) -> None:
     expert_offsets = offsets_of(SEGMENTS)
     rows = torch.randn(int(expert_offsets[-1]), hidden_size).to(dtype)
@@ -56,7 +56,7 @@ def test_against_reference(hidden_size: int, intermediate_size: int, dtype: torc
 
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
-@pytest.mark.parametrize("segments", [[0, 0], [1, 0], [0, 7], [50, 50], []], ids=str)
+@pytest.mark.parametrize("segments", [[0, 0], [1, 0], [0, 7], [50, 50], [200, 100], [150] * 8, []], ids=str)
 def test_few_experts(segments: list[int], dtype: torch.dtype) -> None:
     expert_offsets = offsets_of(segments)
     rows = torch.randn(sum(segments), 200).to(dtype)

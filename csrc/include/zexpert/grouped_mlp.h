@@ -9,12 +9,12 @@
 namespace zexpert {
 
 /// Largest segment that grouped_mlp_cpu is the faster way for: it streams an expert's weights, and a matrix-product
-/// library's packing pays off only above. Measured crossovers against torch (oneDNN, MKL): about 100 rows in float32
+/// library's packing pays off only above. Measured crossovers against torch (oneDNN, MKL): about 160 rows in float32
 /// with AVX-512 and 32 without, 48 in float16, 13 in bfloat16 where the processor has matrix units (AMX). In bfloat16
 /// without AMX this kernel led up to the 64 rows tried.
 inline int64_t few_rows_limit(ScalarType type, CpuCapability capability) {
   switch (type) {
-    case ScalarType::kFloat32: return capability == CpuCapability::kAvx512 ? 96 : 32;
+    case ScalarType::kFloat32: return capability == CpuCapability::kAvx512 ? 160 : 32;
     case ScalarType::kFloat16: return 48;
     case ScalarType::kBFloat16: return has_amx_bf16() ? 12 : 64;
     default: return 16;
