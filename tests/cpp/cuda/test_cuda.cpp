@@ -1,0 +1,375 @@
+// The CUDA kernels against the CPU kernels, through the same parameters: the data lies in memory that both can read.
+#include <cuda_runtime_api.h>
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <utility>
+#include <vector>
+
+#include "../testing.h"
+#include "zexpert/biased_topk.h"
+#include "zexpert/biased_topk_backward.h"
+#include "zexpert/moe_finalize.h"
+#include "zexpert/moe_finalize_backward.h"
+#include "zexpert/moe_permute.h"
+#include "zexpert/moe_permute_backward.h"
+#include "zexpert/moe_plan.h"
+#include "zexpert/silu_and_mul.h"
+#include "zexpert/silu_and_mul_backward.h"
+#include "zexpert/zero_expert_accumulate.h"
+#include "zexpert/zero_expert_accumulate_backward.h"
+
+namespace zexpert {
+namespace {
+
+using namespace zexpert::testing;
+
+/// Managed memory: host and device see the same values once the device is idle.
+template <typename T>
+class Shared {
+ public:
+  explicit Shared(int64_t size) : size_(size) {
+    if (cudaMallocManaged(&data_, sizeof(T) * static_cast<size_t>(std::max<int64_t>(size, 1))) != cudaSuccess) {
+      throw Error("cudaMallocManaged failed");
+    }
+    std::memset(data_, 0, sizeof(T) * static_cast<size_t>(size));
+  }
+  explicit Shared(const std::vector<T>& values) : Shared(static_cast<int64_t>(values.size())) {
+    std::copy(values.begin(), values.end(), begin());
+  }
+  Shared(Shared&& other) noexcept : data_(std::exchange(other.data_, nullptr)), size_(other.size_) {}
+  Shared& operator=(Shared&&) = delete;
+  ~Shared() { cudaFree(data_); }
+
+  T* begin() { return static_cast<T*>(data_); }
+  T* end() { return begin() + size_; }
+  T* data() { return begin(); }
+
+ private:
+  void* data_ = nullptr;
+  int64_t size_;
+};
+
+void wait() { ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess); }
+
+/// Passes if all values agree to within a few roundings of T, relative to the largest.
+template <typename T>
+void expect_near(Shared<T>& actual, Shared<T>& expected, double roundings = 16) {
+  double largest = 0;
+  for (const T value : expected) largest = std::max(largest, std::abs(static_cast<double>(value)));
+  const double bound = roundings * TypeTraits<T>::kHalfUlp * std::max(largest, 1.0);
+  for (auto a = actual.begin(), e = expected.begin(); e != expected.end(); ++a, ++e) {
+    ASSERT_NEAR(static_cast<double>(*a), static_cast<double>(*e), bound) << "element " << (e - expected.begin());
+  }
+}
+
+template <typename T>
+void expect_equal(Shared<T>& actual, Shared<T>& expected) {
+  const auto bytes = sizeof(T) * static_cast<size_t>(expected.end() - expected.begin());
+  ASSERT_EQ(std::memcmp(actual.data(), expected.data(), bytes), 0);
+}
+
+/// Tokens, slots per token, experts, and hidden sizes that make whole vectors or do not.
+constexpr int64_t kTokens = 37;
+constexpr int64_t kTopK = 5;
+constexpr int64_t kExperts = 7;
+constexpr int64_t kSlots = kTokens * kTopK;
+constexpr int64_t kHiddenSizes[] = {1, 64, 257, 1032};
+
+struct Plan {
+  Shared<int32_t> offsets{kExperts + 1};
+  Shared<int32_t> row_slots{kSlots};
+  Shared<int32_t> slot_rows{kSlots};
+
+  void point(MoePlanParams& params) {
+    params.expert_offsets = offsets.data();
+    params.row_slots = row_slots.data();
+    params.slot_rows = slot_rows.data();
+  }
+  int32_t num_rows() { return *(offsets.end() - 1); }
+};
+
+Plan make_plan(Random& random) {
+  Shared<int32_t> ids(random.integers<int32_t>(kSlots, -1, kExperts - 1));
+  Plan plan;
+  MoePlanParams params;
+  params.topk_ids = ids.data();
+  params.num_slots = kSlots;
+  params.num_experts = kExperts;
+  plan.point(params);
+  moe_plan_cpu(params);
+  return plan;
+}
+
+class Cuda : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    int count = 0;
+    if (cudaGetDeviceCount(&count) != cudaSuccess || count == 0) {
+      GTEST_SKIP() << "no CUDA device";
+    }
+  }
+  Random random;
+};
+
+template <typename T>
+class CudaTyped : public Cuda {};
+TYPED_TEST_SUITE(CudaTyped, FloatingTypes);
+
+TEST_F(Cuda, MoePlan) {
+  for (const int64_t num_slots : {0, 1, 500, 3000, 40000}) {
+    for (const int32_t num_experts : {1, 130, 8192}) {
+      Shared<int32_t> ids(random.integers<int32_t>(num_slots, -1, num_experts - 1));
+      Shared<int32_t> expected(num_experts + 1 + 2 * num_slots);
+      Shared<int32_t> actual(num_experts + 1 + 2 * num_slots);
+      Shared<char> workspace(moe_plan_cuda_workspace_bytes(num_slots, num_experts));
+      MoePlanParams params;
+      params.topk_ids = ids.data();
+      params.num_slots = num_slots;
+      params.num_experts = num_experts;
+      params.workspace = workspace.data();
+      const auto point = [&](Shared<int32_t>& memory) {
+        params.expert_offsets = memory.data();
+        params.row_slots = params.expert_offsets + num_experts + 1;
+        params.slot_rows = params.row_slots + num_slots;
+      };
+      point(expected);
+      moe_plan_cpu(params);
+      point(actual);
+      moe_plan_cuda(params, nullptr);
+      wait();
+      expect_equal(actual, expected);
+    }
+  }
+}
+
+TEST_F(Cuda, BiasedTopK) {
+  for (const int64_t width : {7, 100, 384, 768, 2000}) {
+    RoutingSpec spec;
+    spec.top_k = 6;
+    spec.num_real_experts = width - 4;
+    spec.num_identity_experts = 2;
+    spec.num_constant_experts = 1;
+    spec.renormalize = width % 2 == 0;
+    spec.routed_scaling_factor = 2.5;
+    const RoutingSpec resolved = spec.for_width(width);
+    Shared<float> logits(random.normal<float>(kTokens * width));
+    Shared<float> bias(random.normal<float>(width, 0.01));
+    Shared<float> weights[2] = {Shared<float>(kTokens * 8), Shared<float>(kTokens * 8)};
+    Shared<int64_t> ids[2] = {Shared<int64_t>(kTokens * 6), Shared<int64_t>(kTokens * 6)};
+    for (const bool on_device : {false, true}) {
+      BiasedTopKParams params;
+      params.logits = logits.data();
+      params.logits_row_stride = width;
+      params.bias = bias.data();
+      params.topk_weights = weights[on_device].data();
+      params.zero_weight = weights[on_device].data() + kTokens * 6;
+      params.constant_weight = weights[on_device].data() + kTokens * 7;
+      params.topk_ids = ids[on_device].data();
+      params.ids_type = ScalarType::kInt64;
+      params.num_tokens = kTokens;
+      params.spec = resolved;
+      on_device ? biased_topk_cuda(params, nullptr) : biased_topk_cpu(params);
+    }
+    wait();
+    expect_equal(ids[1], ids[0]);
+    expect_near(weights[1], weights[0]);
+
+    Shared<float> upstream(random.normal<float>(kTokens * 8));
+    Shared<float> gradients[2] = {Shared<float>(kTokens * width), Shared<float>(kTokens * width)};
+    for (const bool on_device : {false, true}) {
+      BiasedTopKBackwardParams params;
+      params.grad_topk_weights = upstream.data();
+      params.grad_zero_weight = upstream.data() + kTokens * 6;
+      params.grad_constant_weight = upstream.data() + kTokens * 7;
+      params.logits = logits.data();
+      params.logits_row_stride = width;
+      params.bias = bias.data();
+      params.grad_logits = gradients[on_device].data();
+      params.num_tokens = kTokens;
+      params.spec = resolved;
+      on_device ? biased_topk_backward_cuda(params, nullptr) : biased_topk_backward_cpu(params);
+    }
+    wait();
+    expect_near(gradients[1], gradients[0]);
+  }
+}
+
+TYPED_TEST(CudaTyped, ZeroExpertAccumulate) {
+  using T = TypeParam;
+  using A = accumulate_t<T>;
+  for (const int64_t hidden : kHiddenSizes) {
+    Shared<T> tokens(this->random.template normal<T>(kTokens * hidden));
+    Shared<T> upstream(this->random.template normal<T>(kTokens * hidden));
+    Shared<A> weight(this->random.template normal<A>(kTokens));
+    Shared<T> out[2] = {Shared<T>(kTokens * hidden), Shared<T>(kTokens * hidden)};
+    Shared<T> gradients[2] = {Shared<T>(kTokens * hidden), Shared<T>(kTokens * hidden)};
+    Shared<A> dots[2] = {Shared<A>(kTokens), Shared<A>(kTokens)};
+    for (const bool on_device : {false, true}) {
+      ZeroExpertAccumulateParams params;
+      params.hidden_states = tokens.data();
+      params.zero_weight = weight.data();
+      params.out = out[on_device].data();
+      params.data_type = TypeTraits<T>::kType;
+      params.num_tokens = kTokens;
+      params.hidden_size = params.hidden_row_stride = params.out_row_stride = hidden;
+      for (const bool accumulate : {false, true}) {
+        params.accumulate = accumulate;
+        on_device ? zero_expert_accumulate_cuda(params, nullptr) : zero_expert_accumulate_cpu(params);
+      }
+      ZeroExpertAccumulateBackwardParams backward;
+      backward.grad_out = upstream.data();
+      backward.hidden_states = tokens.data();
+      backward.zero_weight = weight.data();
+      backward.grad_hidden_states = gradients[on_device].data();
+      backward.grad_zero_weight = dots[on_device].data();
+      backward.data_type = TypeTraits<T>::kType;
+      backward.num_tokens = kTokens;
+      backward.hidden_size = backward.grad_out_row_stride = backward.hidden_row_stride = hidden;
+      on_device ? zero_expert_accumulate_backward_cuda(backward, nullptr)
+                : zero_expert_accumulate_backward_cpu(backward);
+    }
+    wait();
+    expect_near(out[1], out[0], 2);
+    expect_near(gradients[1], gradients[0], 2);
+    expect_near(dots[1], dots[0], 64);
+  }
+}
+
+TYPED_TEST(CudaTyped, MoePermute) {
+  using T = TypeParam;
+  for (const int64_t hidden : kHiddenSizes) {
+    Plan plan = make_plan(this->random);
+    Shared<T> tokens(this->random.template normal<T>(kTokens * hidden));
+    Shared<T> rows[2] = {Shared<T>(kSlots * hidden), Shared<T>(kSlots * hidden)};
+    Shared<T> gradients[2] = {Shared<T>(kTokens * hidden), Shared<T>(kTokens * hidden)};
+    Shared<int32_t> workspace(kSlots);
+    const int32_t* last_offset = plan.offsets.end() - 1;
+    for (const bool on_device : {false, true}) {
+      MoePermuteParams params;
+      params.hidden_states = tokens.data();
+      params.row_slots = plan.row_slots.data();
+      params.rows = rows[on_device].data();
+      params.data_type = TypeTraits<T>::kType;
+      params.num_rows = on_device ? kSlots : plan.num_rows();
+      params.num_tokens = kTokens;
+      params.top_k = kTopK;
+      params.hidden_size = params.hidden_row_stride = hidden;
+      on_device ? moe_permute_cuda(params, last_offset, nullptr) : moe_permute_cpu(params);
+
+      MoePermuteBackwardParams backward;
+      backward.grad_rows = rows[0].data();
+      backward.row_slots = plan.row_slots.data();
+      backward.grad_hidden_states = gradients[on_device].data();
+      backward.data_type = TypeTraits<T>::kType;
+      backward.num_rows = params.num_rows;
+      backward.num_tokens = kTokens;
+      backward.top_k = kTopK;
+      backward.hidden_size = backward.grad_rows_row_stride = hidden;
+      on_device ? moe_permute_backward_cuda(backward, last_offset, workspace.data(), nullptr)
+                : moe_permute_backward_cpu(backward);
+      wait();
+    }
+    expect_equal(rows[1], rows[0]);
+    expect_equal(gradients[1], gradients[0]);
+  }
+}
+
+TYPED_TEST(CudaTyped, SiluAndMul) {
+  using T = TypeParam;
+  for (const int64_t inner : kHiddenSizes) {
+    constexpr int32_t kWorking = 30;
+    Shared<T> gate_up(this->random.template normal<T>(kTokens * 2 * inner, 3));
+    Shared<T> upstream(this->random.template normal<T>(kTokens * inner));
+    Shared<int32_t> last_offset(std::vector<int32_t>{kWorking});
+    Shared<T> out[2] = {Shared<T>(kTokens * inner), Shared<T>(kTokens * inner)};
+    Shared<T> gradients[2] = {Shared<T>(kTokens * 2 * inner), Shared<T>(kTokens * 2 * inner)};
+    for (const bool on_device : {false, true}) {
+      SiluAndMulParams params;
+      params.gate_up = gate_up.data();
+      params.out = out[on_device].data();
+      params.data_type = TypeTraits<T>::kType;
+      params.num_rows = on_device ? kTokens : kWorking;
+      params.intermediate_size = params.out_row_stride = inner;
+      params.gate_up_row_stride = 2 * inner;
+      on_device ? silu_and_mul_cuda(params, last_offset.data(), nullptr) : silu_and_mul_cpu(params);
+
+      SiluAndMulBackwardParams backward;
+      backward.grad_out = upstream.data();
+      backward.gate_up = gate_up.data();
+      backward.grad_gate_up = gradients[on_device].data();
+      backward.data_type = TypeTraits<T>::kType;
+      backward.num_rows = params.num_rows;
+      backward.intermediate_size = backward.grad_out_row_stride = inner;
+      backward.gate_up_row_stride = backward.grad_gate_up_row_stride = 2 * inner;
+      on_device ? silu_and_mul_backward_cuda(backward, last_offset.data(), nullptr)
+                : silu_and_mul_backward_cpu(backward);
+    }
+    wait();
+    expect_near(out[1], out[0], 4);
+    expect_near(gradients[1], gradients[0], 8);
+  }
+}
+
+TYPED_TEST(CudaTyped, MoeFinalize) {
+  using T = TypeParam;
+  using A = accumulate_t<T>;
+  for (const int64_t hidden : kHiddenSizes) {
+    Plan plan = make_plan(this->random);
+    Shared<T> rows(this->random.template normal<T>(kSlots * hidden));
+    Shared<T> tokens(this->random.template normal<T>(kTokens * hidden));
+    Shared<T> constants(this->random.template normal<T>(2 * hidden));
+    Shared<A> weights(this->random.template normal<A>(kTokens * (kTopK + 3)));
+    Shared<T> out[2] = {Shared<T>(kTokens * hidden), Shared<T>(kTokens * hidden)};
+    Shared<T> gradients[2] = {Shared<T>((kTokens + kSlots) * hidden), Shared<T>((kTokens + kSlots) * hidden)};
+    Shared<A> dots[2] = {Shared<A>(kTokens * (kTopK + 1)), Shared<A>(kTokens * (kTopK + 1))};
+    Shared<uint8_t> workspace(kSlots);
+    for (const bool on_device : {false, true}) {
+      MoeFinalizeParams params;
+      params.rows = rows.data();
+      params.slot_rows = plan.slot_rows.data();
+      params.topk_weights = weights.data();
+      params.hidden_states = params.residual = tokens.data();
+      params.zero_weight = weights.data() + kSlots;
+      params.constant_weight = weights.data() + kSlots + kTokens;
+      params.constant_vectors = constants.data();
+      params.out = out[on_device].data();
+      params.data_type = TypeTraits<T>::kType;
+      params.num_rows = kSlots;
+      params.num_tokens = kTokens;
+      params.top_k = kTopK;
+      params.num_constant_experts = 2;
+      params.hidden_size = params.rows_row_stride = params.hidden_row_stride = hidden;
+      params.residual_row_stride = params.constant_row_stride = hidden;
+      on_device ? moe_finalize_cuda(params, nullptr) : moe_finalize_cpu(params);
+
+      MoeFinalizeBackwardParams backward;
+      backward.grad_out = tokens.data();
+      backward.rows = rows.data();
+      backward.slot_rows = plan.slot_rows.data();
+      backward.topk_weights = weights.data();
+      backward.hidden_states = tokens.data();
+      backward.zero_weight = weights.data() + kSlots;
+      backward.grad_rows = gradients[on_device].data();
+      backward.grad_hidden_states = gradients[on_device].data() + kSlots * hidden;
+      backward.grad_topk_weights = dots[on_device].data();
+      backward.grad_zero_weight = dots[on_device].data() + kSlots;
+      backward.data_type = TypeTraits<T>::kType;
+      backward.num_rows = kSlots;
+      backward.num_tokens = kTokens;
+      backward.top_k = kTopK;
+      backward.hidden_size = backward.grad_out_row_stride = hidden;
+      backward.rows_row_stride = backward.hidden_row_stride = hidden;
+      on_device ? moe_finalize_backward_cuda(backward, workspace.data(), nullptr) : moe_finalize_backward_cpu(backward);
+    }
+    wait();
+    expect_near(out[1], out[0], 4);
+    expect_near(gradients[1], gradients[0], 2);
+    expect_near(dots[1], dots[0], 64);
+  }
+}
+
+}  // namespace
+}  // namespace zexpert
