@@ -1,13 +1,13 @@
 # Every target sets up what it needs: a virtual environment in .venv with pinned tools and PyTorch, and the build.
 #
 #   PYTHON=python3.12   the Python to use
-#   JOBS=4              compilers at a time
+#   JOBS=4              compilers at a time; MAX_JOBS, if set, else as many as processors
 SHELL := /bin/sh
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 
 PYTHON ?= python3
-JOBS ?= $(shell nproc)
+JOBS ?= $(or $(MAX_JOBS),$(shell nproc))
 CMAKE_BUILD := build/cmake
 SANITIZE_BUILD := build/cmake-sanitize
 

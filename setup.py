@@ -158,7 +158,10 @@ HEADERS = sources("csrc/**/*.h", "csrc/**/*.cuh")
 INCLUDE_DIRS = [str(ROOT / "csrc/include"), str(ROOT / "csrc")]  # ninja runs elsewhere
 # -g0 and -O3 override what Python's own build configuration passes. Others' headers are system headers: no warnings.
 CXX_FLAGS = ["-std=c++17", "-O3", "-g0", "-Wall", "-Wextra", "-fvisibility-inlines-hidden"]
+# Nothing else is visible outside, least of all a C++ runtime that some machines' compilers link statically: exceptions
+# that cross two of them crash the process.
 EXPORTS = "csrc/exports.map"
+MODULE_EXPORTS = "csrc/python/exports.map"
 
 
 def system_includes(*paths: str) -> list[str]:
@@ -210,9 +213,10 @@ def python_module() -> Extension:
     return Extension(
         "zexpert._C",
         sources("csrc/python/*.cpp", "csrc/cpu/kernel_plan.cpp"),
-        depends=HEADERS,
+        depends=[*HEADERS, MODULE_EXPORTS],
         include_dirs=list(INCLUDE_DIRS),
         extra_compile_args={"cxx": [*CXX_FLAGS, "-fvisibility=hidden", *system_includes(pybind11.get_include())]},
+        extra_link_args=[f"-Wl,--version-script={MODULE_EXPORTS}"],
         language="c++",
     )
 

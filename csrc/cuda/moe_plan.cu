@@ -241,7 +241,8 @@ void launch_plan(const MoePlanParams& params, cudaStream_t stream) {
   const int64_t num_blocks = num_blocks_for(params.num_slots);
   const auto counts_bytes = sizeof(int) * static_cast<size_t>(params.num_experts);
   const auto round_up = [](int64_t value, int64_t step) { return (value + step - 1) / step * step; };
-  const int64_t slots_per_block = round_up((params.num_slots + num_blocks - 1) / num_blocks, kWarpSize);
+  const int64_t slots_per_block =
+      round_up(std::max<int64_t>((params.num_slots + num_blocks - 1) / num_blocks, 1), kWarpSize);
   const auto most_warps = std::min<int64_t>(slots_per_block <= kMostSlotsOfHalfTheWarps ? kMaxWarps / 2 : kMaxWarps,
                                             static_cast<int64_t>(kMaxSharedMemory / counts_bytes));
   const int64_t slots_per_warp = round_up((slots_per_block + most_warps - 1) / most_warps, kWarpSize);

@@ -16,35 +16,55 @@ namespace py = pybind11;
 namespace zexpert::python {
 namespace {
 
+/// The argument as a T, or an error that says what it must be: pybind11's own lists every signature instead.
+template <typename T>
+T as(const char* argument, const char* expected, const py::object& value) {
+  try {
+    return value.cast<T>();
+  } catch (const py::cast_error&) {
+    throw Error(std::string(argument) + " must be " + expected + ", got " + py::repr(value).cast<std::string>());
+  }
+}
+
+int64_t integer(const char* argument, const py::object& value) { return as<int64_t>(argument, "an integer", value); }
+
+bool boolean(const char* argument, const py::object& value) { return as<bool>(argument, "a bool", value); }
+
 /// A count that Python leaves to the logits by saying None.
-int64_t count_or_from_logits(const char* argument, std::optional<int64_t> count) {
+int64_t count_or_from_logits(const char* argument, const py::object& value) {
+  const auto count = as<std::optional<int64_t>>(argument, "an integer or None", value);
   ZEXPERT_CHECK(!count || *count >= 0, argument, " must not be negative, got ", *count);
   return count.value_or(kFromLogits);
+}
+
+ScoringFunc scoring_func_of(const py::object& value) {
+  using EnumOrName = std::variant<ScoringFunc, std::string>;
+  const auto enum_or_name = as<EnumOrName>("scoring_func", "a ScoringFunc or its name", value);
+  const auto* name = std::get_if<std::string>(&enum_or_name);
+  return name != nullptr ? parse_scoring_func(*name) : std::get<ScoringFunc>(enum_or_name);
 }
 
 std::optional<int64_t> known(int64_t count) {
   return count == kFromLogits ? std::nullopt : std::optional<int64_t>(count);
 }
 
-RoutingSpec make_spec(int64_t top_k, int64_t num_real_experts, std::optional<int64_t> num_experts,
-                      std::optional<int64_t> num_identity_experts, int64_t num_constant_experts,
-                      const std::variant<ScoringFunc, std::string>& scoring_func, bool renormalize,
-                      bool drop_before_renormalize, double routed_scaling_factor, int64_t num_expert_group,
-                      int64_t topk_group) {
+RoutingSpec make_spec(const py::object& top_k, const py::object& num_real_experts, const py::object& num_experts,
+                      const py::object& num_identity_experts, const py::object& num_constant_experts,
+                      const py::object& scoring_func, const py::object& renormalize,
+                      const py::object& drop_before_renormalize, const py::object& routed_scaling_factor,
+                      const py::object& num_expert_group, const py::object& topk_group) {
   RoutingSpec spec;
-  spec.top_k = top_k;
-  spec.num_real_experts = num_real_experts;
+  spec.top_k = integer("top_k", top_k);
+  spec.num_real_experts = integer("num_real_experts", num_real_experts);
   spec.num_experts = count_or_from_logits("num_experts", num_experts);
   spec.num_identity_experts = count_or_from_logits("num_identity_experts", num_identity_experts);
-  spec.num_constant_experts = num_constant_experts;
-  spec.scoring_func = std::holds_alternative<ScoringFunc>(scoring_func)
-                          ? std::get<ScoringFunc>(scoring_func)
-                          : parse_scoring_func(std::get<std::string>(scoring_func));
-  spec.renormalize = renormalize;
-  spec.drop_before_renormalize = drop_before_renormalize;
-  spec.routed_scaling_factor = routed_scaling_factor;
-  spec.num_expert_group = num_expert_group;
-  spec.topk_group = topk_group;
+  spec.num_constant_experts = integer("num_constant_experts", num_constant_experts);
+  spec.scoring_func = scoring_func_of(scoring_func);
+  spec.renormalize = boolean("renormalize", renormalize);
+  spec.drop_before_renormalize = boolean("drop_before_renormalize", drop_before_renormalize);
+  spec.routed_scaling_factor = as<double>("routed_scaling_factor", "a number", routed_scaling_factor);
+  spec.num_expert_group = integer("num_expert_group", num_expert_group);
+  spec.topk_group = integer("topk_group", topk_group);
   spec.validate();
   return spec;
 }

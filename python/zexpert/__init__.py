@@ -1,5 +1,9 @@
 """Mixture-of-experts layers with zero experts: routing, experts and epilogue as fused PyTorch operators."""
 
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING
+
 # zexpert.ops, which all of these import, loads the operator library or says why that is impossible.
 from zexpert import experts, ops, router, runner
 from zexpert._C import RoutingMethodType, RoutingSpec, ScoringFunc, ZeroExpertType
@@ -22,7 +26,20 @@ __all__ = [
     "create_fused_moe_router",
     "experts",
     "kernel_plan",
+    "models",
     "ops",
     "router",
     "runner",
+    "telemetry",
+    "training",
 ]
+
+if TYPE_CHECKING:
+    from zexpert import models, telemetry, training
+else:
+
+    def __getattr__(name: str) -> ModuleType:
+        """Imports what not every program needs at its first use."""
+        if name in ("models", "telemetry", "training"):
+            return import_module(f"zexpert.{name}")
+        raise AttributeError(f"module 'zexpert' has no attribute {name!r}")

@@ -7,12 +7,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from zexpert._C import ScoringFunc
+from zexpert._autocast import autocast_dtype
+from zexpert._C import ScoringFunc, ZeroExpertType
 from zexpert.experts.factory import create_experts
-from zexpert.router.base_router import BaseRouter
+from zexpert.router.base_router import BaseRouter, check_tensor
 from zexpert.router.custom_routing_router import CustomRoutingFunction
 from zexpert.router.factory import create_fused_moe_router
-from zexpert.router.zero_expert_spec import ZeroExperts
+from zexpert.router.zero_expert_spec import ZeroExperts, kind_name
 from zexpert.runner.chunking_moe_runner import ChunkingMoERunner
 from zexpert.runner.default_moe_runner import DefaultMoERunner
 from zexpert.runner.moe_runner import MoERunner
@@ -39,9 +40,9 @@ class FusedMoE(nn.Module):
         top_k: K, experts per token, zero experts included.
         hidden_size: H.
         intermediate_size: F.
-        zero_expert_type: "identity" (or "copy"), "constant", "drop" (or "zero"); or counts by name, such as
-            {"identity": 1, "constant": 2, "drop": 1}; None for no zero experts.
-        zero_expert_num: number of zero experts; required with a name, optional with counts.
+        zero_expert_type: "identity" (or "copy"), "constant", "drop" (or "zero"), or the ZeroExpertType; or counts by
+            these, such as {"identity": 1, "constant": 2, "drop": 1}; None for no zero experts.
+        zero_expert_num: number of zero experts; required with one type, optional with counts.
         e_score_correction_bias: [N], any floating dtype, for selection only. Kept by reference: what a controller
             writes into it, the next call sees. It moves with the layer, its dtype included when that is converted.
         scoring_func: "softmax", "sigmoid" or "sqrtsoftplus".
@@ -107,8 +108,8 @@ class FusedMoE(nn.Module):
             raise ValueError(
                 f"hidden_size and intermediate_size must be at least 1, got {hidden_size} and {intermediate_size}"
             )
-        if isinstance(zero_expert_type, str) and zero_expert_num is None:
-            raise ValueError(f'zero_expert_num is required with zero_expert_type "{zero_expert_type}"')
+        if isinstance(zero_expert_type, str | ZeroExpertType) and zero_expert_num is None:
+            raise ValueError(f'zero_expert_num is required with zero_expert_type "{kind_name(zero_expert_type)}"')
         if params_dtype is not None and not params_dtype.is_floating_point:
             raise ValueError(f"params_dtype must be a floating-point dtype, got {params_dtype}")
         if shared_experts is not None and not isinstance(shared_experts, nn.Module):
@@ -197,16 +198,24 @@ class FusedMoE(nn.Module):
     def forward(self, hidden_states: Tensor, router_logits: Tensor) -> Tensor:
         """The layer's output.
 
+        Where hidden states or experts' weights want gradients, the CPU backend takes torch.ops.zexpert.fused_moe, which
+        keeps little for the backward; the last bits of its results may differ from those without gradients.
+
+        Under torch.autocast hidden states and experts are converted to autocast's dtype. The routing is not: make the
+        logits in float32.
+
         Args:
-            hidden_states: [..., H], of the parameters' dtype.
+            hidden_states: [..., H], of the parameters' dtype; under autocast any floating dtype.
             router_logits: [..., N] with the same leading dimensions, any floating dtype.
 
         Returns:
-            [..., H], dtype of hidden_states.
+            [..., H], dtype of hidden_states; under autocast its dtype.
 
         Raises:
-            ValueError: if a shape or a dtype does not fit.
+            ValueError: if an argument is no tensor, or a shape or a dtype does not fit.
         """
+        check_tensor("hidden_states", hidden_states)
+        check_tensor("router_logits", router_logits)
         if hidden_states.dim() < 1 or hidden_states.size(-1) != self.hidden_size:
             raise ValueError(
                 f"hidden_states must have shape [..., {self.hidden_size}], got {list(hidden_states.shape)}"
@@ -216,13 +225,25 @@ class FusedMoE(nn.Module):
                 f"router_logits must have the leading dimensions of hidden_states "
                 f"({list(hidden_states.shape[:-1])}), got shape {list(router_logits.shape)}"
             )
+        w13_weight: Tensor = self.w13_weight
+        w2_weight: Tensor = self.w2_weight
+        constant_vectors = self.constant_vectors
+        if not torch.jit.is_scripting():
+            dtype = autocast_dtype(w13_weight)
+            if dtype is not None:
+                hidden_states, w13_weight, w2_weight = (
+                    hidden_states.to(dtype),
+                    w13_weight.to(dtype),
+                    w2_weight.to(dtype),
+                )
+                constant_vectors = None if constant_vectors is None else constant_vectors.to(dtype)
         out: Tensor = self.runner(
             hidden_states.reshape(-1, self.hidden_size),
             router_logits.reshape(-1, router_logits.size(-1)),
-            self.w13_weight,
-            self.w2_weight,
+            w13_weight,
+            w2_weight,
             self.constant_gate_weight,
-            self.constant_vectors,
+            constant_vectors,
         )
         return out.reshape(hidden_states.shape)
 
@@ -233,9 +254,12 @@ class FusedMoE(nn.Module):
         )
 
 
-def check_shapes_of_state_dict(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object) -> None:
+def check_shapes_of_state_dict(
+    module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object, shown: Callable[[str], str] = str
+) -> None:
     """Pre-hook of load_state_dict: raises RuntimeError, before anything of `module` or its submodules is loaded, if an
-    entry has another shape than what it is for. Submodules that load by rules of their own are left to them.
+    entry has another shape than what it is for. Submodules that load by rules of their own are left to them. Messages
+    call an entry what `shown` makes of its key.
     """
     for module_name, submodule in module.named_modules(prefix=prefix.removesuffix(".")):
         if type(submodule)._load_from_state_dict is not nn.Module._load_from_state_dict:
@@ -247,4 +271,4 @@ def check_shapes_of_state_dict(module: nn.Module, state_dict: dict[str, Any], pr
             if name in submodule._non_persistent_buffers_set or tensor is None or not isinstance(given, Tensor):
                 continue
             if given.shape != tensor.shape:
-                raise RuntimeError(f"{key} must have shape {list(tensor.shape)}, got {list(given.shape)}")
+                raise RuntimeError(f"{shown(key)} must have shape {list(tensor.shape)}, got {list(given.shape)}")

@@ -49,6 +49,14 @@ def import_error(package: Path) -> str:
     return done.stdout.strip()
 
 
+def test_submodules_are_there_after_importing_zexpert() -> None:
+    code = "import zexpert; zexpert.models.LongcatFlashMoE, zexpert.telemetry.track_routing, zexpert.training"
+    done = run_python(code)
+    assert done.returncode == 0, done.stderr
+    with pytest.raises(AttributeError, match=r"^module 'zexpert' has no attribute 'trainer'$"):
+        zexpert.trainer  # noqa: B018
+
+
 def test_build_info_says_what_was_built() -> None:
     info = zexpert.build_info()
     assert info["version"] == zexpert.__version__ == importlib.metadata.version("zexpert")

@@ -37,13 +37,44 @@ def demo_folder(tmp_path_factory) -> Path:
 
 def test_demo_tells_the_story_and_saves_the_files(demo_folder: Path) -> None:
     story = (demo_folder / "story.txt").read_text()
-    for part in ("bits per byte", "feed-forward experts per byte", "target 4.00", "plain PyTorch", "Generated after"):
+    for part in (
+        "bits per byte",
+        "feed-forward experts per byte",
+        "target 4.00",
+        "plain PyTorch",
+        "after a prompt of 64 bytes",
+    ):
         assert part in story
     for name in ("compute_map.png", "training.png"):
         data = (demo_folder / "out" / name).read_bytes()
         assert data.startswith(b"\x89PNG")
         assert len(data) > 10_000
     assert (demo_folder / "out" / "checkpoint.pt").exists()
+
+
+def test_the_titles_of_the_training_curves_are_not_clipped(tmp_path: Path, monkeypatch) -> None:
+    from zexpert.cli import pictures
+    from zexpert.training.trainer import StepRecord
+
+    figures = []
+    monkeypatch.setattr(pictures.plt, "close", figures.append)
+    pictures.save_training_curves(tmp_path / "training.png", [StepRecord(1, 8.0, 4.0, 8.0)], top_k=6, target=4.0)
+    (figure,) = figures
+    for axis in figure.axes:
+        title = axis.title.get_window_extent()
+        assert title.x0 >= 0
+        assert title.x1 <= figure.bbox.x1
+    monkeypatch.undo()
+    pictures.plt.close(figure)
+
+
+def test_generate_colours_more_than_a_window(demo_folder: Path) -> None:
+    checkpoint = demo_folder / "out" / "checkpoint.pt"
+    arguments = ("--checkpoint", checkpoint, "--prompt", "Line " * 52, "--length", 2, "--temperature", 0)
+    result = zexpert("generate", *arguments)
+    assert result.returncode == 0, result.stderr
+    assert "after a prompt of 260 bytes" in result.stdout
+    assert result.stdout.count("Line") >= 50
 
 
 def test_generate_reloads_the_checkpoint(demo_folder: Path) -> None:

@@ -88,9 +88,11 @@ def test_zero_router_takes_grouped_arguments() -> None:
     assert router.spec.drop_before_renormalize
 
 
-def test_groups_without_use_grouped_topk_are_not_used() -> None:
-    router = create_fused_moe_router(2, 8, num_expert_group=4, topk_group=2)
+@pytest.mark.parametrize("zero", [{}, ZERO])
+def test_one_group_is_no_group(zero: dict[str, Any]) -> None:
+    router = create_fused_moe_router(2, 8, num_expert_group=1, topk_group=1, **zero)
     assert (router.spec.num_expert_group, router.spec.topk_group) == (1, 1)
+    assert not isinstance(router, GroupedTopKRouter)
 
 
 def test_environment_asks_for_a_simulation(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,6 +156,13 @@ def test_expert_map_and_callback() -> None:
             {"use_grouped_topk": True, "num_expert_group": 4},
             r"^num_expert_group and topk_group are required .* 4 and None$",
         ),
+        (
+            {"num_expert_group": 3},
+            r"^num_expert_group and topk_group must be None or 1 when use_grouped_topk is not set, got 3 and None$",
+        ),
+        ({**ZERO, "topk_group": 2}, r"^num_expert_group and topk_group must be None or 1 .*, got None and 2$"),
+        ({**GROUPED, "use_grouped_topk": False}, r"^num_expert_group and topk_group must be .*, got 4 and 2$"),
+        ({"top_k": 2.5}, r"^top_k must be an integer, got 2.5$"),
         ({**GROUPED, "num_expert_group": 3}, r"^num_expert_group must divide the number of real experts \(8\), got 3$"),
         ({**GROUPED, "topk_group": 5}, r"^topk_group must be between 1 and num_expert_group \(4\), got 5$"),
         (

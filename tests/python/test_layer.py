@@ -23,7 +23,7 @@ from layer_cases import (
     num_columns,
 )
 from testing import FLOAT_DTYPES, assert_equal, assert_error_rule
-from zexpert import FusedMoE, RoutingMethodType, RoutingResult
+from zexpert import FusedMoE, RoutingMethodType, RoutingResult, ZeroExpertType
 from zexpert.router import ZeroExpertRouter
 from zexpert.runner import ChunkingMoERunner, DefaultMoERunner
 
@@ -79,6 +79,45 @@ def test_meta_device_gives_shapes() -> None:
     out = layer(torch.empty(5, HIDDEN, device="meta"), torch.empty(5, num_columns("mixed"), device="meta"))
     assert out.device.type == "meta"
     assert out.shape == (5, HIDDEN)
+
+
+# --- Autocast
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_autocast_converts_the_experts_and_not_the_routing(kind: str, backend: str) -> None:
+    layer = make_layer(kind, shared_experts=SharedExperts(), experts_backend=backend)
+    routings: list[RoutingResult] = []
+    layer.router.set_capture_fn(routings.append)
+    hidden_states, router_logits = make_inputs(kind, 33)
+    layer(hidden_states, router_logits)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = layer(hidden_states, router_logits)
+        assert_equal(layer(hidden_states.bfloat16(), router_logits), out)
+    assert out.dtype == torch.bfloat16
+    for under_autocast, expected in zip(routings[1], routings[0], strict=True):
+        assert_equal(under_autocast, expected)
+
+    converted = copy.deepcopy(layer)
+    for name in ("w13_weight", "w2_weight", "constant_vectors"):
+        if getattr(converted, name) is not None:
+            setattr(converted, name, nn.Parameter(getattr(converted, name).bfloat16()))
+    converted.runner.shared_experts = SharedExperts(torch.bfloat16)
+    converted.runner.shared_experts.load_state_dict(layer.runner.shared_experts.state_dict())
+    assert_equal(out, converted(hidden_states.bfloat16(), router_logits))
+
+    out.sum().backward()
+    assert all(parameter.grad is None or parameter.grad.dtype == torch.float32 for parameter in layer.parameters())
+    assert layer.w13_weight.grad is not None
+
+
+def test_autocast_leaves_float64_alone() -> None:
+    layer = make_layer("mixed", params_dtype=torch.float64)
+    inputs = make_inputs("mixed", 7, torch.float64)
+    expected = layer(*inputs)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_equal(layer(*inputs).detach(), expected.detach())
 
 
 # --- Bias
@@ -190,6 +229,10 @@ def test_custom_routing_function_and_simulation() -> None:
         ({"hidden_size": 0}, r"^hidden_size and intermediate_size must be at least 1, got 0 and 20$"),
         ({"intermediate_size": -1}, r"^hidden_size and intermediate_size must be at least 1, got 24 and -1$"),
         ({"zero_expert_type": "identity"}, r'^zero_expert_num is required with zero_expert_type "identity"$'),
+        (
+            {"zero_expert_type": ZeroExpertType.DROP},
+            r'^zero_expert_num is required with zero_expert_type "drop"$',
+        ),
         ({"zero_expert_num": 3}, r"^zero_expert_num is 3 but zero_expert_type is missing$"),
         ({"zero_expert_type": "swap", "zero_expert_num": 3}, r'^zero_expert_type must be "identity" .*, got "swap"$'),
         (
@@ -202,6 +245,8 @@ def test_custom_routing_function_and_simulation() -> None:
         ({"chunk_size": 0}, r"^chunk_size must be an integer of at least 1, got 0$"),
         ({"expert_parallel_group": object()}, r"^expert_parallel_group must be None: .* is not available yet$"),
         ({"use_grouped_topk": True}, r"^num_expert_group and topk_group are required when use_grouped_topk is set"),
+        ({"num_expert_group": 4}, r"^num_expert_group and topk_group must be None or 1 when .*, got 4 and None$"),
+        ({"top_k": 2.5}, r"^top_k must be an integer, got 2.5$"),
         (
             {"e_score_correction_bias": torch.zeros(7)},
             r"^e_score_correction_bias must have shape \[6\], .*, got \[7\]$",
@@ -227,7 +272,9 @@ def test_rejects_bad_arguments(arguments: dict[str, Any], message: str) -> None:
 def test_rejects_bad_inputs() -> None:
     layer = make_layer("identity")
     hidden_states, router_logits = make_inputs("identity", 6)
-    cases: list[tuple[Tensor, Tensor, str]] = [
+    cases: list[tuple[Any, Any, str]] = [
+        (hidden_states.tolist(), router_logits, r"^hidden_states must be a tensor, got list$"),
+        (hidden_states, router_logits.tolist(), r"^router_logits must be a tensor, got list$"),
         (hidden_states[:, :5], router_logits, r"^hidden_states must have shape \[..., 24\], got \[6, 5\]$"),
         (torch.tensor(1.0), router_logits, r"^hidden_states must have shape \[..., 24\], got \[\]$"),
         (hidden_states, router_logits[:5], r"^router_logits must have the leading .*\(\[6\]\), got shape \[5, 9\]$"),
@@ -244,6 +291,8 @@ def test_rejects_bad_inputs() -> None:
     for bad_hidden_states, bad_router_logits, message in cases:
         with pytest.raises(ValueError, match=message):
             layer(bad_hidden_states, bad_router_logits)
+    with pytest.raises(ValueError, match=r"^router_logits must be a tensor, got list$"):
+        layer.router.select_experts(hidden_states, router_logits.tolist())
 
 
 # --- State

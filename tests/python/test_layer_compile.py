@@ -49,6 +49,18 @@ def test_dtypes(dtype: torch.dtype) -> None:
         assert_equal(compiled(layer)(*inputs), layer(*inputs))
 
 
+def test_autocast() -> None:
+    layer = make_layer("mixed", shared_experts=SharedExperts())
+    graph = compiled(layer)
+    inputs = make_inputs("mixed", 7)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_equal(graph(*inputs), layer(*inputs))
+        exported = torch.export.export(layer, inputs).module()
+        assert_equal(exported(*inputs), layer(*inputs))
+    with torch.no_grad():
+        assert_equal(graph(*inputs), layer(*inputs))
+
+
 @pytest.mark.parametrize("backend", ["cpu", "torch"])
 def test_experts_backends(backend: str) -> None:
     layer = make_layer("mixed", experts_backend=backend)

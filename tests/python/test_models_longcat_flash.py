@@ -260,13 +260,38 @@ def test_what_does_not_fit_is_told() -> None:
     state_dict = hf_block(config).state_dict()
     listed = as_module_list(state_dict, config.n_routed_experts)
     cases = [
-        ({**state_dict, "experts.gate_up_proj": state_dict["experts.gate_up_proj"][:20]}, r"\[16 or 24, ...\], got"),
-        ({**state_dict, "experts.gate_up_proj": state_dict["experts.gate_up_proj"][:, :40]}, "w13_weight must have"),
+        (
+            {**state_dict, "experts.gate_up_proj": torch.zeros(20, 48, 64)},
+            r"^experts.gate_up_proj must have shape \[16 or 24, 48, 64\], got \[20, 48, 64\]$",
+        ),
+        (
+            {**state_dict, "experts.gate_up_proj": torch.zeros(24, 40, 64)},
+            r"^experts.gate_up_proj must have shape \[16 or 24, 48, 64\], got \[24, 40, 64\]$",
+        ),
+        (
+            {**state_dict, "experts.down_proj": torch.zeros(16, 64)},
+            r"^experts.down_proj must have shape \[16 or 24, 64, 24\], got \[16, 64\]$",
+        ),
+        (
+            {**state_dict, "router.e_score_correction_bias": torch.zeros(16)},
+            r"^router.e_score_correction_bias must have shape \[24\], got \[16\]$",
+        ),
+        (
+            {**state_dict, "router.classifier.weight": torch.zeros(16, 64)},
+            r"^router.classifier.weight must have shape \[24, 64\], got \[16, 64\]$",
+        ),
         ({**state_dict, "router.classifier.bias": torch.zeros(24)}, "Unexpected key.*router.classifier.bias"),
-        (without(state_dict, "experts.down_proj"), "Missing key.*w2_weight"),
-        (without(state_dict, "router.e_score_correction_bias"), "Missing key.*e_score_correction_bias"),
-        (without(listed, "experts.5.up_proj.weight"), "experts.5.up_proj.weight"),
-        ({**listed, "experts.4.down_proj.weight": torch.zeros(3, 4)}, r"experts.4.\* must have the shapes"),
+        (without(state_dict, "experts.down_proj"), r'Missing key\(s\) in state_dict: "experts.down_proj"\. $'),
+        (without(state_dict, "router.e_score_correction_bias"), r'state_dict: "router.e_score_correction_bias"\. $'),
+        (without(listed, "experts.5.up_proj.weight"), "^experts.5.up_proj.weight must be in the checkpoint, got none$"),
+        (
+            without(listed, "experts.5.gate_proj.weight"),
+            "^experts.5.gate_proj.weight must be in the checkpoint",
+        ),
+        (
+            {**listed, "experts.4.down_proj.weight": torch.zeros(3, 4)},
+            r"^experts.4.down_proj.weight must have shape \[64, 24\], got \[3, 4\]$",
+        ),
         ({**listed, "experts.16.up_proj.weight": torch.zeros(24, 64)}, "Unexpected key.*experts.16"),
     ]
     for wrong, message in cases:
@@ -274,6 +299,33 @@ def test_what_does_not_fit_is_told() -> None:
             LongcatFlashMoE.from_state_dict(ours, wrong)
     with pytest.raises(ValueError, match=r"names start with 'model\.'"):
         LongcatFlashMoE.from_state_dict(ours, state_dict, prefix="model.")
+    with pytest.raises(ValueError, match=r"^config must be a zexpert.models.LongcatFlashConfig, .* got transformers"):
+        LongcatFlashMoE(config)
+
+
+def test_a_whole_model_tells_whole_names() -> None:
+    model = nn.ModuleDict({"mlp": LongcatFlashMoE(LongcatFlashConfig.from_hf(hf_config())), "norm": nn.LayerNorm(4)})
+    missing = model.load_state_dict({}, strict=False).missing_keys
+    assert sorted(missing) == [
+        "mlp.experts.down_proj",
+        "mlp.experts.gate_up_proj",
+        "mlp.router.classifier.weight",
+        "mlp.router.e_score_correction_bias",
+        "norm.bias",
+        "norm.weight",
+    ]
+
+
+@torch.no_grad()
+def test_autocast_leaves_the_routing_alone() -> None:
+    config = hf_config()
+    block = LongcatFlashMoE.from_state_dict(LongcatFlashConfig.from_hf(config), hf_block(config).state_dict())
+    x = inputs(config)
+    expected = block.router(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_equal(block.router(x), expected)
+        assert block(x).dtype == torch.bfloat16
+        assert_equal(torch.compile(block.router, fullgraph=True, backend="aot_eager")(x), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

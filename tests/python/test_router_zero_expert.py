@@ -10,6 +10,7 @@ import torch
 
 import reference
 from testing import FLOAT_DTYPES, assert_equal, assert_error_rule
+from zexpert import ZeroExpertType
 from zexpert.router import ZeroExpertRouter
 
 NUM_REAL = 4
@@ -31,6 +32,10 @@ def counts(router: ZeroExpertRouter) -> tuple[int | None, ...]:
         ({"identity": 1, "constant": 2, "drop": 1}, None, (8, 1, 2, 1)),
         ({"zero": 1, "copy": 2}, 3, (7, 2, 0, 1)),
         ({"drop": 2, "identity": 0}, None, (6, 0, 0, 2)),
+        (ZeroExpertType.IDENTITY, 3, (7, 3, 0, 0)),
+        (ZeroExpertType.CONSTANT, 3, (7, 0, 3, 0)),
+        (ZeroExpertType.DROP, 3, (7, 0, 0, 3)),
+        ({ZeroExpertType.IDENTITY: 1, "constant": 2, ZeroExpertType.DROP: 1}, None, (8, 1, 2, 1)),
         ("identity", None, (None, None, 0, None)),
         ("drop", None, (None, 0, 0, None)),
     ],
@@ -59,6 +64,14 @@ def test_count_from_the_bias(zero_expert_type: str, expected: tuple[int, ...]) -
         ({"zero_expert_num": 0}, r"^zero_expert_num must be an integer of at least 1, got 0$"),
         ({"zero_expert_num": 1.5}, r"^zero_expert_num must be an integer of at least 1, got 1.5$"),
         ({"zero_expert_type": {"drop": -1}}, r'^zero_expert_type\["drop"\] must be an integer of at least 0, got -1$'),
+        (
+            {"zero_expert_type": {ZeroExpertType.DROP: -1}},
+            r'^zero_expert_type\["drop"\] must be an integer of at least 0, got -1$',
+        ),
+        (
+            {"zero_expert_type": {"copy": 1, ZeroExpertType.IDENTITY: 1}},
+            r"^zero_expert_type must name each kind",
+        ),
         ({"zero_expert_type": {"drop": 0}}, r"^zero_expert_type must count at least 1 zero expert, got"),
         ({"zero_expert_type": {}}, r"^zero_expert_type must count at least 1 zero expert, got {}$"),
         ({"zero_expert_type": {"copy": 1, "identity": 1}}, r"^zero_expert_type must name each kind .* once, got"),

@@ -51,7 +51,7 @@ def demo(
     text: Annotated[
         Path | None, typer.Option(help="File to train on; without it, the documentation strings of Python's library.")
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 300,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 450,
     seed: Annotated[int, typer.Option(help="Seed of the weights, the batches and the sampled text.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder for the pictures and the checkpoint.")] = Path("zexpert-demo"),
     resume: Annotated[Path | None, typer.Option(help="Checkpoint of an earlier demo to go on from.")] = None,

@@ -53,10 +53,11 @@ def run_demo(
     console.print(
         Panel.fit(
             f"A byte-level decoder, {parameters / 1e6:.1f} M parameters, {config.num_layers} layers, on {device}.\n"
-            f"In every layer each byte picks {config.top_k} of {config.num_experts} feed-forward experts and "
-            f"{config.zero_expert_num} zero experts.\nA zero expert returns its input and costs nothing; a controller "
-            f"of the selection bias holds the mean at\n{trainer.config.target_ffn_experts:g} feed-forward experts per "
-            "byte. Which bytes get more, and which fewer, the model learns.",
+            f"In every layer each byte picks {config.top_k} experts, of {config.num_experts} with a feed-forward "
+            f"network and {config.zero_expert_num} without, the zero experts.\n"
+            "A zero expert returns its input and costs nothing. A controller holds the mean at "
+            f"{trainer.controller.target_ffn_experts:g} feed-forward experts per byte. Which bytes get more, and which "
+            "fewer, the model learns.",
             title="zexpert demo",
         )
     )
@@ -74,7 +75,9 @@ def run_demo(
         prompt = bytes(trainer.held_out_text[:64].tolist())
         show_generated(console, model, prompt, generate_bytes, temperature=0.7, seed=seed)
     time_layer(console, trainer)
-    console.print(f"Saved [bold]{out / 'compute_map.png'}[/], [bold]{out / 'training.png'}[/] and the checkpoint.")
+    console.print(
+        f"Saved [bold]{out / 'compute_map.png'}[/], [bold]{out / 'training.png'}[/] and the checkpoint. More text:"
+    )
     console.print(
         f"  zexpert generate --checkpoint {checkpoint} --prompt 'Return the '", soft_wrap=True, highlight=False
     )
@@ -135,7 +138,7 @@ def show_results(console: Console, trainer: Trainer) -> None:
         "feed-forward experts per byte and layer, held-out text",
         f"{measured:.2f} of {top_k} (target {target:.2f}, off by {abs(measured / target - 1):.1%})",
     )
-    table.add_row("slots that cost nothing", f"{1 - measured / top_k:.0%}")
+    table.add_row("choices that fell on zero experts, at no cost", f"{1 - measured / top_k:.0%}")
     console.print(table)
 
 
@@ -187,13 +190,11 @@ def show_generated(
     start = torch.frombuffer(bytearray(prompt), dtype=torch.uint8).to(device)
     generator = torch.Generator().manual_seed(seed)
     generated = model.eval().generate(start, length, temperature=temperature, generator=generator)
-    shown = generated[-model.config.context_length :]
-    slots = count_ffn_slots(model, shown[None].long())[:, 0]
-    earlier = generated[: -shown.numel()].tolist() if generated.numel() > shown.numel() else []
-    text = coloured_text(shown.cpu(), slots, model.config.top_k)
-    if earlier:
-        text = console.render_str(bytes(earlier).decode("latin-1"), markup=False) + text
-    console.print(Panel(text, title=f"Generated after {prompt.decode('latin-1')!r}"))
+    # The model reads at most one window at a time; a byte's compute is that of its place in its window.
+    windows = generated.split(model.config.context_length)
+    slots = torch.cat([count_ffn_slots(model, window[None].long())[:, 0] for window in windows], dim=1)
+    text = coloured_text(generated.cpu(), slots, model.config.top_k)
+    console.print(Panel(text, title=f"Generated after a prompt of {len(prompt)} bytes"))
 
 
 def plain_layer(moe: FusedMoE, config: ByteDecoderConfig, hidden_states: Tensor, router_logits: Tensor) -> Tensor:
@@ -241,9 +242,9 @@ def time_layer(console: Console, trainer: Trainer, repeats: int = 20) -> None:
     table = Table(title=f"One trained layer, {hidden_states.shape[0]} tokens, median of {repeats}")
     table.add_column("")
     table.add_column("time", justify="right")
-    table.add_column("speed", justify="right")
+    table.add_column("speed against plain PyTorch", justify="right")
     medians = {name: statistics.median(values) for name, values in times.items()}
     for name, median in medians.items():
         table.add_row(name, f"{1e3 * median:.2f} ms", f"{medians['plain PyTorch'] / median:.2f}x")
     console.print(table)
-    console.print(f"Largest difference between the two: {difference.item():.1e}.")
+    console.print(f"Largest difference between the two outputs: {difference.item():.1e}.")

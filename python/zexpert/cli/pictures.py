@@ -99,7 +99,7 @@ def save_compute_map(
     axis.set_xticks(list(values))
     axis.set_xlabel(f"feed-forward experts used by a byte in a layer (of {top_k} chosen; the others are zero experts)")
     axis.set_ylabel("% of bytes and layers")
-    axis.set_title("Over the whole held-out text", fontsize=11)
+    axis.set_title(f"Over {all_ffn_slots.shape[1]:,} bytes of held-out text", fontsize=11)
     axis.legend(frameon=False)
     axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle(
@@ -135,7 +135,7 @@ def save_training_curves(path: Path, history: Sequence[StepRecord], *, top_k: in
     slots_axis.set(
         xlabel="step",
         ylabel=f"experts per byte and layer (of {top_k} chosen)",
-        title="Feed-forward experts used: the bias controller moves the mean to the target",
+        title="Feed-forward experts used: a controller holds the mean",
         ylim=(0, top_k),
     )
     slots_axis.legend(frameon=False)

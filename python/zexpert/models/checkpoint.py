@@ -8,7 +8,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from zexpert.layer import FusedMoE, check_shapes_of_state_dict
+
 Block = TypeVar("Block", bound="CheckpointBlock")
+
+#: The expert tensors of transformers' checkpoints, and a block's names for them.
+STACKED_EXPERTS = {"experts.gate_up_proj": "experts.w13_weight", "experts.down_proj": "experts.w2_weight"}
 
 #: Sentinel of config_value: the entry must be there.
 REQUIRED: Any = object()
@@ -43,12 +48,19 @@ class CheckpointBlock(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        self.load_prefix = ""  # what the block's names start with in the state dict that is being loaded
         self.register_load_state_dict_pre_hook(rename_before_load)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_post_hook(tell_checkpoint_names)  # type: ignore[no-untyped-call]
 
-    def rename_checkpoint(self, state_dict: dict[str, Any], prefix: str, error_msgs: list[str]) -> None:
+    def checkpoint_names(self) -> dict[str, str]:
+        """This block's name for each name of a checkpoint that differs; one that ends in "." is for all under it."""
+        return {}
+
+    def rename_checkpoint(self, state_dict: dict[str, Any], prefix: str) -> None:
         """Gives the entries of a checkpoint under `prefix` this block's names, in place, and leaves those that have
-        them. What does not fit is told in `error_msgs`, which load_state_dict raises."""
-        raise NotImplementedError
+        them. Raises RuntimeError for what does not fit."""
+        rename_experts(state_dict, prefix, self.get_submodule("experts"))
+        rename(state_dict, prefix, self.checkpoint_names())
 
     @classmethod
     def from_state_dict(
@@ -85,10 +97,37 @@ class CheckpointBlock(nn.Module):
         return block
 
 
-def rename_before_load(module: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-    """Pre-hook of load_state_dict; the last of its arguments gathers errors."""
+def require_config(config: object, kind: type) -> None:
+    """Raises ValueError unless `config` is a `kind`, which another library's configuration is not."""
+    if not isinstance(config, kind):
+        raise ValueError(
+            f"config must be a zexpert.models.{kind.__name__}, which its from_hf makes of a model's configuration, "
+            f"got {type(config).__module__}.{type(config).__qualname__}"
+        )
+
+
+def rename_before_load(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object) -> None:
+    """Pre-hook of load_state_dict: renames, then checks the shapes of what was renamed."""
     assert isinstance(module, CheckpointBlock)
-    module.rename_checkpoint(state_dict, prefix, rest[-1])
+    module.load_prefix = prefix
+    module.rename_checkpoint(state_dict, prefix)
+    check_shapes_of_state_dict(module, state_dict, prefix, shown=lambda key: checkpoint_name(module, key))
+
+
+def tell_checkpoint_names(module: nn.Module, incompatible_keys: Any) -> None:
+    """Post-hook of load_state_dict: missing entries are told by the checkpoint's names."""
+    assert isinstance(module, CheckpointBlock)
+    missing = incompatible_keys.missing_keys
+    missing[:] = [checkpoint_name(module, key) for key in missing]
+
+
+def checkpoint_name(block: CheckpointBlock, key: str) -> str:
+    """The checkpoint's name for the entry that load_state_dict knows as `key`."""
+    prefix = block.load_prefix
+    for theirs, ours in block.checkpoint_names().items():
+        if matches(key, prefix + ours):
+            return prefix + theirs + key.removeprefix(prefix + ours)
+    return key
 
 
 def rename(state_dict: dict[str, Any], prefix: str, names: Mapping[str, str]) -> None:
@@ -103,45 +142,51 @@ def matches(key: str, name: str) -> bool:
     return key.startswith(name) if name.endswith(".") else key == name
 
 
-def rename_experts(
-    state_dict: dict[str, Any], prefix: str, num_real_experts: int, num_experts: int, error_msgs: list[str]
-) -> None:
-    """Turns the experts of a checkpoint under `prefix` into w13_weight and w2_weight there, in place. Understood are
+def rename_experts(state_dict: dict[str, Any], prefix: str, experts: nn.Module) -> None:
+    """Turns the experts of a checkpoint under `prefix` into the w13_weight [R, 2F, H] and the w2_weight [R, H, F] of
+    `experts`, a FusedMoE of N experts, in place. Understood are
 
-        gate_up_proj [E, 2F, H] and down_proj [E, H, F], E being num_real_experts or num_experts: transformers' tensors.
-            Rows past the real experts belong to zero experts and mean nothing; they are left out without a copy.
-        {i}.gate_proj.weight [F, H], {i}.up_proj.weight [F, H] and {i}.down_proj.weight [H, F]: a module list.
-        {i}.up_proj.weight [2F, H], gate rows first, and {i}.down_proj.weight: MoE++'s module list.
+        experts.gate_up_proj [E, 2F, H] and experts.down_proj [E, H, F], E being R or N: transformers' tensors. Rows
+            past the real experts belong to zero experts and mean nothing; they are left out without a copy.
+        experts.{i}.gate_proj.weight [F, H], .up_proj.weight [F, H] and .down_proj.weight [H, F]: a module list.
+        experts.{i}.up_proj.weight [2F, H], gate rows first, and .down_proj.weight: MoE++'s module list.
 
-    Names that are FusedMoE's already are left alone. What does not fit is told in `error_msgs`, which
-    load_state_dict raises.
+    Names that are FusedMoE's already are left alone.
+
+    Raises:
+        RuntimeError: if an entry has another shape, or one expert of a module list lacks one.
     """
-    for old, new in (("gate_up_proj", "w13_weight"), ("down_proj", "w2_weight")):
-        if prefix + old not in state_dict:
+    assert isinstance(experts, FusedMoE)
+    num_real_experts, hidden_size, intermediate_size = experts.w2_weight.shape
+    first_sizes = sorted({num_real_experts, experts.router.num_experts or num_real_experts})
+    for theirs, ours in STACKED_EXPERTS.items():
+        if prefix + theirs not in state_dict:
             continue
-        stacked = state_dict.pop(prefix + old)
-        if stacked.dim() != 3 or stacked.size(0) not in (num_real_experts, num_experts):
-            error_msgs.append(
-                f"{prefix}{old} must have shape [{num_real_experts} or {num_experts}, ...], got {list(stacked.shape)}"
-            )
-        else:
-            state_dict[prefix + new] = stacked[:num_real_experts]
+        stacked = state_dict.pop(prefix + theirs)
+        sizes = list(experts.get_parameter(ours.removeprefix("experts.")).shape[1:])
+        if list(stacked.shape[1:]) != sizes or stacked.size(0) not in first_sizes:
+            shape = ", ".join((" or ".join(map(str, first_sizes)), *map(str, sizes)))
+            raise RuntimeError(f"{prefix}{theirs} must have shape [{shape}], got {list(stacked.shape)}")
+        state_dict[prefix + ours] = stacked[:num_real_experts]
 
-    if not any(key.startswith(prefix + "0.") for key in state_dict):
+    if not any(key.startswith(f"{prefix}experts.0.") for key in state_dict):
         return
+    shapes = {"up_proj": [2 * intermediate_size, hidden_size], "down_proj": [hidden_size, intermediate_size]}
+    if f"{prefix}experts.0.gate_proj.weight" in state_dict:
+        one_projection = [intermediate_size, hidden_size]
+        shapes = {"gate_proj": one_projection, "up_proj": one_projection, "down_proj": shapes["down_proj"]}
     w13, w2 = [], []
     for expert in range(num_real_experts):
-        name = f"{prefix}{expert}."
-        gate = state_dict.pop(name + "gate_proj.weight", None)
-        up = state_dict.pop(name + "up_proj.weight", None)
-        down = state_dict.pop(name + "down_proj.weight", None)
-        if up is None or down is None:
-            error_msgs.append(f"{name}up_proj.weight and {name}down_proj.weight must be there, got one or none")
-            return
-        w13.append(up if gate is None else torch.cat((gate, up)))
-        w2.append(down)
-        if w13[0].shape != w13[-1].shape or w2[0].shape != w2[-1].shape:
-            error_msgs.append(f"{name}* must have the shapes of {prefix}0.*, got {list(up.shape)}, {list(down.shape)}")
-            return
-    state_dict[prefix + "w13_weight"] = torch.stack(w13)
-    state_dict[prefix + "w2_weight"] = torch.stack(w2)
+        weights = []
+        for projection, expected in shapes.items():
+            name = f"{prefix}experts.{expert}.{projection}.weight"
+            if name not in state_dict:
+                raise RuntimeError(f"{name} must be in the checkpoint, got none")
+            weight = state_dict.pop(name)
+            if list(weight.shape) != expected:
+                raise RuntimeError(f"{name} must have shape {expected}, got {list(weight.shape)}")
+            weights.append(weight)
+        w13.append(torch.cat(weights[:-1]))
+        w2.append(weights[-1])
+    state_dict[prefix + "experts.w13_weight"] = torch.stack(w13)
+    state_dict[prefix + "experts.w2_weight"] = torch.stack(w2)

@@ -2,12 +2,13 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from zexpert._autocast import full_precision_linear
 
 
 class Float32Linear(nn.Linear):
-    """A linear map without bias that computes in float32 whatever the dtype of its input, as routers do: in a lower
-    precision experts tie, and ties decide who is chosen. float64 stays float64.
+    """A linear map without bias that computes in float32 whatever the dtype of its input, and under torch.autocast, as
+    routers do: in a lower precision experts tie, and ties decide who is chosen. float64 stays float64.
 
     Args:
         in_features, out_features: sizes of input and output.
@@ -20,4 +21,4 @@ class Float32Linear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """[..., in_features], any floating dtype -> [..., out_features], float32 (float64 for float64)."""
         dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
-        return F.linear(input.to(dtype), self.weight.to(dtype))
+        return full_precision_linear(input.to(dtype), self.weight.to(dtype))

@@ -1,13 +1,12 @@
 """LongCat-Flash's mixture of experts (arXiv 2509.01322): identity experts, a selection bias, a router in float32."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from zexpert.layer import FusedMoE
-from zexpert.models.checkpoint import CheckpointBlock, config_value, rename, rename_experts, require_silu
+from zexpert.models.checkpoint import STACKED_EXPERTS, CheckpointBlock, config_value, require_config, require_silu
 from zexpert.models.float32_linear import Float32Linear
 
 
@@ -101,7 +100,7 @@ class LongcatFlashMoE(CheckpointBlock):
         chunk_size, experts_backend, device: see FusedMoE.
 
     Raises:
-        ValueError: if a size is out of range.
+        ValueError: if config is no LongcatFlashConfig, or a size is out of range.
     """
 
     __jit_unused_properties__ = ["e_score_correction_bias"]  # noqa: RUF012
@@ -117,6 +116,7 @@ class LongcatFlashMoE(CheckpointBlock):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
+        require_config(config, LongcatFlashConfig)
         self.config = config
         has_zero_experts = config.zero_expert_num > 0
         self.router = LongcatFlashRouter(config.hidden_size, config.num_experts, device)
@@ -149,10 +149,11 @@ class LongcatFlashMoE(CheckpointBlock):
         out: Tensor = self.experts(hidden_states, self.router(hidden_states))
         return out
 
-    def rename_checkpoint(self, state_dict: dict[str, Any], prefix: str, error_msgs: list[str]) -> None:
-        config = self.config
-        rename(state_dict, prefix, {"router.e_score_correction_bias": "experts.runner.router.e_score_correction_bias"})
-        rename_experts(state_dict, prefix + "experts.", config.n_routed_experts, config.num_experts, error_msgs)
+    def checkpoint_names(self) -> dict[str, str]:
+        return {
+            "router.e_score_correction_bias": "experts.runner.router.e_score_correction_bias",
+            **STACKED_EXPERTS,
+        }
 
     def checkpoint_state_dict(self) -> dict[str, Tensor]:
         """The weights under a checkpoint's names, in transformers' layout: experts.gate_up_proj has N expert rows, of

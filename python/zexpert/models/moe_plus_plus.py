@@ -7,7 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from zexpert.layer import FusedMoE
-from zexpert.models.checkpoint import CheckpointBlock, config_value, rename, rename_experts, require_silu
+from zexpert.models.checkpoint import (
+    CheckpointBlock,
+    config_value,
+    rename,
+    rename_experts,
+    require_config,
+    require_silu,
+)
 from zexpert.models.float32_linear import Float32Linear
 
 
@@ -126,7 +133,7 @@ class MoEPlusPlusBlock(CheckpointBlock):
         chunk_size, experts_backend, device: see FusedMoE.
 
     Raises:
-        ValueError: if a size is out of range.
+        ValueError: if config is no MoEPlusPlusConfig, or a size is out of range.
     """
 
     __jit_ignored_attributes__ = ["config"]  # noqa: RUF012
@@ -141,6 +148,7 @@ class MoEPlusPlusBlock(CheckpointBlock):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
+        require_config(config, MoEPlusPlusConfig)
         self.config = config
         self.logits_std = config.logits_std
         self.input_scale = float(config.top_k) if config.scale_input_by_top_k else 1.0
@@ -184,7 +192,7 @@ class MoEPlusPlusBlock(CheckpointBlock):
             hidden_states = hidden_states * self.input_scale
         return self.experts(hidden_states, routed_logits), logits
 
-    def rename_checkpoint(self, state_dict: dict[str, Any], prefix: str, error_msgs: list[str]) -> None:
+    def rename_checkpoint(self, state_dict: dict[str, Any], prefix: str) -> None:
         config = self.config
         if not any(key.startswith(prefix + "moe.") for key in state_dict):
             return
@@ -199,12 +207,11 @@ class MoEPlusPlusBlock(CheckpointBlock):
             is_map = name == "gate_map.weight"
             columns = len(order) if is_map else weight.size(-1)
             if weight.shape != (len(order), columns):
-                error_msgs.append(f"{gate}{name} must have shape {[len(order), columns]}, got {list(weight.shape)}")
-                return
+                raise RuntimeError(f"{gate}{name} must have shape {[len(order), columns]}, got {list(weight.shape)}")
             state_dict[gate + name] = weight[order][:, order] if is_map else weight[order]
 
         rename(state_dict, prefix, {"moe.gate.": "gate.", "moe.experts.experts.": "experts."})
-        rename_experts(state_dict, prefix + "experts.", config.num_ffn_experts, config.num_experts, error_msgs)
+        rename_experts(state_dict, prefix, self.experts)
         indices = range(config.num_ffn_experts, config.num_ffn_experts + config.num_constant_experts)
         for ours, theirs in (("constant_gate_weight", "wg.weight"), ("constant_vectors", "constant")):
             names = [f"{prefix}experts.{index}.{theirs}" for index in indices]

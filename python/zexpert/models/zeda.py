@@ -1,14 +1,13 @@
 """ZEDA (arXiv 2605.18643): experts with output zero, added to trained models of the Qwen3 and the GLM-4.7 kind."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zexpert.layer import FusedMoE
-from zexpert.models.checkpoint import CheckpointBlock, config_value, rename, rename_experts, require_silu
+from zexpert.models.checkpoint import STACKED_EXPERTS, CheckpointBlock, config_value, require_config, require_silu
 from zexpert.models.float32_linear import Float32Linear
 
 
@@ -119,7 +118,7 @@ class ZedaQwen3MoE(CheckpointBlock):
         chunk_size, experts_backend, device: see FusedMoE.
 
     Raises:
-        ValueError: if a size is out of range.
+        ValueError: if config is no ZedaQwen3Config, or a size is out of range.
     """
 
     __jit_ignored_attributes__ = ["config"]  # noqa: RUF012
@@ -134,6 +133,7 @@ class ZedaQwen3MoE(CheckpointBlock):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
+        require_config(config, ZedaQwen3Config)
         self.config = config
         num_experts = config.num_experts + config.num_zero_experts
         self.gate = nn.Linear(config.hidden_size, num_experts, bias=False, dtype=params_dtype, device=device)
@@ -157,10 +157,8 @@ class ZedaQwen3MoE(CheckpointBlock):
         out: Tensor = self.experts(hidden_states, self.gate(hidden_states))
         return out
 
-    def rename_checkpoint(self, state_dict: dict[str, Any], prefix: str, error_msgs: list[str]) -> None:
-        config = self.config
-        num_experts = config.num_experts + config.num_zero_experts
-        rename_experts(state_dict, prefix + "experts.", config.num_experts, num_experts, error_msgs)
+    def checkpoint_names(self) -> dict[str, str]:
+        return STACKED_EXPERTS
 
 
 class GatedMLP(nn.Module):
@@ -203,7 +201,7 @@ class ZedaGlm4MoE(CheckpointBlock):
         chunk_size, experts_backend, device: see FusedMoE.
 
     Raises:
-        ValueError: if a size is out of range.
+        ValueError: if config is no ZedaGlm4Config, or a size is out of range.
     """
 
     __jit_unused_properties__ = ["e_score_correction_bias"]  # noqa: RUF012
@@ -219,6 +217,7 @@ class ZedaGlm4MoE(CheckpointBlock):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
+        require_config(config, ZedaGlm4Config)
         self.config = config
         num_experts = config.n_routed_experts + config.num_zero_experts
         self.gate = Float32Linear(config.hidden_size, num_experts, device)
@@ -259,14 +258,11 @@ class ZedaGlm4MoE(CheckpointBlock):
         out: Tensor = self.experts(hidden_states, self.gate(hidden_states))
         return out
 
-    def rename_checkpoint(self, state_dict: dict[str, Any], prefix: str, error_msgs: list[str]) -> None:
-        config = self.config
-        names = {"gate.e_score_correction_bias": "experts.runner.router.e_score_correction_bias"}
-        if config.n_shared_experts > 0:
+    def checkpoint_names(self) -> dict[str, str]:
+        names = {"gate.e_score_correction_bias": "experts.runner.router.e_score_correction_bias", **STACKED_EXPERTS}
+        if self.config.n_shared_experts > 0:
             names["shared_experts."] = "experts.runner.shared_experts."
-        rename(state_dict, prefix, names)
-        num_experts = config.n_routed_experts + config.num_zero_experts
-        rename_experts(state_dict, prefix + "experts.", config.n_routed_experts, num_experts, error_msgs)
+        return names
 
 
 def extend_router(parameter: Tensor, num_zero_experts: int, generator: torch.Generator | None = None) -> Tensor:

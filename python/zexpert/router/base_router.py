@@ -109,9 +109,9 @@ class BaseRouter(FusedMoERouter):
         """See FusedMoERouter.select_experts; topk_ids are physical experts where an expert map is set.
 
         Raises:
-            ValueError: if hidden_states or router_logits is not two-dimensional, they differ in tokens or device, the
-                logits are not floating point or not as wide as the router has experts, or the bias is on another
-                device.
+            ValueError: if hidden_states or router_logits is no tensor or not two-dimensional, they differ in tokens or
+                device, the logits are not floating point or not as wide as the router has experts, or the bias is on
+                another device.
         """
         self._check_inputs(hidden_states, router_logits)
         routing = self._compute_routing(hidden_states, router_logits)
@@ -128,6 +128,8 @@ class BaseRouter(FusedMoERouter):
         raise NotImplementedError
 
     def _check_inputs(self, hidden_states: Tensor, router_logits: Tensor) -> None:
+        check_tensor("hidden_states", hidden_states)
+        check_tensor("router_logits", router_logits)
         if hidden_states.device != router_logits.device:
             raise ValueError(
                 f"hidden_states must be on the device of router_logits ({router_logits.device}), "
@@ -193,6 +195,12 @@ class BaseRouter(FusedMoERouter):
 
     def extra_repr(self) -> str:
         return repr(self.spec)
+
+
+def check_tensor(argument: str, value: Tensor) -> None:
+    """Raises ValueError unless `value` is the tensor that it is declared to be."""
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{argument} must be a tensor, got {type(value).__name__}")
 
 
 def check_bias(bias: Tensor | None, spec: RoutingSpec) -> None:

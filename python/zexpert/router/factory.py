@@ -59,7 +59,7 @@ def create_fused_moe_router(
         global_num_experts: real experts that weights are stored for; replicas of an expert map included.
         renormalize: divide the weights of a token by their sum.
         use_grouped_topk: choose within the topk_group best of num_expert_group groups. Without it the two numbers
-            are not used.
+            must be None or 1, which is one group of all.
         scoring_func: "softmax", "sigmoid" or "sqrtsoftplus".
         routed_scaling_factor: factor on every weight.
         e_score_correction_bias: [N], for selection only, by reference. N counts zero experts too.
@@ -84,6 +84,11 @@ def create_fused_moe_router(
         raise ValueError(
             f"num_expert_group and topk_group are required when use_grouped_topk is set, got {num_expert_group} "
             f"and {topk_group}"
+        )
+    if not use_grouped_topk and (num_expert_group not in (None, 1) or topk_group not in (None, 1)):
+        raise ValueError(
+            f"num_expert_group and topk_group must be None or 1 when use_grouped_topk is not set, got "
+            f"{num_expert_group} and {topk_group}"
         )
     num_real_experts = global_num_experts if num_logical_experts is None else num_logical_experts
     if logical_to_physical_map is None and num_real_experts != global_num_experts:

@@ -21,8 +21,8 @@ class ZeroExpertRouter(BaseRouter):
     Args:
         top_k: experts per token.
         num_real_experts: experts with a feed-forward network, the first columns of the logits.
-        zero_expert_type: "identity" (or "copy"), "constant", "drop" (or "zero"); or counts by name, such as
-            {"identity": 1, "constant": 2, "drop": 1}.
+        zero_expert_type: "identity" (or "copy"), "constant", "drop" (or "zero"), or the ZeroExpertType; or counts by
+            these, such as {"identity": 1, "constant": 2, "drop": 1}.
         zero_expert_num: number of zero experts. None: what the mapping counts, else what the bias' length leaves,
             else what the logits' width leaves.
         e_score_correction_bias: [N], for selection only, by reference; None for none.

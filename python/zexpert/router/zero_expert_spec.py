@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
-from zexpert._C import RoutingSpec, ScoringFunc, ZeroExpertType, parse_zero_expert_type
+from zexpert._C import RoutingSpec, ScoringFunc, ZeroExpertType, name, parse_zero_expert_type
 
-#: A kind of zero expert by name, or the number of zero experts of each kind.
-ZeroExperts = str | Mapping[str, int]
+#: A kind of zero expert, or its name.
+ZeroExpertKind = str | ZeroExpertType
+#: The one kind of zero expert there is, or the number of zero experts of each kind.
+ZeroExperts = ZeroExpertKind | Mapping[str, int] | Mapping[ZeroExpertType, int] | Mapping[ZeroExpertKind, int]
 
 
 def zero_expert_spec(
@@ -29,9 +32,9 @@ def zero_expert_spec(
     """The spec of a routing whose zero experts are named by kind.
 
     Args:
-        zero_expert_type: "identity" (or "copy"), "constant", "drop" (or "zero"); or a mapping from these names to
-            counts, such as {"identity": 1, "constant": 2, "drop": 1}; or None for no zero experts. Whatever the
-            mapping's order, the logits' is [real | identity | constant | drop].
+        zero_expert_type: "identity" (or "copy"), "constant", "drop" (or "zero"), or the ZeroExpertType; or a mapping
+            from these to counts, such as {"identity": 1, "constant": 2, "drop": 1}; or None for no zero experts.
+            Whatever the mapping's order, the logits' is [real | identity | constant | drop].
         zero_expert_num: how many zero experts there are. None with a name: what the bias' length leaves beside the
             real experts; without a bias, what each call's logits leave.
         The others are RoutingSpec's.
@@ -85,14 +88,14 @@ def zero_expert_spec(
     )
 
 
-def counts_of_mapping(zero_expert_type: Mapping[str, int], zero_expert_num: int | None) -> dict[ZeroExpertType, int]:
+def counts_of_mapping(zero_expert_type: Mapping[Any, int], zero_expert_num: int | None) -> dict[ZeroExpertType, int]:
     """The mapping with its names parsed and its counts checked."""
     counts: dict[ZeroExpertType, int] = {}
-    for text, count in zero_expert_type.items():
-        kind = parse_kind(text)
+    for given, count in zero_expert_type.items():
+        kind = parse_kind(given)
         if kind in counts:
             raise ValueError(f"zero_expert_type must name each kind of zero expert once, got {dict(zero_expert_type)}")
-        check_count(f'zero_expert_type["{text}"]', count, minimum=0)
+        check_count(f'zero_expert_type["{kind_name(given)}"]', count, minimum=0)
         counts[kind] = count
     total = sum(counts.values())
     if total < 1:
@@ -102,10 +105,17 @@ def counts_of_mapping(zero_expert_type: Mapping[str, int], zero_expert_num: int 
     return counts
 
 
-def parse_kind(text: str) -> ZeroExpertType:
-    if not isinstance(text, str):
-        raise ValueError(f"zero_expert_type must be a name or a mapping from names to counts, got {text!r}")
-    return parse_zero_expert_type(text)
+def parse_kind(kind: ZeroExpertKind) -> ZeroExpertType:
+    if isinstance(kind, ZeroExpertType):
+        return kind
+    if not isinstance(kind, str):
+        raise ValueError(f"zero_expert_type must be a name or a mapping from names to counts, got {kind!r}")
+    return parse_zero_expert_type(kind)
+
+
+def kind_name(kind: ZeroExpertKind) -> str:
+    """The name of a kind as it was given."""
+    return kind if isinstance(kind, str) else name(kind)
 
 
 def check_count(argument: str, count: int, *, minimum: int) -> None:

@@ -2,8 +2,8 @@
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from zexpert._autocast import full_precision_linear
 from zexpert.ops.types import DispatchPlan, RoutingResult
 from zexpert.runner.moe_runner import MoERunner
 
@@ -93,7 +93,8 @@ class MoERunnerBase(MoERunner):
         if self.experts.reduces_for(hidden_states, w2_weight):
             out = self._maybe_add_zero_expert_output(rows, hidden_states, routing.zero_weight)
             if constant_weight is not None and constant_vectors is not None:
-                out = out + (constant_weight @ constant_vectors.to(constant_weight.dtype)).to(out.dtype)
+                constants = full_precision_linear(constant_weight, constant_vectors.to(constant_weight.dtype).t())
+                out = out + constants.to(out.dtype)
             return out if residual is None else out + residual
         finalized: Tensor = torch.ops.zexpert.moe_finalize(
             rows,
@@ -130,7 +131,7 @@ class MoERunnerBase(MoERunner):
         """
         num_constants = constant_gate_weight.size(0)
         dtype = routing.constant_weight.dtype
-        gates = F.linear(hidden_states.to(dtype), constant_gate_weight.flatten(0, 1).to(dtype))
+        gates = full_precision_linear(hidden_states.to(dtype), constant_gate_weight.flatten(0, 1).to(dtype))
         mix = torch.softmax(gates.reshape(-1, num_constants, 2), dim=2)
         return RoutingResult(
             routing.topk_weights,

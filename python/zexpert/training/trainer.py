@@ -21,7 +21,7 @@ from zexpert.training.bias_controllers import LongCatBiasController
 class TrainerConfig:
     """How a ByteDecoder is trained. The learning rate rises over `warmup_steps`, then falls to a tenth as a cosine."""
 
-    steps: int = 300
+    steps: int = 450
     batch_size: int = 12
     learning_rate: float = 3e-3
     warmup_steps: int = 30
