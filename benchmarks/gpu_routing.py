@@ -1,4 +1,5 @@
-"""Times zexpert's routing on a CUDA device against the same routing composed of torch operations, eager and compiled.
+"""Times zexpert's routing on a CUDA device against the same routing composed of torch operations, eager and compiled,
+and against the kernels of vLLM and FlashInfer where these are installed.
 
 Usage: python benchmarks/gpu_routing.py [--tokens 1,8192] [--cases 768,384] [--json PATH]
 
@@ -74,7 +75,71 @@ def contenders(case: RoutingCase) -> dict[str, Route]:
     }
 
 
-def run_case(case: RoutingCase, num_tokens: int, dtype: torch.dtype, repeats: int, bandwidth: float) -> CaseResult:
+def vllm_route(case: RoutingCase) -> Route:
+    """vLLM's top-k kernel, then what it leaves to do for zero experts."""
+    from vllm import _custom_ops
+
+    def route(logits: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        weights = logits.new_empty((logits.shape[0], case.top_k), dtype=torch.float32)
+        ids = torch.empty_like(weights, dtype=torch.int32)
+        _custom_ops.topk_softmax(
+            weights,
+            ids,
+            torch.empty_like(ids),
+            logits,
+            renormalize=case.renormalize,
+            e_score_correction_bias=bias,
+        )
+        weights = weights * case.routed_scaling_factor
+        is_zero = ids >= case.num_real_experts
+        zero_weight = torch.where(is_zero, weights, 0.0).sum(dim=1)
+        return weights.masked_fill(is_zero, 0.0), ids.masked_fill(is_zero, -1), zero_weight
+
+    return route
+
+
+def flashinfer_route(case: RoutingCase) -> Route:
+    """FlashInfer's routing for DeepSeek-V3, which knows no zero experts."""
+    from flashinfer.fused_moe import fused_topk_deepseek
+
+    def route(logits: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        weights = logits.new_empty((logits.shape[0], case.top_k), dtype=torch.float32)
+        ids = torch.empty_like(weights, dtype=torch.int32)
+        groups = case.num_expert_group, case.topk_group
+        fused_topk_deepseek(logits, bias, *groups, case.top_k, case.routed_scaling_factor, weights, ids)
+        return weights, ids, weights.new_zeros(weights.shape[0])
+
+    return route
+
+
+def installed_peer(case: RoutingCase) -> dict[str, Route]:
+    """The engine's kernel that serves the case, if it is installed and takes this call."""
+    if case.scoring_func == "softmax":
+        name, make = "vllm", vllm_route
+    elif case.has_bias and case.renormalize and case.num_experts == case.num_real_experts:
+        name, make = "flashinfer", flashinfer_route
+    else:
+        return {}
+    try:
+        route = make(case)
+        route(torch.randn(2, case.num_experts, device="cuda"), torch.zeros(case.num_experts, device="cuda"))
+    except ImportError:
+        print(f"{name} is not installed, so it is left out")
+    except Exception as error:  # whatever another version of the peer raises
+        print(f"{name} is left out: {type(error).__name__}: {error}")
+    else:
+        return {name: route}
+    return {}
+
+
+def run_case(
+    case: RoutingCase,
+    num_tokens: int,
+    dtype: torch.dtype,
+    repeats: int,
+    bandwidth: float,
+    peers: dict[str, Route],
+) -> CaseResult:
     bytes_per_input = num_tokens * case.num_experts * dtype.itemsize
     bytes_per_output = num_tokens * (case.top_k * 8 + 4)
     l2_bytes = torch.cuda.get_device_properties(0).L2_cache_size
@@ -98,13 +163,17 @@ def run_case(case: RoutingCase, num_tokens: int, dtype: torch.dtype, repeats: in
 
     timings, checks = {}, {}
     torch.compiler.reset()
-    for name, route in contenders(case).items():
+    for name, route in (contenders(case) | peers).items():
         checks[name] = harness.check_error(dense(route(inputs[0], bias)), plain, expected)
         calls = [lambda route=route, logits=logits: route(logits, bias) for logits in inputs]  # type: ignore[misc]
         timings[name] = graph_seconds(calls, repeats)
     floor = (bytes_per_input + bytes_per_output) / bandwidth
     title = f"{case.name}: {num_tokens} tokens of {case.num_experts} {str(dtype).removeprefix('torch.')} logits"
     return CaseResult(title, SUBJECT, floor, timings, checks, other_load=0.0)
+
+
+def microseconds(result: CaseResult, name: str) -> str:
+    return f"{result.timings[name].median * 1e6:.2f}" if name in result.timings else ""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -121,12 +190,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(head(bandwidth))
     results = []
     for name in options.cases.split(","):
+        peers = installed_peer(CASES[name])
         for num_tokens in map(int, options.tokens.split(",")):
-            results.append(run_case(CASES[name], num_tokens, harness.DTYPES[options.dtype], options.repeats, bandwidth))
+            dtype = harness.DTYPES[options.dtype]
+            results.append(run_case(CASES[name], num_tokens, dtype, options.repeats, bandwidth, peers))
             harness.print_case(results[-1])
-    names = list(results[0].timings)
+    names = list(dict.fromkeys(name for result in results for name in result.timings))
     table = [
-        [result.case, *(f"{result.timings[name].median * 1e6:.2f}" for name in names), f"{result.floor * 1e6:.2f}",
+        [result.case, *(microseconds(result, name) for name in names), f"{result.floor * 1e6:.2f}",
          f"{100 * result.floor / result.timings[SUBJECT].median:.0f}%"]
         for result in results
     ]  # fmt: skip
