@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from numbers import Integral
 from typing import Any, cast
 
 import torch
@@ -104,14 +105,21 @@ class FusedMoE(nn.Module):
         super().__init__()
         if expert_parallel_group is not None:
             raise ValueError("expert_parallel_group must be None: expert parallelism is not available yet")
+        for name, size in (
+            ("num_experts", num_experts),
+            ("hidden_size", hidden_size),
+            ("intermediate_size", intermediate_size),
+        ):
+            if not isinstance(cast(object, size), Integral):
+                raise ValueError(f"{name} must be an integer, got {size!r}")
         if hidden_size < 1 or intermediate_size < 1:
             raise ValueError(
                 f"hidden_size and intermediate_size must be at least 1, got {hidden_size} and {intermediate_size}"
             )
         if isinstance(zero_expert_type, str | ZeroExpertType) and zero_expert_num is None:
             raise ValueError(f'zero_expert_num is required with zero_expert_type "{kind_name(zero_expert_type)}"')
-        if params_dtype is not None and not params_dtype.is_floating_point:
-            raise ValueError(f"params_dtype must be a floating-point dtype, got {params_dtype}")
+        if params_dtype is not None and not (isinstance(params_dtype, torch.dtype) and params_dtype.is_floating_point):
+            raise ValueError(f"params_dtype must be a floating-point dtype, got {params_dtype!r}")
         if shared_experts is not None and not isinstance(shared_experts, nn.Module):
             raise ValueError(f"shared_experts must be a torch.nn.Module, got {type(shared_experts).__name__}")
 

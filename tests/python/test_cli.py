@@ -118,6 +118,7 @@ def test_interrupted_demo_saves_what_it_has(demo_folder: Path, tmp_path: Path) -
     assert process.returncode == 0
     assert re.search(r"Interrupted at step \d+ of 100000", rest)
     assert "--resume" in rest
+    assert f"--text {demo_folder / 'text.txt'} --out {tmp_path / 'out'}" in rest
     assert (tmp_path / "out" / "checkpoint.pt").exists()
     assert time.time() - (tmp_path / "out" / "checkpoint.pt").stat().st_mtime < 300
 

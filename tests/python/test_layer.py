@@ -226,6 +226,8 @@ def test_custom_routing_function_and_simulation() -> None:
         ({"top_k": 0}, r"^top_k must be between 1 and 64, got 0$"),
         ({"top_k": 7}, r"^top_k must be at most the number of experts \(6\), got 7$"),
         ({"num_experts": 0}, r"^num_real_experts must be at least 1, got 0$"),
+        ({"hidden_size": 16.0}, r"^hidden_size must be an integer, got 16.0$"),
+        ({"params_dtype": "float32"}, r"^params_dtype must be a floating-point dtype, got 'float32'$"),
         ({"hidden_size": 0}, r"^hidden_size and intermediate_size must be at least 1, got 0 and 20$"),
         ({"intermediate_size": -1}, r"^hidden_size and intermediate_size must be at least 1, got 24 and -1$"),
         ({"zero_expert_type": "identity"}, r'^zero_expert_num is required with zero_expert_type "identity"$'),

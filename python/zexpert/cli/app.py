@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -20,6 +21,9 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 console = Console()
+
+
+DEFAULT_OUT = Path("zexpert-demo")
 
 
 @app.callback()
@@ -53,7 +57,7 @@ def demo(
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 450,
     seed: Annotated[int, typer.Option(help="Seed of the weights, the batches and the sampled text.")] = 0,
-    out: Annotated[Path, typer.Option(help="Folder for the pictures and the checkpoint.")] = Path("zexpert-demo"),
+    out: Annotated[Path, typer.Option(help="Folder for the pictures and the checkpoint.")] = DEFAULT_OUT,
     resume: Annotated[Path | None, typer.Option(help="Checkpoint of an earlier demo to go on from.")] = None,
     device: Annotated[str, typer.Option(help='"auto" takes the GPU where there is one.')] = "auto",
     generate_bytes: Annotated[int, typer.Option(min=0, help="Bytes of text to generate.")] = 300,
@@ -62,6 +66,7 @@ def demo(
     from zexpert.cli.demo import run_demo
 
     chosen = choose_device(device)
+    given = {"--text": text, "--out": None if out == DEFAULT_OUT else out}
     try:
         run_demo(
             console,
@@ -72,6 +77,7 @@ def demo(
             resume=resume,
             device=chosen,
             generate_bytes=generate_bytes,
+            resume_options="".join(f" {name} {shlex.quote(str(path))}" for name, path in given.items() if path),
         )
     except (ValueError, OSError) as error:
         raise fail(str(error)) from error

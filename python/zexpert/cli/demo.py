@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 import statistics
 import time
@@ -33,8 +34,11 @@ def run_demo(
     resume: Path | None,
     device: torch.device,
     generate_bytes: int,
+    resume_options: str = "",
 ) -> None:
     """Trains on `text` (uint8 [n]) and shows the result; files go to the folder `out`.
+
+    Interrupted, it saves what it has and tells the command that goes on, with `resume_options` at its end.
 
     Raises ValueError or OSError, with one sentence, for a checkpoint that does not fit or a folder that cannot be made.
     """
@@ -55,7 +59,7 @@ def run_demo(
             f"A byte-level decoder, {parameters / 1e6:.1f} M parameters, {config.num_layers} layers, on {device}.\n"
             f"In every layer each byte picks {config.top_k} experts, of {config.num_experts} with a feed-forward "
             f"network and {config.zero_expert_num} without, the zero experts.\n"
-            "A zero expert returns its input and costs nothing. A controller holds the mean at "
+            "A zero expert returns its input and costs nothing. A controller moves the mean towards "
             f"{trainer.controller.target_ffn_experts:g} feed-forward experts per byte. Which bytes get more, and which "
             "fewer, the model learns.",
             title="zexpert demo",
@@ -66,8 +70,8 @@ def run_demo(
     save_checkpoint(trainer, checkpoint)
     if not completed:
         console.print(f"Interrupted at step {trainer.step} of {steps}. Saved {checkpoint}; go on with")
-        console.print(f"  zexpert demo --resume {checkpoint} --steps {steps}", soft_wrap=True, highlight=False)
-    if not trainer.history:
+        command = f"  zexpert demo --resume {shlex.quote(str(checkpoint))} --steps {steps}{resume_options}"
+        console.print(command, soft_wrap=True, highlight=False, markup=False)
         return
     show_results(console, trainer)
     show_compute(console, trainer, out)
@@ -101,10 +105,7 @@ def train(console: Console, trainer: Trainer) -> bool:
     interrupted = False
 
     def finish_step(signal_number: int, frame: object) -> None:
-        # A step is not torn in two; a second Ctrl-C stops at once.
-        nonlocal interrupted
-        if interrupted:
-            raise KeyboardInterrupt
+        nonlocal interrupted  # a step is not torn in two, however often Ctrl-C is pressed
         interrupted = True
 
     previous = signal.signal(signal.SIGINT, finish_step)

@@ -103,7 +103,9 @@ def save_compute_map(
     axis.legend(frameon=False)
     axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle(
-        "Where the model spends its compute: each column is a byte of held-out text, each row a layer", fontsize=14
+        "Where the model spends its compute: a column is a byte of held-out text (\u00b7 a space, \u21b5 a line's "
+        "end), a row a layer",
+        fontsize=13,
     )
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -135,7 +137,7 @@ def save_training_curves(path: Path, history: Sequence[StepRecord], *, top_k: in
     slots_axis.set(
         xlabel="step",
         ylabel=f"experts per byte and layer (of {top_k} chosen)",
-        title="Feed-forward experts used: a controller holds the mean",
+        title="Feed-forward experts used: a controller moves the mean",
         ylim=(0, top_k),
     )
     slots_axis.legend(frameon=False)
