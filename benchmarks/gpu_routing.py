@@ -20,6 +20,7 @@ from torch import Tensor
 import harness
 import torch_routing
 import zexpert
+from cpu_routing import zexpert_route
 from gpu_harness import copy_bandwidth, graph_seconds, head, require_gpu
 from harness import CaseResult
 from torch_routing import LONGCAT_FLASH, RoutingCase
@@ -37,30 +38,12 @@ CHECKED_TOKENS = 4096  # rows compared with the float64 reference
 Route = Callable[[Tensor, "Tensor | None"], "tuple[Tensor, Tensor, Tensor]"]
 
 
-def zexpert_route(case: RoutingCase) -> Route:
-    def route(logits: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        routing = zexpert.ops.biased_topk(
-            logits,
-            bias,
-            case.top_k,
-            num_real_experts=case.num_real_experts,
-            num_identity_experts=case.num_identity_experts,
-            scoring_func=case.scoring_func,
-            renormalize=case.renormalize,
-            routed_scaling_factor=case.routed_scaling_factor,
-            num_expert_group=case.num_expert_group,
-            topk_group=case.topk_group,
-        )
-        return routing.topk_weights, routing.topk_ids, routing.zero_weight
-
-    return route
-
-
 def contenders(case: RoutingCase) -> dict[str, Route]:
     def composed(logits: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         return torch_routing.route(logits, bias, case)
 
-    route = zexpert_route(case)
+    def route(logits: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        return zexpert_route(logits, bias, case)
 
     def with_plan(logits: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         weights, ids, zero_weight = route(logits, bias)
