@@ -110,6 +110,13 @@ def nvcc_output(*arguments: str) -> str:
     return subprocess.run([f"{CUDA_HOME}/bin/nvcc", *arguments], check=True, capture_output=True, text=True).stdout
 
 
+def nvcc_major_version() -> int:
+    release = re.search(r"release (\d+)\.\d+", nvcc_output("--version"))
+    if release is None:
+        sys.exit(f"error: {CUDA_HOME}/bin/nvcc --version names no release")
+    return int(release.group(1))
+
+
 def default_architectures() -> list[str]:
     """A100, H100/H200 and B200, as far as nvcc knows them, and PTX for whatever comes later."""
     known = nvcc_output("--list-gpu-arch").split()
@@ -135,10 +142,8 @@ def decide_cuda() -> CudaBuild:
         obstacle = f"PyTorch {torch.__version__} has no CUDA"
     elif CUDA_HOME is None or not Path(CUDA_HOME, "bin", "nvcc").exists():
         obstacle = "nvcc is not found; set CUDA_HOME to the CUDA toolkit"
-    else:
-        release = re.search(r"release (\d+)\.\d+", nvcc_output("--version"))
-        if release is not None and release.group(1) != torch.version.cuda.split(".")[0]:
-            obstacle = f"nvcc in {CUDA_HOME} is of CUDA {release.group(1)}, PyTorch of CUDA {torch.version.cuda}"
+    elif nvcc_major_version() != int(torch.version.cuda.split(".")[0]):
+        obstacle = f"nvcc in {CUDA_HOME} is of CUDA {nvcc_major_version()}, PyTorch of CUDA {torch.version.cuda}"
     if obstacle is not None:
         if mode == "on":
             sys.exit(f"error: ZEXPERT_CUDA=on, but {obstacle}")
@@ -194,6 +199,9 @@ def cuda_library() -> Extension:
     # The static runtime leaves no need for a libcudart of the toolkit's own version beside PyTorch's.
     static_runtime = any(Path(path, "libcudart_static.a").exists() for path in library_paths(device_type="cuda"))
     runtime = ["-lcudart_static", "-ldl", "-lrt", "-lpthread"] if static_runtime else ["-lcudart"]
+    nvcc_flags = ["-std=c++17", "-O3", "-lineinfo", "-Xcompiler=-Wall,-Wextra,-fvisibility-inlines-hidden"]
+    if nvcc_major_version() >= 13:
+        nvcc_flags.append("--compress-mode=size")  # a fifth of the size; every driver for CUDA 13 can unpack it
     return Extension(
         "zexpert.lib.libzexpert_cuda",
         sources("csrc/cuda/*.cu", "csrc/torch/cuda/*.cpp"),
@@ -202,7 +210,7 @@ def cuda_library() -> Extension:
         library_dirs=library_paths(device_type="cuda"),
         extra_compile_args={
             "cxx": [*CXX_FLAGS, *flags],
-            "nvcc": ["-std=c++17", "-O3", "-lineinfo", "-Xcompiler=-Wall,-Wextra,-fvisibility-inlines-hidden", *flags],
+            "nvcc": [*nvcc_flags, *flags],
         },
         extra_link_args=[f"-Wl,--version-script={EXPORTS}", *torch_link_flags("torch_cpu", "torch_cuda"), *runtime],
         language="c++",

@@ -14,7 +14,7 @@ HIDDEN_NAMESPACE_BEGIN(zexpert, ops)
 /// Calls launch(params) unless there are no tokens; returns (topk_weights, topk_ids, zero_weight, constant_weight).
 template <typename Launch>
 std::tuple<Tensor, Tensor, Tensor, Tensor> biased_topk(const Tensor& logits, const std::optional<Tensor>& bias,
-                                                       const RoutingSpec& spec, DType indices_dtype,
+                                                       const RoutingSpec& spec, std::optional<DType> indices_dtype,
                                                        const Launch& launch) {
   if (bias) {
     check_device(*bias, "bias", logits, "logits");
@@ -23,8 +23,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> biased_topk(const Tensor& logits, con
   if (bias) {
     check_floating(*bias, "bias");
   }
-  ZEXPERT_CHECK(indices_dtype == DType::Int || indices_dtype == DType::Long,
-                "indices_dtype must be int32 or int64, got ", text(indices_dtype));
+  const DType ids_dtype = indices_dtype.value_or(DType::Int);
+  ZEXPERT_CHECK(ids_dtype == DType::Int || ids_dtype == DType::Long, "indices_dtype must be int32 or int64, got ",
+                text(ids_dtype));
   check_dims(logits, "logits", 2, "[tokens, experts]");
   const int64_t num_tokens = logits.size(0);
   const int64_t num_experts = logits.size(1);
@@ -38,7 +39,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> biased_topk(const Tensor& logits, con
 
   const DType weights = weight_dtype(logits.scalar_type());
   const Tensor topk_weights = empty({num_tokens, spec.top_k}, weights, logits);
-  const Tensor topk_ids = empty({num_tokens, spec.top_k}, indices_dtype, logits);
+  const Tensor topk_ids = empty({num_tokens, spec.top_k}, ids_dtype, logits);
   const Tensor zero_weight = empty({num_tokens}, weights, logits);
   const Tensor constant_weight = empty({num_tokens, spec.num_constant_experts}, weights, logits);
   if (num_tokens > 0) {

@@ -20,7 +20,7 @@ STABLE_TORCH_LIBRARY(zexpert, m) {
       "biased_topk(Tensor logits, Tensor? bias, int top_k, *, int num_real_experts, int? num_identity_experts=None, "
       "int num_constant_experts=0, str scoring_func=\"softmax\", bool renormalize=False, "
       "bool drop_before_renormalize=False, float routed_scaling_factor=1.0, int num_expert_group=1, "
-      "int topk_group=1, ScalarType indices_dtype=int) "
+      "int topk_group=1, ScalarType? indices_dtype=None) "
       "-> (Tensor topk_weights, Tensor topk_ids, Tensor zero_weight, Tensor constant_weight)");
   m.def("zero_expert_accumulate(Tensor hidden_states, Tensor zero_weight) -> Tensor");
   m.def("zero_expert_accumulate.out(Tensor hidden_states, Tensor zero_weight, *, Tensor(a!) out) -> ()");

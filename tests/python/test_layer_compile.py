@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from layer_cases import LAYERS, NUM_EXPERTS, TOP_K, SharedExperts, make_inputs, make_layer
 from testing import FLOAT_DTYPES, assert_equal
@@ -24,7 +25,7 @@ def _fresh_compiler() -> Iterator[None]:
     torch.compiler.reset()
 
 
-def compiled(module: Any, backend: str = "aot_eager", *, dynamic: bool | None = True) -> Any:
+def compiled(module: Any, backend: Any = "aot_eager", *, dynamic: bool | None = True) -> Any:
     """aot_eager traces, functionalizes and runs fake kernels like inductor, and skips its code generation."""
     return torch.compile(module, fullgraph=True, dynamic=dynamic, backend=backend)
 
@@ -55,8 +56,6 @@ def test_autocast() -> None:
     inputs = make_inputs("mixed", 7)
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         assert_equal(graph(*inputs), layer(*inputs))
-        exported = torch.export.export(layer, inputs).module()
-        assert_equal(exported(*inputs), layer(*inputs))
     with torch.no_grad():
         assert_equal(graph(*inputs), layer(*inputs))
 
@@ -69,6 +68,34 @@ def test_experts_backends(backend: str) -> None:
         for num_tokens in (7, 5):
             inputs = make_inputs("mixed", num_tokens)
             torch.testing.assert_close(graph(*inputs), layer(*inputs))
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_one_graph_serves_every_number_of_tokens(kind: str) -> None:
+    layer = make_layer(kind, shared_experts=SharedExperts())
+    counter = CompileCounterWithBackend("aot_eager")
+    graph = compiled(layer, counter)
+    with torch.no_grad():
+        graph(*make_inputs(kind, 2))
+        num_compiled = counter.frame_count
+        for num_tokens in (7, 1000, 33):
+            inputs = make_inputs(kind, num_tokens)
+            assert_equal(graph(*inputs), layer(*inputs))
+    assert counter.frame_count == num_compiled
+
+
+def test_a_second_number_of_tokens_is_the_last_to_compile() -> None:
+    """Without dynamic=True the first graph is for its number of tokens, the second for all."""
+    layer = make_layer("identity")
+    counter = CompileCounterWithBackend("eager")
+    graph = torch.compile(layer, fullgraph=True, backend=counter)
+    with torch.no_grad():
+        graph(*make_inputs("identity", 5))
+        graph(*make_inputs("identity", 7))
+        num_compiled = counter.frame_count
+        for num_tokens in (1000, 33):
+            graph(*make_inputs("identity", num_tokens))
+    assert counter.frame_count == num_compiled
 
 
 def test_chunks() -> None:
@@ -144,15 +171,3 @@ def test_inductor() -> None:
         for num_tokens in (7, 12):
             inputs = make_inputs("mixed", num_tokens)
             torch.testing.assert_close(graph(*inputs), layer(*inputs))
-
-
-def test_export() -> None:
-    layer = make_layer("mixed")
-    tokens = torch.export.Dim("tokens", min=2, max=1024)
-    with torch.no_grad():
-        program = torch.export.export(
-            layer, make_inputs("mixed", 7), dynamic_shapes=({0: tokens}, {0: tokens}), strict=False
-        )
-        for num_tokens in (7, 20):
-            inputs = make_inputs("mixed", num_tokens)
-            assert_equal(program.module()(*inputs), layer(*inputs))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from layer_cases import LAYERS, NUM_EXPERTS, SharedExperts, make_inputs, make_la
 from testing import FLOAT_DTYPES, assert_equal
 from zexpert import FusedMoE
 from zexpert.experts import CpuExperts, TorchLoopExperts
+from zexpert.models import LongcatFlashConfig, LongcatFlashMoE
 from zexpert.router import (
     BaseRouter,
     CustomRoutingRouter,
@@ -24,7 +26,13 @@ from zexpert.router import (
 )
 from zexpert.runner import ChunkingMoERunner, DefaultMoERunner
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),
+]
+
+#: What makes a module ready for inference.
+Prepare = Callable[[nn.Module], torch.jit.ScriptModule]
 
 BIAS = 0.1 * torch.randn(8, generator=torch.Generator().manual_seed(0))
 ROUTERS = {
@@ -111,6 +119,77 @@ def test_runners(runner_class: Any) -> None:
         weights = (layer.w13_weight, layer.w2_weight, layer.constant_gate_weight, layer.constant_vectors)
         inputs = (*make_inputs("constant", 5), *weights)
         assert_equal(torch.jit.script(runner)(*inputs).detach(), runner(*inputs).detach())
+
+
+def frozen(module: nn.Module) -> torch.jit.ScriptModule:
+    return torch.jit.freeze(torch.jit.script(module))
+
+
+def optimized(module: nn.Module) -> torch.jit.ScriptModule:
+    return torch.jit.optimize_for_inference(torch.jit.script(module))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("prepare", [frozen, optimized])
+@pytest.mark.parametrize("chunk_size", [None, 4])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_frozen_and_optimized_layers(kind: str, chunk_size: int | None, prepare: Prepare) -> None:
+    """Without shared experts: optimize_for_inference gives their linear modules to another library, which rounds
+    otherwise."""
+    layer = make_layer(kind, chunk_size=chunk_size).eval()
+    prepared = prepare(layer)
+    for twin in (prepared, saved_and_loaded(prepared)):
+        for num_tokens in (0, 1, 7, 33):
+            inputs = make_inputs(kind, num_tokens)
+            # The first calls profile, the later ones run what was optimised for these shapes.
+            for _ in range(3):
+                assert_equal(twin(*inputs), layer(*inputs))
+
+
+@pytest.mark.parametrize("prepare", [frozen, optimized])
+@pytest.mark.parametrize("name", ROUTERS)
+def test_frozen_and_optimized_routers(name: str, prepare: Prepare) -> None:
+    router = ROUTERS[name]().eval()
+    prepared = prepare(router)
+    for num_tokens in (0, 1, 33):
+        inputs = torch.randn(num_tokens, 3), torch.randn(num_tokens, 8)
+        for actual, expected in zip(prepared(*inputs), router(*inputs), strict=True):
+            assert_equal(actual, expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", LAYERS)
+def test_traced_layers(kind: str) -> None:
+    """A trace serves every number of tokens and keeps the number of dimensions; with chunks, it keeps their number."""
+    layer = make_layer(kind, shared_experts=SharedExperts()).eval()
+    chunks = make_layer(kind, shared_experts=SharedExperts(), chunk_size=4).eval()
+    traced = torch.jit.trace(layer, make_inputs(kind, 5))
+    traced_chunks = torch.jit.trace(chunks, make_inputs(kind, 10))
+    for twin in (traced, torch.jit.freeze(traced), saved_and_loaded(traced)):
+        for num_tokens in (0, 1, 7, 33):
+            inputs = make_inputs(kind, num_tokens)
+            assert_equal(twin(*inputs), layer(*inputs))
+    inputs = make_inputs(kind, 10, seed=2)
+    assert_equal(traced_chunks(*inputs), chunks(*inputs))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("prepare", [torch.jit.script, frozen, optimized])
+def test_longcat_block(prepare: Prepare) -> None:
+    config = LongcatFlashConfig(
+        hidden_size=24, expert_ffn_hidden_size=20, n_routed_experts=6, zero_expert_num=3, moe_topk=3,
+        routed_scaling_factor=6.0,
+    )  # fmt: skip
+    block = LongcatFlashMoE(config).eval()
+    for parameter in block.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    block.e_score_correction_bias.normal_(std=0.02)
+    prepared = prepare(block)
+    traced = torch.jit.trace(block, torch.randn(2, 5, 24))
+    for twin in (prepared, saved_and_loaded(prepared), traced):
+        for shape in ((2, 5, 24), (1, 1, 24), (3, 0, 24)):
+            hidden_states = torch.randn(shape)
+            assert_equal(twin(hidden_states), block(hidden_states))
 
 
 def test_parameters_and_bias_are_shared_with_the_script() -> None:

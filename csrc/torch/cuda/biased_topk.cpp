@@ -18,7 +18,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> biased_topk_on_cuda(
     const Tensor& logits, const std::optional<Tensor>& bias, int64_t top_k, int64_t num_real_experts,
     std::optional<int64_t> num_identity_experts, int64_t num_constant_experts, const std::string& scoring_func,
     bool renormalize, bool drop_before_renormalize, double routed_scaling_factor, int64_t num_expert_group,
-    int64_t topk_group, DType indices_dtype) {
+    int64_t topk_group, std::optional<DType> indices_dtype) {
   check_logits_type(logits);
   const RoutingSpec spec =
       routing_spec(top_k, num_real_experts, num_identity_experts, num_constant_experts, scoring_func, renormalize,

@@ -100,14 +100,14 @@ def _biased_topk_fake(
     routed_scaling_factor: float = 1.0,
     num_expert_group: int = 1,
     topk_group: int = 1,
-    indices_dtype: torch.dtype = torch.int32,
+    indices_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     check_devices("logits", logits, bias=bias)
     num_tokens = logits.shape[0]
     weights = weight_dtype(logits.dtype)
     return (
         logits.new_empty((num_tokens, top_k), dtype=weights),
-        logits.new_empty((num_tokens, top_k), dtype=indices_dtype),
+        logits.new_empty((num_tokens, top_k), dtype=indices_dtype or torch.int32),
         logits.new_empty((num_tokens,), dtype=weights),
         logits.new_empty((num_tokens, num_constant_experts), dtype=weights),
     )

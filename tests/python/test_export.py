@@ -1,0 +1,89 @@
+"""torch.export takes the layer for every number of tokens; AOTInductor compiles what it gives. C++ runs the result in
+tests/cpp/embedding."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from layer_cases import LAYERS, SharedExperts, make_inputs, make_layer
+from testing import assert_equal
+from zexpert.models import LongcatFlashConfig, LongcatFlashMoE
+
+TOKENS = torch.export.Dim("tokens", min=0, max=4096)
+
+
+def export(module: nn.Module, *inputs: torch.Tensor) -> torch.export.ExportedProgram:
+    """The module's inference program; its inputs' first dimension is the tokens."""
+    with torch.no_grad():
+        return torch.export.export(module, inputs, dynamic_shapes=tuple({0: TOKENS} for _ in inputs))
+
+
+def compiled_and_loaded(program: torch.export.ExportedProgram, folder: Path) -> Any:
+    package = torch._inductor.aoti_compile_and_package(program, package_path=str(folder / "layer.pt2"))
+    return torch._inductor.aoti_load_package(package)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", LAYERS)
+def test_exported_layers(kind: str) -> None:
+    layer = make_layer(kind, shared_experts=SharedExperts())
+    program = export(layer, *make_inputs(kind, 7)).module()
+    for num_tokens in (0, 1, 7, 33):
+        inputs = make_inputs(kind, num_tokens)
+        assert_equal(program(*inputs), layer(*inputs))
+
+
+@torch.no_grad()
+def test_exported_under_autocast() -> None:
+    layer = make_layer("mixed", shared_experts=SharedExperts())
+    inputs = make_inputs("mixed", 7)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_equal(torch.export.export(layer, inputs).module()(*inputs), layer(*inputs))
+
+
+@torch.no_grad()
+def test_saved_and_loaded(tmp_path: Path) -> None:
+    layer = make_layer("mixed")
+    torch.export.save(export(layer, *make_inputs("mixed", 7)), tmp_path / "layer.pt2")
+    program = torch.export.load(tmp_path / "layer.pt2").module()
+    inputs = make_inputs("mixed", 12)
+    assert_equal(program(*inputs), layer(*inputs))
+
+
+@torch.no_grad()
+def test_aotinductor_runs_the_same_kernels(tmp_path: Path) -> None:
+    """Nothing in this layer is Inductor's to rewrite."""
+    layer = make_layer("identity")
+    program = compiled_and_loaded(export(layer, *make_inputs("identity", 7)), tmp_path)
+    for num_tokens in (0, 1, 7, 33, 1000):
+        inputs = make_inputs("identity", num_tokens)
+        assert_equal(program(*inputs), layer(*inputs))
+
+
+@torch.no_grad()
+def test_aotinductor_beside_torch_operators(tmp_path: Path) -> None:
+    layer = make_layer("mixed", shared_experts=SharedExperts())
+    layer.router.indices_dtype = torch.int64
+    program = compiled_and_loaded(export(layer, *make_inputs("mixed", 7)), tmp_path)
+    for num_tokens in (0, 1, 7, 33, 1000):
+        inputs = make_inputs("mixed", num_tokens)
+        torch.testing.assert_close(program(*inputs), layer(*inputs))
+
+
+@torch.no_grad()
+def test_aotinductor_longcat_block(tmp_path: Path) -> None:
+    config = LongcatFlashConfig(
+        hidden_size=24, expert_ffn_hidden_size=20, n_routed_experts=6, zero_expert_num=3, moe_topk=3
+    )
+    block = LongcatFlashMoE(config)
+    for parameter in block.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    program = compiled_and_loaded(export(block, torch.randn(7, 24)), tmp_path)
+    for num_tokens in (1, 5, 300):
+        hidden_states = torch.randn(num_tokens, 24)
+        torch.testing.assert_close(program(hidden_states), block(hidden_states))
