@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 from torch import Tensor
+from torch.utils._pytree import _register_namedtuple
 
 
 class RoutingResult(NamedTuple):
@@ -35,3 +36,8 @@ class DispatchPlan(NamedTuple):
     """[T * K] int32: row r is slot ``row_slots[r]``, slot ``t * K + k``; -1 from the last offset on."""
     slot_rows: Tensor
     """[T, K] int32: the inverse, -1 for a slot that does no work."""
+
+
+# So that an exported program that returns them can be saved.
+_register_namedtuple(RoutingResult, serialized_type_name="zexpert.RoutingResult")
+_register_namedtuple(DispatchPlan, serialized_type_name="zexpert.DispatchPlan")

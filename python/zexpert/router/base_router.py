@@ -163,6 +163,10 @@ class BaseRouter(FusedMoERouter):
             )
 
     def _biased_topk(self, router_logits: Tensor) -> RoutingResult:
+        # int32 is the operator's default; PyTorch 2.10's AOTInductor hands over a dtype as another one.
+        indices_dtype: torch.dtype | None = None
+        if self.indices_dtype != torch.int32:
+            indices_dtype = self.indices_dtype
         topk_weights, topk_ids, zero_weight, constant_weight = torch.ops.zexpert.biased_topk(
             router_logits,
             self.e_score_correction_bias,
@@ -176,7 +180,7 @@ class BaseRouter(FusedMoERouter):
             routed_scaling_factor=self.routed_scaling_factor,
             num_expert_group=self.num_expert_group,
             topk_group=self.topk_group,
-            indices_dtype=self.indices_dtype,
+            indices_dtype=indices_dtype,
         )
         return RoutingResult(topk_weights, topk_ids, zero_weight, constant_weight)
 
