@@ -18,7 +18,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 # A file, or a folder whose list of files changed, makes the installed package out of date.
 SOURCES := setup.py pyproject.toml python/zexpert/_version.py $(shell find csrc -not -name '*.orig')
-CXX_FILES := $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+CXX_FILES := $(shell find csrc tests/cpp examples -name "*.h" -o -name "*.cpp" -o -name "*.cu" -o -name "*.cuh")
 TOOLS := .venv/tools.stamp
 BENCH_TOOLS := .venv/bench.stamp
 CUDA_TOOLS := .venv-cuda/tools.stamp
@@ -41,7 +41,7 @@ test-python: $(INSTALLED) ## run the Python tests (PYTEST_ARGS="-k router")
 	python -m pytest $(PYTEST_ARGS)
 
 .PHONY: test-cpp
-test-cpp: $(TOOLS) ## build with CMake, warnings as errors, and run the C++ tests
+test-cpp: $(INSTALLED) ## build with CMake, warnings as errors, and run the C++ tests
 	@third_party/check_system.sh python googletest
 	cmake -S . -B $(CMAKE_BUILD) -G Ninja -DZEXPERT_TORCH=ON -DZEXPERT_CUDA=OFF \
 	  -DCMAKE_PREFIX_PATH="$$(python -c 'import torch; print(torch.utils.cmake_prefix_path)')"

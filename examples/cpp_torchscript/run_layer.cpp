@@ -1,13 +1,13 @@
 // Runs a scripted zexpert module in a process without Python.
 //
-// Usage: run_layer MODULE TOKENS [--device DEVICE] [--repeat N] [--library LIBRARY]... [--output FILE]
+// Usage: run_layer MODULE TOKENS [--device DEVICE] [--repeat N] [--library LIBRARY]... [--expect FILE]
 //
 //   MODULE      what torch.jit.save wrote
 //   TOKENS      a tuple of the module's arguments, or one tensor, as torch.save wrote it
 //   --device    "cpu" (default), "cuda" or "cuda:1"
 //   --repeat    number of timed calls, 20 unless given
 //   --library   a library to load first, such as zexpert/lib/libzexpert.so of a wheel; needed unless linked
-//   --output    where to write the result, for torch.load
+//   --expect    the output that torch.save wrote in Python, to compare with
 #include <dlfcn.h>
 #include <torch/script.h>
 
@@ -27,7 +27,7 @@ namespace {
 struct Options {
   std::string module;
   std::string tokens;
-  std::string output;
+  std::string expected;
   std::vector<std::string> libraries;
   torch::Device device = torch::kCPU;
   int repeat = 20;
@@ -51,15 +51,15 @@ Options parse(int argc, char** argv) {
       options.repeat = std::max(1, std::atoi(value.c_str()));
     } else if (argument == "--library") {
       options.libraries.push_back(value);
-    } else if (argument == "--output") {
-      options.output = value;
+    } else if (argument == "--expect") {
+      options.expected = value;
     } else {
       throw std::invalid_argument("unknown option " + argument);
     }
   }
   if (files.size() != 2)
     throw std::invalid_argument(
-        "usage: run_layer MODULE TOKENS [--device DEVICE] [--repeat N] [--library LIBRARY]... [--output FILE]");
+        "usage: run_layer MODULE TOKENS [--device DEVICE] [--repeat N] [--library LIBRARY]... [--expect FILE]");
   options.module = files[0];
   options.tokens = files[1];
   return options;
@@ -76,9 +76,8 @@ torch::jit::Module load_module(const Options& options) {
     torch::jit::Module module = torch::jit::load(options.module, options.device);
     module.eval();
     return module;
-  } catch (const c10::Error& error) {
-    const std::string message = error.what_without_backtrace();
-    if (message.find("zexpert::") == std::string::npos)
+  } catch (const std::exception& error) {
+    if (std::string(error.what()).find("Unknown builtin op: zexpert::") == std::string::npos)
       throw;
     throw std::runtime_error(options.module +
                              " calls zexpert's operators, which this process lacks: link zexpert::zexpert, or pass "
@@ -86,19 +85,22 @@ torch::jit::Module load_module(const Options& options) {
   }
 }
 
-std::vector<torch::IValue> load_tokens(const Options& options) {
-  std::ifstream file(options.tokens, std::ios::binary);
+/// What torch.save wrote.
+torch::IValue load(const std::string& path) {
+  std::ifstream file(path, std::ios::binary);
   if (!file)
-    throw std::runtime_error("cannot read " + options.tokens);
+    throw std::runtime_error("cannot read " + path);
   const std::vector<char> bytes{std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
-  const torch::IValue saved = torch::pickle_load(bytes);
+  return torch::jit::pickle_load(bytes);
+}
+
+std::vector<torch::IValue> load_tokens(const Options& options) {
+  const torch::IValue saved = load(options.tokens);
+  if (saved.isTensor())
+    return {saved.toTensor().to(options.device)};
   std::vector<torch::IValue> arguments;
-  if (saved.isTensor()) {
-    arguments.push_back(saved.toTensor().to(options.device));
-  } else {
-    for (const torch::IValue& value : saved.toTupleRef().elements())
-      arguments.push_back(value.toTensor().to(options.device));
-  }
+  for (const torch::IValue& value : saved.toTupleRef().elements())
+    arguments.push_back(value.toTensor().to(options.device));
   return arguments;
 }
 
@@ -110,25 +112,23 @@ double milliseconds(torch::jit::Module& module, const std::vector<torch::IValue>
 }
 
 void run(const Options& options) {
-  for (const std::string& library : options.libraries)
-    load_library(library);
+  for (const std::string& library : options.libraries) load_library(library);
   torch::jit::Module module = load_module(options);
   const std::vector<torch::IValue> arguments = load_tokens(options);
 
   const torch::InferenceMode inference;
   const torch::Tensor output = module.forward(arguments).toTensor();
   std::vector<double> times;
-  for (int i = 0; i < options.repeat; ++i)
-    times.push_back(milliseconds(module, arguments));
+  for (int i = 0; i < options.repeat; ++i) times.push_back(milliseconds(module, arguments));
   std::sort(times.begin(), times.end());
 
   std::printf("output %s of %s, root mean square %.4f\n", c10::str(output.sizes()).c_str(),
               c10::toString(output.scalar_type()), output.to(torch::kFloat64).square().mean().sqrt().item<double>());
   std::printf("%d calls on %s: median %.3f ms, fastest %.3f ms\n", options.repeat, options.device.str().c_str(),
               times[times.size() / 2], times.front());
-  if (!options.output.empty()) {
-    const std::vector<char> bytes = torch::pickle_save(output.cpu());
-    std::ofstream(options.output, std::ios::binary).write(bytes.data(), static_cast<std::streamsize>(bytes.size()));
+  if (!options.expected.empty()) {
+    const torch::Tensor difference = (output.cpu() - load(options.expected).toTensor()).abs();
+    std::printf("largest difference from %s: %.1e\n", options.expected.c_str(), difference.max().item<double>());
   }
 }
 
