@@ -22,6 +22,7 @@ CXX_FILES := $(shell find csrc tests/cpp examples -name "*.h" -o -name "*.cpp" -
 TOOLS := .venv/tools.stamp
 BENCH_TOOLS := .venv/bench.stamp
 CUDA_TOOLS := .venv-cuda/tools.stamp
+OLDEST_TOOLS := .venv-oldest/tools.stamp
 INSTALLED := .venv/installed.stamp
 NVCC := $(firstword $(CUDA_HOME:%=%/bin/nvcc) $(wildcard /usr/local/cuda/bin/nvcc) nvcc)
 
@@ -34,7 +35,7 @@ demo: $(INSTALLED) ## train a small model and show where it spends its compute (
 	zexpert demo $(if $(TEXT),--text "$(TEXT)") $(DEMO_ARGS)
 
 .PHONY: test
-test: test-python test-cpp test-cuda-build ## run all tests
+test: test-python test-cpp test-wheels ## run all tests
 
 .PHONY: test-python
 test-python: $(INSTALLED) ## run the Python tests (PYTEST_ARGS="-k router")
@@ -48,20 +49,28 @@ test-cpp: $(INSTALLED) ## build with CMake, warnings as errors, and run the C++ 
 	cmake --build $(CMAKE_BUILD) --parallel $(JOBS)
 	ctest --test-dir $(CMAKE_BUILD) --output-on-failure
 
-# Needs no GPU. A second environment holds a PyTorch with CUDA, some gigabytes; where .venv's own has CUDA, `make install`
-# compiled everything already.
-.PHONY: test-cuda-build
-test-cuda-build: $(INSTALLED) ## compile the CUDA code, warnings as errors; the wheel must serve a PyTorch without CUDA too
-	@if python -c 'import sys, torch; sys.exit(torch.version.cuda is None)'; then \
-	  echo "test-cuda-build: skipped, this PyTorch has CUDA and the build above had it too"; \
-	elif ! $(NVCC) --version > /dev/null 2>&1; then \
-	  echo "test-cuda-build: SKIPPED, no nvcc ($(NVCC)): the CUDA code was not compiled"; \
+# Needs no GPU. The environments of the other PyTorches take some gigabytes each.
+.PHONY: test-wheels
+test-wheels: $(TOOLS) $(CUDA_TOOLS) $(OLDEST_TOOLS) sdist ## build the wheels, install each under the oldest and newest PyTorch
+	rm -rf dist/cpu
+	@echo "building the wheel from the sdist (log: build/wheel.log)"
+	@mkdir -p build
+	@ZEXPERT_CUDA=off python -m pip wheel --verbose dist/*.tar.gz --no-build-isolation --no-deps --wheel-dir dist/cpu \
+	  > build/wheel.log 2>&1 || { tail -n 60 build/wheel.log; exit 1; }
+	@if $(NVCC) --version > /dev/null 2>&1; then \
+	  $(MAKE) --no-print-directory cuda-wheel; \
 	else \
-	  $(MAKE) --no-print-directory cuda-wheel && \
-	  rm -rf build/cuda-wheel && \
-	  python -m pip install --quiet --no-deps --target build/cuda-wheel dist/cuda/*.whl && \
-	  python tests/python/check_wheel.py build/cuda-wheel; \
+	  rm -rf dist/cuda; \
+	  echo "test-wheels: no nvcc ($(NVCC)), the wheel with CUDA is SKIPPED: the CUDA code was not compiled"; \
 	fi
+	python tests/wheels/check_wheels.py dist/c*/*.whl \
+	  --torch .venv/bin/python --torch .venv-cuda/bin/python --oldest-torch .venv-oldest/bin/python
+
+.PHONY: sdist
+sdist: $(TOOLS) ## pack the sources into dist
+	rm -f dist/*.tar.gz
+	@python -c 'import setuptools.build_meta as backend; backend.build_sdist("dist")' > /dev/null
+	@ls -l dist/*.tar.gz
 
 .PHONY: cuda-wheel
 cuda-wheel: $(CUDA_TOOLS) ## build the wheel with CUDA into dist/cuda, with a PyTorch of its own in .venv-cuda
@@ -103,7 +112,7 @@ bench: $(INSTALLED) $(BENCH_TOOLS) ## compare with plain PyTorch and transformer
 	python benchmarks/cpu_training.py --json benchmarks/results/cpu_training.json
 
 .PHONY: wheel
-wheel: $(TOOLS) ## build the wheel into dist (with CUDA as ZEXPERT_CUDA says)
+wheel: $(TOOLS) ## build the wheel into dist (with CUDA if .venv's PyTorch has it, or as ZEXPERT_CUDA says)
 	python -m pip wheel . --no-build-isolation --no-deps --wheel-dir dist
 
 .PHONY: install
@@ -116,8 +125,8 @@ clean: ## remove what was built, but for the environments
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
 .PHONY: distclean
-distclean: clean ## remove .venv and .venv-cuda as well
-	rm -rf .venv .venv-cuda
+distclean: clean ## remove the environments as well
+	rm -rf .venv .venv-cuda .venv-oldest
 
 $(TOOLS): third_party/requirements-dev.txt
 	@third_party/check_system.sh $(PYTHON)
@@ -129,11 +138,11 @@ $(BENCH_TOOLS): third_party/requirements-bench.txt $(TOOLS)
 	python -m pip install --quiet -r $<
 	@touch $@
 
-$(CUDA_TOOLS): third_party/requirements-cuda.txt
+$(CUDA_TOOLS) $(OLDEST_TOOLS): .venv-%/tools.stamp: third_party/requirements-%.txt
 	@third_party/check_system.sh $(PYTHON)
-	@test -x .venv-cuda/bin/python || $(PYTHON) -m venv .venv-cuda
-	@echo "installing a PyTorch with CUDA into .venv-cuda"
-	.venv-cuda/bin/python -m pip install --quiet -r $<
+	@test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
+	@echo "installing the PyTorch of $< into .venv-$*"
+	.venv-$*/bin/python -m pip install --quiet -r $<
 	@touch $@
 
 # The library lies in the source tree, where another environment's build may have put or removed it.
