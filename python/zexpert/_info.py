@@ -9,7 +9,7 @@ import torch
 
 from zexpert import _C
 from zexpert._C import KernelPlan
-from zexpert._loader import CUDA_LIBRARY, load_libraries
+from zexpert._loader import CORE_LIBRARY, CUDA_LIBRARY, load_libraries
 
 
 class BuildInfo(TypedDict):
@@ -33,6 +33,9 @@ class BuildInfo(TypedDict):
     """ "loaded", "not built", or "not loaded: ..." with the reason."""
     cuda_archs: list[str]
     """GPU architectures that the CUDA library was compiled for, such as ``["9.0a"]``."""
+    libraries: list[str]
+    """Paths of the operator libraries that are loaded: what torch.ops.load_library, or dlopen in a C++ process, needs
+    to run a saved module."""
     cuda_toolkit: str | None
     """Version of the CUDA toolkit that compiled it; None unless the library is loaded."""
 
@@ -53,6 +56,7 @@ def build_info() -> BuildInfo:
         "cuda_library": libraries.cuda_state,
         "cuda_archs": archs,
         "cuda_toolkit": toolkit,
+        "libraries": [str(CORE_LIBRARY), *([str(CUDA_LIBRARY)] if libraries.cuda_loaded else [])],
     }
 
 

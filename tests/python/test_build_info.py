@@ -78,6 +78,7 @@ def test_build_info_says_whether_the_cuda_library_is_used() -> None:
     else:
         assert info["cuda_library"] == "loaded"
     assert (info["cuda_toolkit"] is not None) == (info["cuda_library"] == "loaded")
+    assert info["libraries"] == [str(CORE_LIBRARY), *([str(CUDA_LIBRARY)] if info["cuda_library"] == "loaded" else [])]
 
 
 def test_build_info_gives_a_dict_of_ones_own() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -109,6 +110,47 @@ def test_no_host_synchronisation_and_a_graph_that_replays_with_other_data(compil
             assert_output(layer, out, *fresh)
 
 
+@pytest.mark.parametrize("num_tokens", [1, 8, 64, 256])
+def test_captured_decoding_with_garbage_in_the_rows_that_pad(num_tokens: int) -> None:
+    layer = wide_layer()
+    inputs = wide_inputs(num_tokens)
+    with torch.no_grad():
+        out = layer(*inputs)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = layer(*inputs)
+        for num_real in (num_tokens, num_tokens // 2):
+            fresh = wide_inputs(num_tokens, seed=num_real + 1)
+            for static, new in zip(inputs, fresh, strict=True):
+                static.fill_(torch.nan)
+                static[:num_real] = new[:num_real]
+            graph.replay()
+            assert_output(layer, out[:num_real], *(tensor[:num_real] for tensor in fresh))
+
+
+def test_reduce_overhead() -> None:
+    layer = wide_layer()
+    run = torch.compile(layer, fullgraph=True, mode="reduce-overhead")
+    with torch.no_grad():
+        for num_tokens in (16, 8):
+            for seed in range(4):
+                inputs = wide_inputs(num_tokens, seed=seed)
+                assert_output(layer, run(*inputs).clone(), *inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_exported_and_compiled_ahead_of_time(dtype: torch.dtype, tmp_path: Path) -> None:
+    layer = wide_layer(dtype)
+    tokens = torch.export.Dim("tokens", min=0, max=4096)
+    with torch.no_grad():
+        program = torch.export.export(layer, wide_inputs(7, dtype), dynamic_shapes=({0: tokens}, {0: tokens}))
+        package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "layer.pt2"))
+        for run in (program.module(), torch._inductor.aoti_load_package(package)):
+            for num_tokens in (1, 7, 300):
+                inputs = wide_inputs(num_tokens, dtype)
+                assert_output(layer, run(*inputs), *inputs)
+
+
 def test_side_stream() -> None:
     layer = wide_layer()
     inputs = wide_inputs(500)
@@ -135,9 +177,11 @@ def test_second_device() -> None:
 def test_scripted() -> None:
     layer = wide_layer()
     scripted = torch.jit.script(layer)
-    for num_tokens in (33, 7):
-        inputs = wide_inputs(num_tokens)
-        assert_equal(scripted(*inputs), layer(*inputs))
+    with torch.no_grad():
+        for twin in (scripted, torch.jit.freeze(scripted.eval()), torch.jit.trace(layer, wide_inputs(5))):
+            for num_tokens in (33, 7, 0):
+                inputs = wide_inputs(num_tokens)
+                assert_equal(twin(*inputs), layer(*inputs))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -128,6 +128,18 @@ def test_no_expert_chosen(backend: str) -> None:
     assert_equal(out.detach(), torch.zeros_like(hidden_states))
 
 
+@pytest.mark.parametrize("chunk_size", [None, 4])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", LAYERS)
+def test_rows_that_pad_a_batch_may_hold_anything(kind: str, backend: str, chunk_size: int | None) -> None:
+    layer = make_layer(kind, experts_backend=backend, chunk_size=chunk_size, shared_experts=SharedExperts())
+    hidden_states, router_logits = make_inputs(kind, 12)
+    expected = layer(hidden_states[:7], router_logits[:7])
+    hidden_states[7:9], hidden_states[9:] = torch.nan, torch.inf
+    router_logits[7], router_logits[8], router_logits[9] = torch.nan, torch.inf, -torch.inf
+    torch.testing.assert_close(layer(hidden_states, router_logits)[:7], expected)
+
+
 def test_zero_part_is_added_only_where_there_may_be_one() -> None:
     runner = MoERunnerBase(FusedTopKRouter(1, 2), TorchLoopExperts())
     summed, hidden_states = torch.zeros(2, 3), torch.ones(2, 3)
