@@ -25,6 +25,7 @@ inline int64_t few_rows_limit(ScalarType type, CpuCapability capability) {
 ///   out[r] = (silu(rows[r] @ gate_e.T) * (rows[r] @ up_e.T)) @ down_e.T,  [gate_e; up_e] = w13[e], down_e = w2[e].
 /// Sums in float32 (float64 for float64 data); the activation stays in that type and the result is rounded once.
 /// Rows of other experts and rows past the last offset are neither read nor written.
+/// Strides count elements.
 struct GroupedMlpParams {
   const void* rows = nullptr;               ///< [num_rows, hidden_size]; unit inner stride
   const int32_t* expert_offsets = nullptr;  ///< [num_experts + 1]; from 0, ascending, at most num_rows

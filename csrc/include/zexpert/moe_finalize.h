@@ -13,6 +13,7 @@ namespace zexpert {
 ///        + sum_c constant_weight[t, c] * constant_vectors[c]     (if num_constant_experts > 0)
 ///        + residual[t]                                           (if residual is not null)
 /// Accumulated in float32 (float64 for float64 data) in that order and rounded once.
+/// Strides count elements.
 struct MoeFinalizeParams {
   const void* rows = nullptr;              ///< [num_rows, hidden_size]; unit inner stride
   const int32_t* slot_rows = nullptr;      ///< [num_tokens, top_k]; contiguous; every entry in [-1, num_rows)

@@ -15,6 +15,7 @@ namespace zexpert {
 ///   grad_zero_weight[t]        = <grad_out[t], hidden_states[t]>, one dot product for all identity slots of the token
 /// Computed in float32 (float64 for float64 data) and rounded once. Rows that no slot names are not read, and their
 /// gradient is 0.
+/// Strides count elements.
 struct MoeFinalizeBackwardParams {
   const void* grad_out = nullptr;       ///< [num_tokens, hidden_size]; unit inner stride
   const void* rows = nullptr;           ///< [num_rows, hidden_size]; unit inner stride

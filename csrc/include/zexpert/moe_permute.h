@@ -9,6 +9,7 @@
 namespace zexpert {
 
 /// rows[r] = hidden_states[row_slots[r] / top_k] for r below num_rows; later rows are left untouched.
+/// Strides count elements.
 struct MoePermuteParams {
   const void* hidden_states = nullptr;  ///< [num_tokens, hidden_size]; unit inner stride
   const int32_t* row_slots = nullptr;   ///< [at least num_rows]; every entry in [0, num_tokens * top_k)

@@ -11,6 +11,7 @@ namespace zexpert {
 /// grad_hidden_states[t] = sum of grad_rows[r] over the rows r below num_rows with row_slots[r] / top_k == t, in slot
 /// order; 0 for a token without rows. Accumulated in float32 (float64 for float64 data) and rounded once. Rows from
 /// num_rows on are not read.
+/// Strides count elements.
 struct MoePermuteBackwardParams {
   const void* grad_rows = nullptr;     ///< [at least num_rows, hidden_size]; unit inner stride
   const int32_t* row_slots = nullptr;  ///< [at least num_rows]; every entry in [0, num_tokens * top_k)

@@ -21,17 +21,17 @@ inline constexpr int64_t kFromLogits = -1;
 /// Two counts may be left to the logits: `num_experts` (N), and `num_identity_experts` (I = N - R - C, no drop
 /// experts). What is neither real, identity nor constant is a drop expert.
 struct RoutingSpec {
-  int64_t top_k = 1;
-  int64_t num_real_experts = 1;
-  int64_t num_experts = kFromLogits;
-  int64_t num_identity_experts = kFromLogits;
-  int64_t num_constant_experts = 0;
-  ScoringFunc scoring_func = ScoringFunc::kSoftmax;
-  bool renormalize = false;
-  bool drop_before_renormalize = false;
-  double routed_scaling_factor = 1.0;
-  int64_t num_expert_group = 1;
-  int64_t topk_group = 1;
+  int64_t top_k = 1;                                 ///< K, experts per token, zero experts included
+  int64_t num_real_experts = 1;                      ///< R
+  int64_t num_experts = kFromLogits;                 ///< N, the width of the logits
+  int64_t num_identity_experts = kFromLogits;        ///< I
+  int64_t num_constant_experts = 0;                  ///< C
+  ScoringFunc scoring_func = ScoringFunc::kSoftmax;  ///< from logits to scores; softmax runs over all N
+  bool renormalize = false;                          ///< divide a token's K weights by their sum
+  bool drop_before_renormalize = false;              ///< before that, weights of drop experts become 0 (MoE++)
+  double routed_scaling_factor = 1.0;                ///< factor on every weight, zero experts' included
+  int64_t num_expert_group = 1;                      ///< groups of equal size that the real experts form
+  int64_t topk_group = 1;                            ///< groups whose experts a token may choose
 
   /// Throws Error, naming the field, unless every field is in range and the fields agree with each other.
   void validate() const {

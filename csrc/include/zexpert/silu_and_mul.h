@@ -10,6 +10,7 @@ namespace zexpert {
 
 /// out[r, f] = silu(gate_up[r, f]) * gate_up[r, intermediate_size + f], silu(x) = x / (1 + exp(-x)), for r below
 /// num_rows. Computed in float32 (float64 for float64 data) and rounded once.
+/// Strides count elements.
 struct SiluAndMulParams {
   const void* gate_up = nullptr;  ///< [at least num_rows, 2 * intermediate_size]; unit inner stride
   void* out = nullptr;            ///< [at least num_rows, intermediate_size]; type of gate_up, unit inner stride

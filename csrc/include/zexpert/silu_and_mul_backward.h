@@ -15,6 +15,7 @@ namespace zexpert {
 /// the gradients above take that factor, and
 ///   grad_row_weight[r] = <grad_out[r], silu(gate_up[r]) * up>
 /// Computed in float32 (float64 for float64 data) and rounded once. grad_gate_up may be gate_up itself.
+/// Strides count elements.
 struct SiluAndMulBackwardParams {
   const void* grad_out = nullptr;  ///< [at least num_rows, intermediate_size]; unit inner stride
   const void* gate_up = nullptr;   ///< [at least num_rows, 2 * intermediate_size]; type of grad_out, unit inner stride

@@ -10,6 +10,7 @@ namespace zexpert {
 
 /// out[t, h] = zero_weight[t] * hidden_states[t, h], added to what out held if `accumulate`.
 /// Computed in float32 (float64 for float64 data) and rounded once.
+/// Strides count elements.
 struct ZeroExpertAccumulateParams {
   const void* hidden_states = nullptr;  ///< [num_tokens, hidden_size]; unit inner stride
   const void* zero_weight = nullptr;    ///< [num_tokens]; float32, or float64 for float64 data; contiguous

@@ -13,6 +13,7 @@ namespace zexpert {
 ///   grad_zero_weight[t]   = <grad_out[t], hidden_states[t]>
 /// However many identity experts a token chose, they share that one dot product. Computed in float32 (float64 for
 /// float64 data) and rounded once.
+/// Strides count elements.
 struct ZeroExpertAccumulateBackwardParams {
   const void* grad_out = nullptr;       ///< [num_tokens, hidden_size]; unit inner stride
   const void* hidden_states = nullptr;  ///< [num_tokens, hidden_size]; type of grad_out, unit inner stride
