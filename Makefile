@@ -23,6 +23,7 @@ TOOLS := .venv/tools.stamp
 BENCH_TOOLS := .venv/bench.stamp
 CUDA_TOOLS := .venv-cuda/tools.stamp
 OLDEST_TOOLS := .venv-oldest/tools.stamp
+VLLM_TOOLS := .venv-vllm/tools.stamp
 INSTALLED := .venv/installed.stamp
 NVCC := $(firstword $(CUDA_HOME:%=%/bin/nvcc) $(wildcard /usr/local/cuda/bin/nvcc) nvcc)
 
@@ -82,6 +83,13 @@ cuda-wheel: $(CUDA_TOOLS) ## build the wheel with CUDA into dist/cuda, with a Py
 	  > build/cuda-wheel.log 2>&1 || { grep -E "error|warning" build/cuda-wheel.log | head -n 40; exit 1; }
 	@ls -l dist/cuda
 
+# vLLM's routers and layers on CPU tensors. Its models' image and sound libraries load only beside a PyTorch with CUDA.
+.PHONY: test-vllm
+test-vllm: $(VLLM_TOOLS) wheel ## test the vLLM plugin against vLLM itself, in an environment of its own
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	.venv-vllm/bin/python -m pip install --quiet --no-deps --force-reinstall dist/*.whl
+	.venv-vllm/bin/python -m pytest $(PYTEST_ARGS) tests/vllm
+
 .PHONY: test-sanitize
 test-sanitize: $(TOOLS) ## run the C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	@third_party/check_system.sh python googletest
@@ -126,7 +134,7 @@ clean: ## remove what was built, but for the environments
 
 .PHONY: distclean
 distclean: clean ## remove the environments as well
-	rm -rf .venv .venv-cuda .venv-oldest
+	rm -rf .venv .venv-cuda .venv-oldest .venv-vllm
 
 $(TOOLS): third_party/requirements-dev.txt
 	@third_party/check_system.sh $(PYTHON)
@@ -138,10 +146,10 @@ $(BENCH_TOOLS): third_party/requirements-bench.txt $(TOOLS)
 	python -m pip install --quiet -r $<
 	@touch $@
 
-$(CUDA_TOOLS) $(OLDEST_TOOLS): .venv-%/tools.stamp: third_party/requirements-%.txt
+$(CUDA_TOOLS) $(OLDEST_TOOLS) $(VLLM_TOOLS): .venv-%/tools.stamp: third_party/requirements-%.txt
 	@third_party/check_system.sh $(PYTHON)
 	@test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
-	@echo "installing the PyTorch of $< into .venv-$*"
+	@echo "installing what $< lists into .venv-$*"
 	.venv-$*/bin/python -m pip install --quiet -r $<
 	@touch $@
 
