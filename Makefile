@@ -24,6 +24,7 @@ BENCH_TOOLS := .venv/bench.stamp
 CUDA_TOOLS := .venv-cuda/tools.stamp
 OLDEST_TOOLS := .venv-oldest/tools.stamp
 VLLM_TOOLS := .venv-vllm/tools.stamp
+SGLANG_TOOLS := .venv-sglang/tools.stamp
 INSTALLED := .venv/installed.stamp
 NVCC := $(firstword $(CUDA_HOME:%=%/bin/nvcc) $(wildcard /usr/local/cuda/bin/nvcc) nvcc)
 
@@ -90,6 +91,11 @@ test-vllm: $(VLLM_TOOLS) wheel ## test the vLLM plugin against vLLM itself, in a
 	.venv-vllm/bin/python -m pip install --quiet --no-deps --force-reinstall dist/*.whl
 	.venv-vllm/bin/python -m pytest $(PYTEST_ARGS) tests/vllm
 
+.PHONY: test-sglang
+test-sglang: $(SGLANG_TOOLS) wheel ## test the SGLang plugin against SGLang itself, in an environment of its own
+	.venv-sglang/bin/python -m pip install --quiet --no-deps --force-reinstall dist/*.whl
+	.venv-sglang/bin/python -m pytest $(PYTEST_ARGS) tests/sglang
+
 .PHONY: test-sanitize
 test-sanitize: $(TOOLS) ## run the C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	@third_party/check_system.sh python googletest
@@ -134,7 +140,7 @@ clean: ## remove what was built, but for the environments
 
 .PHONY: distclean
 distclean: clean ## remove the environments as well
-	rm -rf .venv .venv-cuda .venv-oldest .venv-vllm
+	rm -rf .venv .venv-cuda .venv-oldest .venv-vllm .venv-sglang
 
 $(TOOLS): third_party/requirements-dev.txt
 	@third_party/check_system.sh $(PYTHON)
@@ -146,7 +152,7 @@ $(BENCH_TOOLS): third_party/requirements-bench.txt $(TOOLS)
 	python -m pip install --quiet -r $<
 	@touch $@
 
-$(CUDA_TOOLS) $(OLDEST_TOOLS) $(VLLM_TOOLS): .venv-%/tools.stamp: third_party/requirements-%.txt
+$(CUDA_TOOLS) $(OLDEST_TOOLS) $(VLLM_TOOLS) $(SGLANG_TOOLS): .venv-%/tools.stamp: third_party/requirements-%.txt
 	@third_party/check_system.sh $(PYTHON)
 	@test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
 	@echo "installing what $< lists into .venv-$*"
