@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(kThreads) moe_permute(const MoePermuteParams p
   let_next_kernel_start();
   const int64_t row = blockIdx.x;
   const int32_t slot = params.row_slots[row];
-  if (row >= *last_offset || slot < 0 || slot >= params.num_rows)
+  if (row >= *last_offset || slot < 0 || slot >= params.num_tokens * params.top_k)
     return;
   const int64_t token = slot / static_cast<int32_t>(params.top_k);
   const T* __restrict__ source = static_cast<const T*>(params.hidden_states) + token * params.hidden_row_stride;

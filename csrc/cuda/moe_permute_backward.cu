@@ -18,11 +18,12 @@ constexpr int kBlocksPerMultiprocessor = 8;  // enough loads in flight, and regi
 
 /// slot_rows[s] = the row that slot s has, where it has one.
 __global__ void __launch_bounds__(kThreads)
-    invert_row_slots(const int32_t* row_slots, int64_t num_slots, const int32_t* last_offset, int32_t* slot_rows) {
+    invert_row_slots(const int32_t* row_slots, int64_t num_rows, int64_t num_slots, const int32_t* last_offset,
+                     int32_t* slot_rows) {
   wait_for_previous_kernels();
   let_next_kernel_start();
   const int64_t row = int64_t{blockIdx.x} * kThreads + threadIdx.x;
-  if (row >= num_slots || row >= *last_offset)
+  if (row >= num_rows || row >= *last_offset)
     return;
   const int32_t slot = row_slots[row];
   if (slot >= 0 && slot < num_slots)
@@ -66,8 +67,11 @@ void moe_permute_backward_cuda(const MoePermuteBackwardParams& params, const int
   const int64_t num_slots = params.num_tokens * params.top_k;
   cuda::check(cudaMemsetAsync(slot_rows, 0xff, sizeof(int32_t) * static_cast<size_t>(num_slots), stream),
               "moe_permute_backward");
-  cuda::launch("moe_permute_backward", &cuda::invert_row_slots, (num_slots + cuda::kThreads - 1) / cuda::kThreads,
-               cuda::kThreads, 0, stream, params.row_slots, num_slots, last_offset, slot_rows);
+  if (params.num_rows > 0) {
+    cuda::launch("moe_permute_backward", &cuda::invert_row_slots,
+                 (params.num_rows + cuda::kThreads - 1) / cuda::kThreads, cuda::kThreads, 0, stream, params.row_slots,
+                 params.num_rows, num_slots, last_offset, slot_rows);
+  }
   cuda::visit_any_data_type(params.data_type, [&](auto element) {
     using T = decltype(element);
     const bool fits = cuda::fits_vectors(params.grad_rows, params.grad_rows_row_stride, sizeof(T)) &&

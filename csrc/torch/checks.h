@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <initializer_list>
+#include <limits>
 
 #include "torch/tensor.h"
 #include "zexpert/error.h"
@@ -57,6 +58,15 @@ inline void check_expert_offsets_dims(const Tensor& expert_offsets) {
   check_dims(expert_offsets, "expert_offsets", 1, "[experts + 1]");
   ZEXPERT_CHECK(expert_offsets.size(0) >= 1, "expert_offsets must have at least 1 element, got shape ",
                 text(expert_offsets.sizes()));
+}
+
+/// A plan's row_slots may be cut behind its last offset: as many as all slots, or fewer.
+inline void check_row_slots_size(const Tensor& row_slots, int64_t num_tokens, int64_t top_k) {
+  ZEXPERT_CHECK(top_k <= std::numeric_limits<int32_t>::max(), "top_k must be less than 2^31, got ", top_k);
+  const int64_t num_rows = row_slots.size(0);
+  const bool fits = num_rows / top_k < num_tokens || (num_rows / top_k == num_tokens && num_rows % top_k == 0);
+  ZEXPERT_CHECK(fits, "row_slots must have at most ", top_k, " elements for each of the ", num_tokens,
+                " tokens, got shape ", text(row_slots.sizes()));
 }
 
 /// The number of rows that do work, read from contiguous int32 offsets in host memory.

@@ -18,15 +18,13 @@ Tensor moe_permute(const Tensor& hidden_states, const Tensor& row_slots, const T
   check_dtype(row_slots, "row_slots", DType::Int);
   check_dtype(expert_offsets, "expert_offsets", DType::Int);
   check_dims(hidden_states, "hidden_states", 2, "[tokens, hidden_size]");
-  check_dims(row_slots, "row_slots", 1, "[tokens * top_k]");
+  check_dims(row_slots, "row_slots", 1, "[rows]");
   check_expert_offsets_dims(expert_offsets);
   ZEXPERT_CHECK(top_k >= 1, "top_k must be at least 1, got ", top_k);
   const int64_t num_tokens = hidden_states.size(0);
   const int64_t hidden_size = hidden_states.size(1);
   const int64_t num_slots = row_slots.size(0);
-  ZEXPERT_CHECK(num_slots % top_k == 0 && num_slots / top_k == num_tokens, "row_slots must have ", top_k,
-                " elements for each of the ", num_tokens, " tokens of hidden_states, got shape ",
-                text(row_slots.sizes()));
+  check_row_slots_size(row_slots, num_tokens, top_k);
 
   const Tensor rows = empty({num_slots, hidden_size}, hidden_states.scalar_type(), hidden_states);
   if (rows.numel() > 0) {

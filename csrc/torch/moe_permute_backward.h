@@ -17,16 +17,15 @@ Tensor moe_permute_backward(const Tensor& grad_rows, const Tensor& row_slots, co
   check_floating(grad_rows, "grad_rows");
   check_dtype(row_slots, "row_slots", DType::Int);
   check_dtype(expert_offsets, "expert_offsets", DType::Int);
-  check_dims(grad_rows, "grad_rows", 2, "[tokens * top_k, hidden_size]");
-  check_dims(row_slots, "row_slots", 1, "[tokens * top_k]");
+  check_dims(grad_rows, "grad_rows", 2, "[rows, hidden_size]");
+  check_dims(row_slots, "row_slots", 1, "[rows]");
   check_expert_offsets_dims(expert_offsets);
   ZEXPERT_CHECK(num_tokens >= 0, "num_tokens must not be negative, got ", num_tokens);
   ZEXPERT_CHECK(top_k >= 1, "top_k must be at least 1, got ", top_k);
   const int64_t num_slots = row_slots.size(0);
   const int64_t hidden_size = grad_rows.size(1);
-  ZEXPERT_CHECK(num_slots % top_k == 0 && num_slots / top_k == num_tokens, "row_slots must have ", top_k,
-                " elements for each of the ", num_tokens, " tokens, got shape ", text(row_slots.sizes()));
-  check_shape(grad_rows, "grad_rows", {num_slots, hidden_size}, "[tokens * top_k, hidden_size]");
+  check_row_slots_size(row_slots, num_tokens, top_k);
+  check_shape(grad_rows, "grad_rows", {num_slots, hidden_size}, "[rows, hidden_size]");
 
   const Tensor grad_hidden_states = empty({num_tokens, hidden_size}, grad_rows.scalar_type(), grad_rows);
   if (grad_hidden_states.numel() > 0) {

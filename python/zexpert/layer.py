@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from numbers import Integral
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,20 @@ from zexpert.router.factory import create_fused_moe_router
 from zexpert.router.zero_expert_spec import ZeroExperts, kind_name
 from zexpert.runner.chunking_moe_runner import ChunkingMoERunner
 from zexpert.runner.default_moe_runner import DefaultMoERunner
+from zexpert.runner.expert_parallel_moe_runner import ExpertParallelMoERunner, set_physical_experts
 from zexpert.runner.moe_runner import MoERunner
+from zexpert.runner.sharded_moe_runner import (
+    ShardedMoERunner,
+    draw_experts,
+    fits_sharded_weight,
+    shard_state_dict,
+    take_own_part,
+)
+from zexpert.runner.tensor_parallel_moe_runner import TensorParallelMoERunner
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 class FusedMoE(nn.Module):
@@ -32,8 +45,9 @@ class FusedMoE(nn.Module):
     [real | identity | constant | drop].
 
     Parameters (`params_dtype`; R real experts, C constant experts, H hidden size, F intermediate size):
-        w13_weight [R, 2F, H]: gate rows, then up rows, of each expert.
-        w2_weight [R, H, F]: down projection of each expert.
+        w13_weight [R, 2F, H]: gate rows, then up rows, of each expert; with an expert_parallel_group of P ranks
+            [E / P, 2F, H], this rank's of E physical experts (E = R without a logical_to_physical_map).
+        w2_weight [R, H, F]: down projection of each expert; likewise [E / P, H, F].
         constant_gate_weight [C, 2, H] and constant_vectors [C, H]: Wc and v_c; None without constant experts.
 
     Args:
@@ -52,7 +66,16 @@ class FusedMoE(nn.Module):
         params_dtype: dtype of the parameters, and so of hidden_states; None for torch's default dtype.
         shared_experts: a module called on hidden_states [T, H] that returns [T, H].
         chunk_size: most tokens to take through the experts at a time; None for all.
-        expert_parallel_group: must be None.
+        expert_parallel_group: ranks to spread the experts over: a torch.distributed.ProcessGroup or a DeviceMesh of one
+            dimension, such as mesh["expert"]. Rank p holds physical experts p * E / P to (p + 1) * E / P - 1. See
+            ExpertParallelMoERunner for what each rank then has to do. state_dict holds the experts as DTensors, so that
+            torch.distributed.checkpoint loads them under another number of ranks; load_state_dict also takes whole
+            tensors [R, ...], as one process saves them. Seed the ranks alike.
+        logical_to_physical_map: [R, max_replicas] int32 or int64, for an expert_parallel_group: the physical experts
+            of each expert, each named once, padded with -1 at the end; see BaseRouter.set_expert_map. Slots are counted
+            in router.expert_load [E]. Replicas of an expert are trained apart.
+        tensor_parallel_group: ranks that hold a slice of every expert each, w13_weight [R, 2F / P, H] and w2_weight
+            [R, H, F / P], and are called with the same tokens; see TensorParallelMoERunner.
         use_grouped_topk, num_expert_group, topk_group: choose within the best groups of real experts.
         custom_routing_function: see CustomRoutingRouter.
         drop_before_renormalize: weights of drop experts become 0 before renormalising (MoE++).
@@ -92,7 +115,9 @@ class FusedMoE(nn.Module):
         params_dtype: torch.dtype | None = None,
         shared_experts: nn.Module | None = None,
         chunk_size: int | None = None,
-        expert_parallel_group: Any = None,
+        expert_parallel_group: "dist.ProcessGroup | DeviceMesh | None" = None,
+        logical_to_physical_map: Tensor | None = None,
+        tensor_parallel_group: "dist.ProcessGroup | DeviceMesh | None" = None,
         use_grouped_topk: bool = False,
         num_expert_group: int | None = None,
         topk_group: int | None = None,
@@ -103,8 +128,12 @@ class FusedMoE(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        if expert_parallel_group is not None:
-            raise ValueError("expert_parallel_group must be None: expert parallelism is not available yet")
+        if logical_to_physical_map is not None and expert_parallel_group is None:
+            raise ValueError("logical_to_physical_map needs an expert_parallel_group, got None")
+        if tensor_parallel_group is not None and expert_parallel_group is not None:
+            raise ValueError("tensor_parallel_group must be None beside an expert_parallel_group")
+        if tensor_parallel_group is not None and chunk_size is not None:
+            raise ValueError(f"chunk_size must be None with a tensor_parallel_group, got {chunk_size}")
         for name, size in (
             ("num_experts", num_experts),
             ("hidden_size", hidden_size),
@@ -141,8 +170,26 @@ class FusedMoE(nn.Module):
             routing_simulation=routing_simulation,
         )
         experts = create_experts(experts_backend)
+        num_weights, local_intermediate_size = num_experts, intermediate_size
         self.runner: MoERunner
-        if chunk_size is None:
+        if expert_parallel_group is not None:
+            if logical_to_physical_map is not None:
+                num_weights = set_physical_experts(router, logical_to_physical_map.to(device))
+            self.runner = ExpertParallelMoERunner(
+                router,
+                experts,
+                shared_experts,
+                num_experts=num_weights,
+                group=expert_parallel_group,
+                chunk_size=chunk_size,
+            )
+            num_weights = self.runner.num_local_experts
+        elif tensor_parallel_group is not None:
+            self.runner = TensorParallelMoERunner(
+                router, experts, shared_experts, intermediate_size=intermediate_size, group=tensor_parallel_group
+            )
+            local_intermediate_size = self.runner.local_intermediate_size
+        elif chunk_size is None:
             self.runner = DefaultMoERunner(router, experts, shared_experts)
         else:
             self.runner = ChunkingMoERunner(router, experts, shared_experts, chunk_size=chunk_size)
@@ -152,10 +199,10 @@ class FusedMoE(nn.Module):
         self.intermediate_size = intermediate_size
         num_constants = router.num_constant_experts
         self.w13_weight = nn.Parameter(
-            torch.empty(num_experts, 2 * intermediate_size, hidden_size, dtype=params_dtype, device=device)
+            torch.empty(num_weights, 2 * local_intermediate_size, hidden_size, dtype=params_dtype, device=device)
         )
         self.w2_weight = nn.Parameter(
-            torch.empty(num_experts, hidden_size, intermediate_size, dtype=params_dtype, device=device)
+            torch.empty(num_weights, hidden_size, local_intermediate_size, dtype=params_dtype, device=device)
         )
         if num_constants > 0:
             self.constant_gate_weight = nn.Parameter(
@@ -168,19 +215,30 @@ class FusedMoE(nn.Module):
             self.register_parameter("constant_gate_weight", None)
             self.register_parameter("constant_vectors", None)
         register_pre_hook: Callable[..., Any] = self.register_load_state_dict_pre_hook
+        if isinstance(self.runner, ShardedMoERunner):
+            register_pre_hook(take_own_part)
+            register_post_hook: Callable[..., Any] = self.register_state_dict_post_hook
+            register_post_hook(shard_state_dict)
         register_pre_hook(check_shapes_of_state_dict)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draws every parameter uniformly from +-1 / sqrt(fan_in), as nn.Linear does. The bias is the caller's."""
-        for parameter, fan_in in (
-            (self.w13_weight, self.hidden_size),
-            (self.w2_weight, self.intermediate_size),
-            (self.constant_gate_weight, self.hidden_size),
-            (self.constant_vectors, self.hidden_size),
+        """Draws every parameter uniformly from +-1 / sqrt(fan_in), as nn.Linear does. The bias is the caller's.
+
+        Where ranks share the experts, seed them alike: they then draw the same layer for any number of ranks.
+        """
+        hidden_size, intermediate_size = self.hidden_size, self.intermediate_size
+        for name, fan_in, whole_shape in (
+            ("w13_weight", hidden_size, (2 * intermediate_size, hidden_size)),
+            ("w2_weight", intermediate_size, (hidden_size, intermediate_size)),
+            ("constant_gate_weight", hidden_size, None),
+            ("constant_vectors", hidden_size, None),
         ):
-            if parameter is not None:
-                bound = 1.0 / math.sqrt(fan_in)
+            parameter = getattr(self, name)
+            bound = 1.0 / math.sqrt(fan_in)
+            if whole_shape is not None and isinstance(self.runner, ShardedMoERunner):
+                draw_experts(self, name, whole_shape, bound)
+            elif parameter is not None:
                 nn.init.uniform_(parameter, -bound, bound)
 
     @property
@@ -278,5 +336,5 @@ def check_shapes_of_state_dict(
             given = state_dict.get(key)
             if name in submodule._non_persistent_buffers_set or tensor is None or not isinstance(given, Tensor):
                 continue
-            if given.shape != tensor.shape:
+            if given.shape != tensor.shape and not fits_sharded_weight(submodule, name, given):
                 raise RuntimeError(f"{shown(key)} must have shape {list(tensor.shape)}, got {list(given.shape)}")

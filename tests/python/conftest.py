@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import hypothesis
 import pytest
 import torch
 
+from ranks import Ranks
 from testing import on_device
 
 # No deadline: the first example pays for lazy loading. The same examples every time: a failure can be repeated.
@@ -39,3 +42,11 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 @pytest.fixture(autouse=True)
 def fixed_seed() -> None:
     torch.manual_seed(20250923)
+
+
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    """Four processes that run functions as ranks."""
+    pool = Ranks(4, tmp_path_factory.mktemp("ranks"))
+    yield pool
+    pool.stop()

@@ -203,6 +203,21 @@ def test_cpu_layer_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert "grouped_mlp" in capsys.readouterr().out
 
 
+def test_expert_parallel_runs(tmp_path: Path) -> None:
+    import gpu_expert_parallel
+
+    sizes = ["--experts", "8", "--hidden-size", "16", "--intermediate-size", "8", "--tokens", "5,600"]
+    arguments = ["--device", "cpu", *sizes, "--repeats", "1"]
+    report = run_benchmark(gpu_expert_parallel, arguments, tmp_path / "expert_parallel.json")
+    few, many = report["results"]  # type: ignore[misc]
+    assert set(few["checks"]) == {"ragged", "ragged, 4 chunks", "all slots", "fixed", "all_gather"}
+    assert set(many["seconds"]) == {"one rank", "ragged", "ragged, 4 chunks", "all slots"}
+    assert 0 < many["bytes_sent"]["ragged"] < many["bytes_sent"]["all slots"]
+    with pytest.raises(SystemExit) as stop:
+        gpu_expert_parallel.main(["--device", "cpu", "--experts", "9"])
+    assert stop.value.code == 2
+
+
 @pytest.mark.usefixtures("small_machine")
 @pytest.mark.parametrize("module_name", ["cpu_routing", "cpu_layer"])
 @pytest.mark.parametrize("arguments", [["--tokens", "0"], ["--dtype", "int8"], ["--repeats", "-1"]])

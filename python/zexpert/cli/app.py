@@ -1,4 +1,4 @@
-"""Commands: `zexpert demo` and `zexpert generate`."""
+"""Commands: `zexpert demo`, `zexpert generate` and `zexpert plan`."""
 
 from __future__ import annotations
 
@@ -104,6 +104,32 @@ def generate(
     except ValueError as error:
         raise fail(str(error)) from error
     show_generated(console, model, prompt.encode(), length, temperature=temperature, seed=seed)
+
+
+@app.command()
+def plan(
+    gpus: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="GPUs that share the experts; may be repeated. 8 to 1024 without it."),
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens on each GPU.")] = 4096,
+    ffn_experts: Annotated[float, typer.Option(min=0.0, max=12.0, help="Mean slots of a token that do work.")] = 8.0,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs that NVLink connects.")] = 8,
+    nvlink: Annotated[float, typer.Option(min=0.001, help="GB/s from a GPU to others of its node.")] = 450.0,
+    network: Annotated[float, typer.Option(min=0.001, help="GB/s from a GPU to other nodes.")] = 50.0,
+    latency: Annotated[float, typer.Option(min=0.0, help="Microseconds of an exchange of nothing.")] = 20.0,
+    memory: Annotated[float, typer.Option(min=0.001, help="TB/s of a GPU's memory.")] = 4.0,
+    matmul: Annotated[float, typer.Option(min=0.001, help="TFLOP/s of the experts' products.")] = 650.0,
+) -> None:
+    """Estimate bytes, times and memory of LongCat-Flash's experts spread over a cluster."""
+    from zexpert.cli.plan import DEFAULT_GPUS, show_plan
+    from zexpert.distributed_plan import Cluster, MoEShape
+
+    cluster = Cluster(gpus_per_node, nvlink * 1e9, network * 1e9, latency * 1e-6, memory * 1e12, matmul * 1e12)
+    try:
+        show_plan(console, gpus or DEFAULT_GPUS, tokens, MoEShape(ffn_experts=ffn_experts), cluster)
+    except ValueError as error:
+        raise fail(str(error)) from error
 
 
 if __name__ == "__main__":

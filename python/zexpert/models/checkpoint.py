@@ -157,13 +157,19 @@ def rename_experts(state_dict: dict[str, Any], prefix: str, experts: nn.Module) 
         RuntimeError: if an entry has another shape, or one expert of a module list lacks one.
     """
     assert isinstance(experts, FusedMoE)
-    num_real_experts, hidden_size, intermediate_size = experts.w2_weight.shape
+    # A rank of several may hold only a part of these: FusedMoE takes its own out of the whole.
+    num_real_experts = experts.num_experts
+    hidden_size, intermediate_size = experts.hidden_size, experts.intermediate_size
+    whole_sizes = {
+        "experts.w13_weight": [2 * intermediate_size, hidden_size],
+        "experts.w2_weight": [hidden_size, intermediate_size],
+    }
     first_sizes = sorted({num_real_experts, experts.router.num_experts or num_real_experts})
     for theirs, ours in STACKED_EXPERTS.items():
         if prefix + theirs not in state_dict:
             continue
         stacked = state_dict.pop(prefix + theirs)
-        sizes = list(experts.get_parameter(ours.removeprefix("experts.")).shape[1:])
+        sizes = whole_sizes[ours]
         if list(stacked.shape[1:]) != sizes or stacked.size(0) not in first_sizes:
             shape = ", ".join((" or ".join(map(str, first_sizes)), *map(str, sizes)))
             raise RuntimeError(f"{prefix}{theirs} must have shape [{shape}], got {list(stacked.shape)}")

@@ -1,6 +1,7 @@
 """LongCat-Flash's mixture of experts (arXiv 2509.01322): identity experts, a selection bias, a router in float32."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -8,6 +9,10 @@ from torch import Tensor, nn
 from zexpert.layer import FusedMoE
 from zexpert.models.checkpoint import STACKED_EXPERTS, CheckpointBlock, config_value, require_config, require_silu
 from zexpert.models.float32_linear import Float32Linear
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 @dataclass(frozen=True)
@@ -97,7 +102,7 @@ class LongcatFlashMoE(CheckpointBlock):
         config: the sizes.
         params_dtype: dtype of the experts, and so of hidden_states; None for torch's default dtype. The classifier and
             the selection bias are float32.
-        chunk_size, experts_backend, device: see FusedMoE.
+        chunk_size, experts_backend, expert_parallel_group, device: see FusedMoE.
 
     Raises:
         ValueError: if config is no LongcatFlashConfig, or a size is out of range.
@@ -113,6 +118,7 @@ class LongcatFlashMoE(CheckpointBlock):
         params_dtype: torch.dtype | None = None,
         chunk_size: int | None = None,
         experts_backend: str = "auto",
+        expert_parallel_group: "dist.ProcessGroup | DeviceMesh | None" = None,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
@@ -134,6 +140,7 @@ class LongcatFlashMoE(CheckpointBlock):
             params_dtype=params_dtype,
             chunk_size=chunk_size,
             experts_backend=experts_backend,
+            expert_parallel_group=expert_parallel_group,
             device=device,
         )
 

@@ -14,12 +14,13 @@ def moe_permute(hidden_states: Tensor, row_slots: Tensor, expert_offsets: Tensor
 
     Args:
         hidden_states: [T, H], any floating dtype, any strides.
-        row_slots: [T * K] int32, of the DispatchPlan.
+        row_slots: [T * K] int32, of the DispatchPlan, or cut somewhere behind its last offset.
         expert_offsets: [R + 1] int32, of the DispatchPlan.
         top_k: K.
 
     Returns:
-        [T * K, H], type of hidden_states. Rows past the last offset hold anything; no op reads them.
+        [T * K, H], or as many rows as row_slots has; type of hidden_states. Rows past the last offset hold anything; no
+        op reads them.
 
     Raises:
         RuntimeError: an argument has a wrong device, dtype or shape; on the CPU, an index is out of range.

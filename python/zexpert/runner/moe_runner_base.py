@@ -58,26 +58,39 @@ class MoERunnerBase(MoERunner):
     ) -> Tensor:
         """Everything after routing: [T, H]."""
         residual = self._shared_experts_output(hidden_states)
-        constant_weight: Tensor | None = None
-        if routing.constant_weight.size(1) > 0:
-            if constant_gate_weight is None or constant_vectors is None:
-                raise ValueError("constant_gate_weight and constant_vectors are required with constant experts")
-            routing = self._mix_constants(hidden_states, routing, constant_gate_weight)
-            constant_weight = routing.constant_weight
-        else:
-            constant_vectors = None
-
+        routing = self._mix_constants(hidden_states, routing, constant_gate_weight, constant_vectors)
         expert_offsets, row_slots, slot_rows = torch.ops.zexpert.moe_plan(routing.topk_ids, w13_weight.size(0))
         if self.routing_stats is not None:
             self.routing_stats(routing.topk_ids, expert_offsets)
+        plan = DispatchPlan(expert_offsets, row_slots, slot_rows)
+        return self._experts_and_epilogue(
+            hidden_states, routing, plan, w13_weight, w2_weight, residual, constant_vectors
+        )
+
+    def _experts_and_epilogue(
+        self,
+        hidden_states: Tensor,
+        routing: RoutingResult,
+        plan: DispatchPlan,
+        w13_weight: Tensor,
+        w2_weight: Tensor,
+        residual: Tensor | None,
+        constant_vectors: Tensor | None,
+    ) -> Tensor:
+        """Everything after the plan: [T, H]."""
+        constant_weight: Tensor | None = None
+        if routing.constant_weight.size(1) > 0:
+            constant_weight = routing.constant_weight
+        else:
+            constant_vectors = None
         if self.experts.fuses_epilogue_for(hidden_states, w13_weight, w2_weight):
             fused = torch.ops.zexpert.fused_moe(
                 hidden_states,
                 routing.topk_weights,
                 routing.zero_weight,
-                expert_offsets,
-                row_slots,
-                slot_rows,
+                plan.expert_offsets,
+                plan.row_slots,
+                plan.slot_rows,
                 w13_weight,
                 w2_weight,
                 residual,
@@ -87,7 +100,6 @@ class MoERunnerBase(MoERunner):
             output: Tensor = fused[0]
             return output
 
-        plan = DispatchPlan(expert_offsets, row_slots, slot_rows)
         rows: Tensor = self.experts(hidden_states, routing, plan, w13_weight, w2_weight)
 
         if self.experts.reduces_for(hidden_states, w2_weight):
@@ -96,15 +108,31 @@ class MoERunnerBase(MoERunner):
                 constants = full_precision_linear(constant_weight, constant_vectors.to(constant_weight.dtype).t())
                 out = out + constants.to(out.dtype)
             return out if residual is None else out + residual
+        return self._finalize(
+            rows, plan.slot_rows, routing.topk_weights, hidden_states, routing, residual, constant_vectors
+        )
+
+    def _finalize(
+        self,
+        rows: Tensor,
+        slot_rows: Tensor,
+        weights: Tensor,
+        hidden_states: Tensor,
+        routing: RoutingResult,
+        residual: Tensor | None,
+        constant_vectors: Tensor | None,
+    ) -> Tensor:
+        """The epilogue: [T, H], the rows that slot_rows names, times the weights, and the routing's other parts."""
+        has_constants = routing.constant_weight.size(1) > 0
         finalized: Tensor = torch.ops.zexpert.moe_finalize(
             rows,
-            plan.slot_rows,
-            routing.topk_weights,
+            slot_rows,
+            weights,
             hidden_states,
             routing.zero_weight,
             residual=residual,
-            constant_weight=constant_weight,
-            constant_vectors=constant_vectors,
+            constant_weight=routing.constant_weight if has_constants else None,
+            constant_vectors=constant_vectors if has_constants else None,
         )
         return finalized
 
@@ -124,11 +152,19 @@ class MoERunnerBase(MoERunner):
         return summed
 
     def _mix_constants(
-        self, hidden_states: Tensor, routing: RoutingResult, constant_gate_weight: Tensor
+        self,
+        hidden_states: Tensor,
+        routing: RoutingResult,
+        constant_gate_weight: Tensor | None,
+        constant_vectors: Tensor | None,
     ) -> RoutingResult:
         """Splits every constant expert's weight between the token and the constant, [a1, a2] = softmax(x @ Wc.T): a1's
         part joins zero_weight, a2's stays in constant_weight.
         """
+        if routing.constant_weight.size(1) == 0:
+            return routing
+        if constant_gate_weight is None or constant_vectors is None:
+            raise ValueError("constant_gate_weight and constant_vectors are required with constant experts")
         num_constants = constant_gate_weight.size(0)
         dtype = routing.constant_weight.dtype
         gates = full_precision_linear(hidden_states.to(dtype), constant_gate_weight.flatten(0, 1).to(dtype))

@@ -1,0 +1,83 @@
+"""The tables of `zexpert plan`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from zexpert.distributed_plan import Cluster, LayerPlan, MoEShape, plan_layer, simulate_routing
+
+DEFAULT_GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)
+
+
+def show_plan(console: Console, gpus: Sequence[int], tokens: int, shape: MoEShape, cluster: Cluster) -> None:
+    """Prints what one layer's forward costs a rank for each number of GPUs.
+
+    Raises:
+        ValueError: as plan_layer does.
+    """
+    plans = [plan_layer(each, tokens, shape, cluster) for each in gpus]
+    console.print(
+        f"LongCat-Flash: {shape.num_experts} experts of {shape.hidden_size} x {shape.intermediate_size}, "
+        f"{shape.top_k} slots per token, {shape.ffn_experts:g} of them with work; {tokens} tokens per GPU; bfloat16",
+        highlight=False,
+    )
+    console.print(
+        f"Assumed: {cluster.gpus_per_node} GPUs per node, NVLink {cluster.nvlink / 1e9:g} GB/s and network "
+        f"{cluster.network / 1e9:g} GB/s per GPU and direction, {cluster.latency * 1e6:g} us per exchange, memory "
+        f"{cluster.memory_bandwidth / 1e12:g} TB/s, products {cluster.matmul_rate / 1e12:g} TFLOP/s",
+        highlight=False,
+    )
+    table = Table(title="Forward of one layer, per GPU")
+    for heading in (
+        "GPUs",
+        "rows per token",
+        "sent",
+        "all slots",
+        "over network",
+        "exchange",
+        "experts",
+        "sum",
+        "overlapped",
+    ):
+        table.add_column(heading, justify="right")
+    for plan in plans:
+        table.add_row(*times_row(plan))
+    console.print(table)
+
+    table = Table(title="Memory per GPU, and simulated routing")
+    for heading in ("GPUs", "experts, layer", "experts, model", "rows", "rows per token", "busiest GPU"):
+        table.add_column(heading, justify="right")
+    for plan in plans:
+        table.add_row(*memory_row(plan, shape))
+    console.print(table)
+
+
+def times_row(plan: LayerPlan) -> list[str]:
+    """A line of the first table."""
+    return [
+        str(plan.gpus),
+        f"{plan.ranks_per_token:.2f}",
+        f"{(plan.dispatch_bytes + plan.combine_bytes) / 1e6:,.1f} MB",
+        f"{plan.all_slots_bytes / 1e6:,.1f} MB",
+        f"{plan.network_bytes / 1e6:,.1f} MB",
+        f"{(plan.dispatch_seconds + plan.combine_seconds) * 1e3:.3f} ms",
+        f"{plan.expert_seconds * 1e3:.3f} ms",
+        f"{plan.seconds * 1e3:.3f} ms",
+        f"{plan.overlapped_seconds * 1e3:.3f} ms",
+    ]
+
+
+def memory_row(plan: LayerPlan, shape: MoEShape) -> list[str]:
+    """A line of the second table."""
+    simulated = simulate_routing(min(plan.gpus, shape.num_experts), plan.tokens, shape)
+    return [
+        str(plan.gpus),
+        f"{plan.weight_bytes / 1e9:.2f} GB",
+        f"{plan.model_weight_bytes / 1e9:.1f} GB",
+        f"{plan.buffer_bytes / 1e9:.2f} GB",
+        f"{simulated.ranks_per_token:.2f}",
+        f"{simulated.busiest_rank:.2f}x mean",
+    ]

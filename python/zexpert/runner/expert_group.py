@@ -1,0 +1,83 @@
+"""The ranks that share a layer's experts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch.distributed as dist
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
+
+
+class ExpertGroup:
+    """A process group, as what takes part in it sees it. Copies of a module share it.
+
+    Args:
+        argument: what messages call `group`.
+        group: the ranks: a torch.distributed.ProcessGroup that this process is in, or a DeviceMesh of one dimension,
+            such as mesh["expert"].
+
+    Attributes:
+        process_group: the process group.
+        rank: this process's place in it.
+        size: P, its number of ranks.
+
+    Raises:
+        ValueError: if `group` is neither, or does not hold this process.
+    """
+
+    def __init__(self, argument: str, group: dist.ProcessGroup | DeviceMesh) -> None:
+        if not (dist.is_available() and dist.is_initialized()):
+            raise ValueError(
+                f"{argument} needs torch.distributed.init_process_group to have been called, got {group!r}"
+            )
+        from torch.distributed.device_mesh import DeviceMesh
+
+        self._meshes: dict[str, DeviceMesh] = {}
+        if isinstance(group, DeviceMesh):
+            if group.ndim != 1:
+                raise ValueError(
+                    f"{argument} must be a process group or one dimension of a DeviceMesh, such as mesh[name], "
+                    f"got a mesh of {group.ndim} dimensions"
+                )
+            self._meshes[group.device_type] = group
+            group = group.get_group()
+        if not isinstance(group, dist.ProcessGroup):
+            raise ValueError(
+                f"{argument} must be a process group that this process is in, or a DeviceMesh, got {group!r}"
+            )
+        self.process_group = group
+        self.rank = dist.get_rank(group)
+        self.size = dist.get_world_size(group)
+
+    def as_sharded(self, shard: Tensor, dim: int) -> DTensor:
+        """The whole of which every rank holds an equal `shard` in dimension `dim`; no data moves."""
+        from torch.distributed.device_mesh import DeviceMesh
+        from torch.distributed.tensor import DTensor, Shard
+
+        mesh = self._meshes.get(shard.device.type)
+        if mesh is None:
+            mesh = self._meshes[shard.device.type] = DeviceMesh.from_group(self.process_group, shard.device.type)
+        return DTensor.from_local(shard, mesh, [Shard(dim)], run_check=False)
+
+    @contextmanager
+    def exchanging(self) -> Iterator[None]:
+        """Tells of what a collective inside of it could not do by the group's rank."""
+        try:
+            yield
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"rank {self.rank} of the {self.size} that share the experts could not exchange rows with the others: "
+                "one of them raised an error, ended, or came later than the process group's timeout"
+            ) from error
+
+    def __deepcopy__(self, memo: dict[int, object]) -> ExpertGroup:
+        return self
+
+    def __repr__(self) -> str:
+        return f"rank {self.rank} of {self.size}"

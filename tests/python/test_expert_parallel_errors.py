@@ -1,0 +1,185 @@
+"""Exchanges that are too small, ranks that fail, bad calls, and other ways to run the layer."""
+
+from __future__ import annotations
+
+import copy
+import os
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from layer_cases import HIDDEN
+from parallel_cases import (
+    EXCHANGES,
+    NUM_EXPERTS,
+    NUM_TOKENS,
+    make_inputs,
+    make_layer,
+    make_parallel,
+    runner_of,
+)
+from ranks import Ranks, start_rank
+from testing import assert_equal
+from zexpert import FusedMoE
+
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch is built without torch.distributed")
+
+
+def overflow(group: Any) -> str:
+    """Rank 0's tokens all go to rank 1, of which 3 have room."""
+    layer = make_parallel("identity", "fixed", group)
+    runner = runner_of(layer)
+    runner.use_exchange("fixed", max_tokens=8, capacity=3)
+    num_tokens = 5 if dist.get_rank(group) == 0 else 3
+    hidden_states, logits, _ = make_inputs("identity", num_tokens)
+    logits[:, :6] = -torch.inf
+    logits[:, NUM_EXPERTS:] = -torch.inf
+    inputs = hidden_states.float(), logits.float()
+    with torch.no_grad():
+        try:
+            torch.testing.assert_close(layer(*inputs), make_layer("identity")(*inputs))
+            return "as one process"
+        except RuntimeError as error:
+            message = str(error)
+        # As on a GPU, where nobody looks in between.
+        runner.check_overflow = lambda: None  # type: ignore[method-assign]
+        out = layer(*inputs)
+        del runner.check_overflow
+        expected = make_layer("identity")(*inputs)
+        torch.testing.assert_close(out[:3], expected[:3])
+        assert bool(out[3:].isnan().all())
+        with pytest.raises(RuntimeError, match="and 2 rows of rank 0 had no room"):
+            runner.check_overflow()
+        runner.check_overflow()
+    return message
+
+
+def overflow_twice(group: Any) -> str:
+    message = overflow(group)
+    if dist.get_rank(group) == 1:
+        overflow(group)
+    return message
+
+
+def test_rows_beyond_the_capacity_are_an_error(ranks: Ranks) -> None:
+    message, fine = ranks.run(overflow_twice, 2)
+    assert message == (
+        "capacity must hold the rows from each rank to each, and 2 rows of rank 0 had no room; the outputs of their "
+        "tokens are NaN"
+    )
+    assert fine == "as one process"
+
+
+def bad_calls(group: Any) -> None:
+    layer = make_parallel("plain", "fixed", group)
+    runner = runner_of(layer)
+    with pytest.raises(
+        ValueError, match=r"^hidden_states must have at most the exchange's max_tokens \(61\) .* got 62$"
+    ):
+        layer(torch.zeros(62, HIDDEN), torch.zeros(62, NUM_EXPERTS))
+    for arguments, message in (
+        (("ring",), r'^name must be "ragged", "fixed", "all_gather" or "deep_ep", got \'ring\'$'),
+        (("ragged", 3), r'^max_tokens must be None with the exchange "ragged", got 3$'),
+        (("fixed",), r'^max_tokens is required with the exchange "fixed"$'),
+        (("fixed", 3, 4), r"^capacity must be at most max_tokens \(3\), got 4$"),
+        (("fixed", 0), r"^max_tokens must be an integer of at least 1, got 0$"),
+        (("all_gather", 3, 3), r'^capacity must be None with the exchange "all_gather", got 3$'),
+    ):
+        with pytest.raises(ValueError, match=message):
+            runner.use_exchange(*arguments)
+    assert runner.exchange_name == "fixed"
+
+    once = torch.arange(NUM_EXPERTS)[:, None]
+    for wrong, message in (
+        ({"expert_parallel_group": 3}, r"^expert_parallel_group must be a process group .* or a DeviceMesh, got 3$"),
+        ({"chunk_size": 0}, r"^chunk_size must be an integer of at least 1, got 0$"),
+        ({"logical_to_physical_map": once * 2}, r"^logical_to_physical_map must name every physical .* got 12 entries"),
+        ({"logical_to_physical_map": once.repeat(1, 2)}, r"^logical_to_physical_map must name every physical expert"),
+        ({"logical_to_physical_map": once, "expert_parallel_group": None}, "^logical_to_physical_map needs an expert_"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make_layer("plain", **{"expert_parallel_group": group, **wrong})
+
+
+def uneven(group: Any) -> None:
+    with pytest.raises(ValueError, match=r"^num_experts must be a multiple .* expert_parallel_group \(2\), got 7$"):
+        FusedMoE(7, 2, 8, 4, expert_parallel_group=group)
+
+
+def test_bad_calls(ranks: Ranks) -> None:
+    ranks.run(bad_calls, 1)
+    ranks.run(uneven, 2)
+
+
+# --- Failures
+
+
+TIMEOUT = 3  # seconds
+CANNOT_EXCHANGE = (
+    "could not exchange rows with the others: one of them raised an error, ended, or came later than the process "
+    "group's timeout"
+)
+
+
+def one_rank_fails(rank: int, folder: str, how: str) -> None:
+    torch.set_num_threads(1)
+    start_rank(rank, 3, f"{folder}/rendezvous", timedelta(seconds=TIMEOUT))
+    layer = make_parallel("identity", "ragged", dist.group.WORLD)
+    hidden_states, logits = (tensor.float() for tensor in make_inputs("identity", 4)[:2])
+    layer(hidden_states, logits)
+    dist.barrier()
+    started = time.monotonic()
+    if rank == 1 and how == "ends":
+        os._exit(0)
+    elif rank == 1:
+        with pytest.raises(ValueError, match="router_logits must have one column per expert"):
+            layer(hidden_states, logits[:, 1:])
+        Path(folder, "told1").touch()
+        time.sleep(TIMEOUT + 1)  # busy with something else
+    else:
+        with pytest.raises(RuntimeError, match=f"^rank {rank} of the 3 that share the experts {CANNOT_EXCHANGE}$"):
+            layer(hidden_states, logits)
+        assert time.monotonic() - started < 5 * TIMEOUT
+        Path(folder, f"told{rank}").touch()
+
+
+@pytest.mark.parametrize("how", ["ends", "raises"])
+def test_others_learn_of_a_rank_that_fails(how: str, tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(one_rank_fails, args=(str(tmp_path), how), nprocs=3)
+    told = sorted(path.name for path in tmp_path.glob("told*"))
+    assert told == (["told0", "told2"] if how == "ends" else ["told0", "told1", "told2"])
+
+
+# --- Scripts, graphs, copies
+
+
+def other_ways_to_run(group: Any) -> None:
+    layer = make_parallel("identity", "ragged", group)
+    with pytest.raises(
+        RuntimeError, match=r"^torch.jit.script cannot take a layer whose experts are shared out over ranks$"
+    ):
+        torch.jit.script(nn.Sequential(layer))
+    inputs = [tensor.float() for tensor in make_inputs("identity", NUM_TOKENS[dist.get_rank(group)])[:2]]
+    with torch.no_grad():
+        expected = layer(*inputs)
+        assert_equal(torch.compile(layer, backend="aot_eager")(*inputs), expected, "compiled")
+        assert_equal(copy.deepcopy(layer)(*inputs), expected, "copy")
+        for exchange in EXCHANGES:
+            other = make_parallel("identity", exchange, group)
+            with torch.inference_mode():
+                first = other(*inputs).clone()
+            assert_equal(other(*inputs), first, f"{exchange} after inference mode")
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert layer(*inputs).dtype == torch.bfloat16
+    assert "rank" in repr(layer)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated:DeprecationWarning")
+def test_other_ways_to_run(ranks: Ranks) -> None:
+    ranks.run(other_ways_to_run, 2)
