@@ -43,6 +43,11 @@ test: test-python test-cpp test-wheels ## run all tests
 test-python: $(INSTALLED) ## run the Python tests (PYTEST_ARGS="-k router")
 	python -m pytest $(PYTEST_ARGS)
 
+.PHONY: test-transformers
+test-transformers: $(INSTALLED) $(BENCH_TOOLS) ## run the tests that need transformers
+	python -m pytest tests/python/test_integrations_transformers.py tests/python/test_models_longcat_flash.py \
+	  tests/python/test_docs_cli.py tests/python/test_cli_tools.py $(PYTEST_ARGS)
+
 .PHONY: test-cpp
 test-cpp: $(INSTALLED) ## build with CMake, warnings as errors, and run the C++ tests
 	@third_party/check_system.sh python googletest
@@ -124,6 +129,7 @@ bench: $(INSTALLED) $(BENCH_TOOLS) ## compare with plain PyTorch and transformer
 	python benchmarks/cpu_routing.py --json benchmarks/results/cpu_routing.json $(BENCH_ARGS)
 	python benchmarks/cpu_layer.py --json benchmarks/results/cpu_layer.json $(BENCH_ARGS)
 	python benchmarks/cpu_training.py --json benchmarks/results/cpu_training.json
+	python benchmarks/transformers_model.py --device cpu --json benchmarks/results/transformers_model.json
 
 .PHONY: wheel
 wheel: $(TOOLS) ## build the wheel into dist (with CUDA if .venv's PyTorch has it, or as ZEXPERT_CUDA says)

@@ -11,43 +11,18 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-import harness
-import torch_routing
 import zexpert
-from torch_routing import RoutingCase
+from zexpert.benchmark import harness, routing, torch_routing
+from zexpert.benchmark.torch_routing import RoutingCase
 
 TARGET = harness.Target(over="torch ops", at_least=10.0)
 TARGET_TOKENS = 4096
-
-
-def make_inputs(case: RoutingCase, num_tokens: int, dtype: torch.dtype, count: int) -> tuple[list[Tensor], Tensor]:
-    """`count` logits [T, N] and one selection bias [N] of the size of the gaps between scores."""
-    generator = torch.Generator().manual_seed(0)
-    logits = [torch.randn(num_tokens, case.num_experts, generator=generator).to(dtype) for _ in range(count)]
-    bias = torch.randn(case.num_experts, generator=generator) * (1e-3 if case.scoring_func == "softmax" else 1e-1)
-    return logits, bias
-
-
-def zexpert_route(logits: Tensor, bias: Tensor | None, case: RoutingCase) -> tuple[Tensor, Tensor, Tensor]:
-    routing = zexpert.ops.biased_topk(
-        logits,
-        bias,
-        case.top_k,
-        num_real_experts=case.num_real_experts,
-        num_identity_experts=case.num_identity_experts,
-        scoring_func=case.scoring_func,
-        renormalize=case.renormalize,
-        routed_scaling_factor=case.routed_scaling_factor,
-        num_expert_group=case.num_expert_group,
-        topk_group=case.topk_group,
-    )
-    return routing.topk_weights, routing.topk_ids, routing.zero_weight
 
 
 def softmax_topk_gather(logits: Tensor, bias: Tensor, case: RoutingCase) -> tuple[Tensor, Tensor]:
@@ -59,49 +34,24 @@ def softmax_topk_gather(logits: Tensor, bias: Tensor, case: RoutingCase) -> tupl
 def run_case(
     case: RoutingCase, num_tokens: int, dtype_name: str, repeats: int, bandwidth: float, with_compile: bool
 ) -> harness.CaseResult:
-    dtype = harness.DTYPES[dtype_name]
-    num_bytes = num_tokens * case.num_experts * dtype.itemsize
-    count = harness.rotation_length(num_bytes, 3 + with_compile)
-    logits, some_bias = make_inputs(case, num_tokens, dtype, count)
-    bias = some_bias if case.has_bias else None
-
-    contenders: dict[str, Callable[[int], object]] = {
-        "zexpert": lambda i: zexpert_route(logits[i], bias, case),
-        "torch ops": lambda i: torch_routing.route(logits[i], bias, case),
-    }
-    if case.scoring_func == "softmax" and bias is not None:
-        contenders["softmax, topk, gather"] = lambda i: softmax_topk_gather(logits[i], some_bias, case)
+    unchecked: dict[str, routing.Route] = {}
+    if case.scoring_func == "softmax" and case.has_bias:
+        unchecked["softmax, topk, gather"] = lambda logits, bias: softmax_topk_gather(logits, bias, case)
     if with_compile:
-        compiled = torch.compile(torch_routing.route, dynamic=False)
-        contenders["torch.compile"] = lambda i: compiled(logits[i], bias, case)
-
-    sure = ~torch_routing.near_ties(logits[0], bias, case)
-    double_bias = None if bias is None else bias.double()
-    reference, plain, ours = (
-        torch_routing.dense_weights(*routing, case)[sure]
-        for routing in (
-            torch_routing.route(logits[0].double(), double_bias, case),
-            torch_routing.route(logits[0], bias, case),
-            zexpert_route(logits[0], bias, case),
-        )
-    )
-    checks = {
-        "zexpert": harness.check_error(ours, plain, reference),
-        "torch ops": harness.check_error(plain, plain, reference),
-    }
-    with harness.OtherLoad() as load:
-        timings = harness.measure(contenders, num_inputs=count, repeats=repeats)
-    name = f"{case.name} {num_tokens} x {case.num_experts}, K {case.top_k}, {dtype_name} logits"
+        unchecked["torch.compile"] = routing.compiled(case)
     is_target = case is torch_routing.LONGCAT_FLASH and num_tokens == TARGET_TOKENS and dtype_name == "float32"
-    return harness.CaseResult(
-        case=f"{name}, {torch.get_num_threads()} threads",
-        subject="zexpert",
-        floor=num_bytes / bandwidth,
-        timings=timings,
-        checks=checks,
-        other_load=load.share,
+    result = routing.run_case(
+        case,
+        num_tokens,
+        dtype=harness.DTYPES[dtype_name],
+        device=torch.device("cpu"),
+        repeats=repeats,
+        bandwidth=bandwidth,
+        unchecked=unchecked,
         target=TARGET if is_target else None,
     )
+    result.case += f", {torch.get_num_threads()} threads"
+    return result
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:

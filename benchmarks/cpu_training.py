@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import harness
 import zexpert
+from zexpert.benchmark import harness
 from zexpert.models.byte_decoder import ByteDecoder, ByteDecoderConfig
 
 CONFIG = ByteDecoderConfig(

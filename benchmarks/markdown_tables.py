@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import harness
+from zexpert.benchmark import harness
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import harness
+from zexpert.benchmark import harness
 from zexpert.cli.text import load_text
 from zexpert.models.byte_decoder import ByteDecoder, ByteDecoderConfig
 from zexpert.training.trainer import StepRecord, Trainer, TrainerConfig

@@ -5,8 +5,8 @@ Usage: python examples/longcat_layer.py [--text FILE] [--tokens N] [--hidden-siz
 
 Each token picks 12 of 768 experts; a slot that picks an identity expert costs no feed-forward network. This checks
 zexpert's output against the same layer in float64, counts the slots that did work, and times the layer against plain
-PyTorch (plain_moe.py). The hidden size is smaller than the model's, and the weights, the router's too, are random with
-a fixed seed: the numbers show the layer's mechanics, not a model's quality.
+PyTorch (zexpert.benchmark.plain_moe). The hidden size is smaller than the model's, and the weights, the router's too,
+are random with a fixed seed: the numbers show the layer's mechanics, not a model's quality.
 """
 
 from __future__ import annotations
@@ -26,8 +26,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-
-import plain_moe
 
 NUM_REAL_EXPERTS = 512
 NUM_IDENTITY_EXPERTS = 256
@@ -98,7 +96,9 @@ class RandomLayer:
 
     def __init__(self, hidden_size: int, intermediate_size: int, dtype: torch.dtype, seed: int) -> None:
         import zexpert
+        from zexpert.benchmark import plain_moe
 
+        self.plain_moe = plain_moe.moe
         generator = torch.Generator().manual_seed(seed)
         num_experts = NUM_REAL_EXPERTS + NUM_IDENTITY_EXPERTS
 
@@ -128,7 +128,7 @@ class RandomLayer:
         return hidden_states.float() @ self.classifier.T
 
     def plain(self, hidden_states: Tensor, router_logits: Tensor) -> Tensor:
-        return plain_moe.moe(
+        return self.plain_moe(
             hidden_states,
             router_logits,
             self.bias.to(router_logits.dtype),

@@ -15,8 +15,7 @@ import reference
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
-import harness
-import torch_routing
+from zexpert.benchmark import harness, torch_routing
 
 
 class Clock:
@@ -216,6 +215,18 @@ def test_expert_parallel_runs(tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as stop:
         gpu_expert_parallel.main(["--device", "cpu", "--experts", "9"])
     assert stop.value.code == 2
+
+
+@pytest.mark.usefixtures("small_machine")
+def test_transformers_model_runs(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    import transformers_model
+
+    arguments = ["--device", "cpu", "--layers", "1", "--hidden-size", "64", "--prompt", "3", "--repeats", "1"]
+    report = run_benchmark(transformers_model, arguments, tmp_path / "model.json")
+    results = report["results"]
+    assert isinstance(results, list)
+    assert len(results) == 3
 
 
 @pytest.mark.usefixtures("small_machine")

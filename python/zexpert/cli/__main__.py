@@ -1,5 +1,5 @@
 """`python -m zexpert.cli` is the `zexpert` command."""
 
-from zexpert.cli.app import app
+from zexpert_command import main
 
-app()
+main()

@@ -12,12 +12,13 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.panel import Panel
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor
-from torch.nn import functional as F
 
+from zexpert.benchmark import plain_moe
 from zexpert.cli.pictures import coloured_text, save_compute_map, save_training_curves
+from zexpert.cli.terminal import has_colours, progress
+from zexpert.cli.text import printable_bytes
 from zexpert.layer import FusedMoE
 from zexpert.models.byte_decoder import ByteDecoder, ByteDecoderConfig
 from zexpert.ops.types import RoutingResult
@@ -89,15 +90,6 @@ def run_demo(
 
 def train(console: Console, trainer: Trainer) -> bool:
     """Trains to the configured number of steps; False if Ctrl-C stopped it after a whole step."""
-    columns = [
-        TextColumn("training"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.description}"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    ]
 
     def describe(record: StepRecord) -> str:
         return f"{record.bits_per_byte:.2f} bits/byte, {record.ffn_slots_per_token:.2f} experts/byte"
@@ -110,11 +102,11 @@ def train(console: Console, trainer: Trainer) -> bool:
 
     previous = signal.signal(signal.SIGINT, finish_step)
     try:
-        with Progress(*columns, console=console) as progress:
-            task = progress.add_task("", total=trainer.config.steps, completed=trainer.step)
+        with progress("training") as bar:
+            task = bar.add_task("", total=trainer.config.steps, completed=trainer.step)
             while trainer.step < trainer.config.steps and not interrupted:
                 record = trainer.train_step()
-                progress.update(task, completed=trainer.step, description=describe(record))
+                bar.update(task, completed=trainer.step, description=describe(record))
                 if not console.is_terminal and trainer.step % 25 == 0:
                     console.print(f"step {trainer.step}: {describe(record)}")
     finally:
@@ -169,8 +161,10 @@ def show_compute(console: Console, trainer: Trainer, out: Path) -> None:
     windows = trainer.held_out_windows()[:, :-1]
     slots = count_ffn_slots(model, windows)
     passage, passage_slots = windows[0].cpu().to(torch.uint8), slots[:, 0]
+    colours = has_colours(console)
+    title = "Held-out text" + (", brighter where it used more compute" if colours else "")
     console.print(
-        Panel(coloured_text(passage, passage_slots, top_k), title="Held-out text, brighter where it used more compute")
+        Panel(coloured_text(printable_bytes(passage.tolist()), passage_slots, top_k, colours=colours), title=title)
     )
     save_compute_map(
         out / "compute_map.png",
@@ -194,25 +188,8 @@ def show_generated(
     # The model reads at most one window at a time; a byte's compute is that of its place in its window.
     windows = generated.split(model.config.context_length)
     slots = torch.cat([count_ffn_slots(model, window[None].long())[:, 0] for window in windows], dim=1)
-    text = coloured_text(generated.cpu(), slots, model.config.top_k)
+    text = coloured_text(printable_bytes(generated.tolist()), slots, model.config.top_k, colours=has_colours(console))
     console.print(Panel(text, title=f"Generated after a prompt of {len(prompt)} bytes"))
-
-
-def plain_layer(moe: FusedMoE, config: ByteDecoderConfig, hidden_states: Tensor, router_logits: Tensor) -> Tensor:
-    """The same layer by PyTorch's own operators: a loop over the experts that were chosen."""
-    scores = torch.softmax(router_logits.float(), dim=-1)
-    keys = scores if moe.e_score_correction_bias is None else scores + moe.e_score_correction_bias
-    _, chosen = keys.topk(config.top_k, dim=-1)
-    weights = scores.gather(1, chosen) * config.routed_scaling_factor
-    num_experts = moe.w13_weight.shape[0]
-    out = (weights * (chosen >= num_experts)).sum(dim=1, keepdim=True) * hidden_states
-    for expert in range(num_experts):
-        tokens, slots = (chosen == expert).nonzero(as_tuple=True)
-        if tokens.numel():
-            gate, up = F.linear(hidden_states[tokens], moe.w13_weight[expert]).chunk(2, dim=-1)
-            rows = F.linear(F.silu(gate) * up, moe.w2_weight[expert])
-            out.index_add_(0, tokens, rows * weights[tokens, slots, None])
-    return out
 
 
 @torch.no_grad()
@@ -229,7 +206,15 @@ def time_layer(console: Console, trainer: Trainer, repeats: int = 20) -> None:
 
     contenders: dict[str, Callable[[], Tensor]] = {
         "zexpert": lambda: moe(hidden_states, router_logits),
-        "plain PyTorch": lambda: plain_layer(moe, model.config, hidden_states, router_logits),
+        "plain PyTorch": lambda: plain_moe.moe(
+            hidden_states,
+            router_logits,
+            moe.e_score_correction_bias,
+            moe.w13_weight,
+            moe.w2_weight,
+            model.config.top_k,
+            model.config.routed_scaling_factor,
+        ),
     }
     times: dict[str, list[float]] = {name: [] for name in contenders}
     difference = (contenders["zexpert"]() - contenders["plain PyTorch"]()).abs().max()

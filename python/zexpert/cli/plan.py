@@ -1,15 +1,38 @@
-"""The tables of `zexpert plan`."""
+"""`zexpert plan`: what LongCat-Flash's experts cost on a cluster."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated
 
+import typer
 from rich.console import Console
 from rich.table import Table
 
+from zexpert.cli.terminal import console, users_mistakes
 from zexpert.distributed_plan import Cluster, LayerPlan, MoEShape, plan_layer, simulate_routing
 
 DEFAULT_GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)
+
+
+def plan(
+    gpus: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="GPUs that share the experts; may be repeated. 8 to 1024 without it."),
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens on each GPU.")] = 4096,
+    ffn_experts: Annotated[float, typer.Option(min=0.0, max=12.0, help="Mean slots of a token that do work.")] = 8.0,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs that NVLink connects.")] = 8,
+    nvlink: Annotated[float, typer.Option(min=0.001, help="GB/s from a GPU to others of its node.")] = 450.0,
+    network: Annotated[float, typer.Option(min=0.001, help="GB/s from a GPU to other nodes.")] = 50.0,
+    latency: Annotated[float, typer.Option(min=0.0, help="Microseconds of an exchange of nothing.")] = 20.0,
+    memory: Annotated[float, typer.Option(min=0.001, help="TB/s of a GPU's memory.")] = 4.0,
+    matmul: Annotated[float, typer.Option(min=0.001, help="TFLOP/s of the experts' products.")] = 650.0,
+) -> None:
+    """Estimate bytes, times and memory of LongCat-Flash's experts spread over a cluster."""
+    cluster = Cluster(gpus_per_node, nvlink * 1e9, network * 1e9, latency * 1e-6, memory * 1e12, matmul * 1e12)
+    with users_mistakes():
+        show_plan(console, gpus or DEFAULT_GPUS, tokens, MoEShape(ffn_experts=ffn_experts), cluster)
 
 
 def show_plan(console: Console, gpus: Sequence[int], tokens: int, shape: MoEShape, cluster: Cluster) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -51,3 +52,8 @@ def load_text(path: Path | None, *, min_bytes: int) -> Tensor:
         source = path if path is not None else "the standard library's documentation"
         raise ValueError(f"the text must be at least {min_bytes} bytes long, {source} has {len(data)}")
     return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+
+def printable_bytes(text: Sequence[int]) -> list[str]:
+    """What stands for each byte in a terminal: itself, a mark before a line's end, or a dot."""
+    return [chr(byte) if 32 <= byte <= 126 else ("\n" if byte == 10 else ".") for byte in text]

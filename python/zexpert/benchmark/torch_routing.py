@@ -35,12 +35,11 @@ class RoutingCase:
 
 LONGCAT_FLASH = RoutingCase("LongCat-Flash", 512, 256, 0, 12, has_bias=True, routed_scaling_factor=6.0)
 
-CASES = [
-    LONGCAT_FLASH,
-    RoutingCase("ZEDA Qwen3", 128, 0, 64, 8, renormalize=True),
-    RoutingCase("ZEDA GLM-4.7-Flash", 64, 0, 32, 4, "sigmoid", True, True, 1.8),
-    RoutingCase("DeepSeek-V3", 256, 0, 0, 8, "sigmoid", True, True, 2.5, 8, 4),
-]
+ZEDA_QWEN3 = RoutingCase("ZEDA Qwen3", 128, 0, 64, 8, renormalize=True)
+ZEDA_GLM = RoutingCase("ZEDA GLM-4.7-Flash", 64, 0, 32, 4, "sigmoid", True, True, 1.8)
+DEEPSEEK_V3 = RoutingCase("DeepSeek-V3", 256, 0, 0, 8, "sigmoid", True, True, 2.5, 8, 4)
+
+CASES = [LONGCAT_FLASH, ZEDA_QWEN3, ZEDA_GLM, DEEPSEEK_V3]
 
 
 def score(logits: Tensor, case: RoutingCase) -> Tensor:

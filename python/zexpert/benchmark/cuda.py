@@ -1,4 +1,4 @@
-"""Timing on a CUDA device, shared by the gpu_*.py benchmarks."""
+"""Timing on a CUDA device."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from harness import Timing
+from zexpert.benchmark.timing import Timing
 
 
 def require_gpu(parser: argparse.ArgumentParser) -> None:
@@ -42,9 +42,9 @@ def graph_seconds(calls: Sequence[Callable[[], object]], repeats: int) -> Timing
     return Timing.of(seconds)
 
 
-def copy_bandwidth() -> float:
+def copy_bandwidth(num_values: int = 1 << 29) -> float:
     """Bytes per second, read and written, of a large device-to-device copy."""
-    source = torch.rand(1 << 29, device="cuda")
+    source = torch.rand(num_values, device="cuda")
     target = torch.empty_like(source)
     seconds = []
     for _ in range(8):
@@ -54,7 +54,8 @@ def copy_bandwidth() -> float:
         end.record()
         end.synchronize()
         seconds.append(begin.elapsed_time(end) / 1e3)
-    return 2 * source.nbytes / statistics.median(seconds)
+    bandwidth: float = 2 * source.nbytes / statistics.median(seconds)
+    return bandwidth
 
 
 def stream_seconds(calls: Sequence[Callable[[], object]], repeats: int) -> Timing:

@@ -1,8 +1,8 @@
 """A mixture-of-experts layer with identity experts in plain PyTorch: what zexpert.FusedMoE computes, written out.
 
-The demo and the benchmarks use it twice: in the data's own dtype as the thing to beat, and on float64 inputs as the
-reference. Weights are converted to the dtype of hidden_states one expert at a time, so the float64 run needs no
-second copy of them. Experts are ordered [real | identity]; logits are finite.
+The demo, the example and the benchmarks use it twice: in the data's own dtype as the thing to beat, and on float64
+inputs as the reference. Weights are converted to the dtype of hidden_states one expert at a time, so the float64 run
+needs no second copy of them. Experts are ordered [real | identity]; logits are finite.
 """
 
 from __future__ import annotations
@@ -51,11 +51,14 @@ def experts_and_sum(
     tokens = order // topk_ids.shape[1]
 
     out = zero_weight[:, None].to(dtype) * hidden_states
+    # Indexed one by one, every expert's gradient would be written into one of all experts.
+    unbound = w13_weight.requires_grad
+    w13, w2 = (w13_weight.unbind(), w2_weight.unbind()) if unbound else (w13_weight, w2_weight)
     rows = []
     for expert, segment in enumerate(hidden_states[tokens].split(counts)):
         if segment.shape[0] > 0:
-            gate, up = F.linear(segment, w13_weight[expert].to(dtype)).chunk(2, dim=-1)
-            rows.append(F.linear(F.silu(gate) * up, w2_weight[expert].to(dtype)))
+            gate, up = F.linear(segment, w13[expert].to(dtype)).chunk(2, dim=-1)
+            rows.append(F.linear(F.silu(gate) * up, w2[expert].to(dtype)))
     if rows:
         weights = topk_weights.flatten()[order].to(dtype)
         out.index_add_(0, tokens, torch.cat(rows) * weights[:, None])

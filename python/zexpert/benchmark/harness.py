@@ -10,40 +10,28 @@ What keeps a comparison honest is here, not in each benchmark:
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 import math
 import os
 import platform
-import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from zexpert.benchmark import cuda
+from zexpert.benchmark.timing import Timing
+
+Input = TypeVar("Input")
+
 MOST_OTHER_LOAD = 0.05  # share of the processors that others may use before a time is suspect
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Seconds of one contender: quartiles over the repetitions."""
-
-    median: float
-    lower_quartile: float
-    upper_quartile: float
-    repeats: int
-
-    @classmethod
-    def of(cls, seconds: Sequence[float]) -> Timing:
-        if len(seconds) == 1:
-            return cls(seconds[0], seconds[0], seconds[0], 1)
-        lower, median, upper = statistics.quantiles(seconds, n=4, method="inclusive")
-        return cls(median, lower, upper, len(seconds))
 
 
 @dataclass(frozen=True)
@@ -140,6 +128,72 @@ def matmul_rate(dtype: torch.dtype, size: int = 2048, repeats: int = 5) -> float
     a = torch.randn(size, size).to(dtype)
     timing = measure({"matmul": lambda _: a @ a}, num_inputs=1, repeats=repeats)["matmul"]
     return 2 * size**3 / timing.lower_quartile
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a device can do at most, as measured: the floors are made of these."""
+
+    bandwidth: float
+    """Bytes per second: memory reads on the CPU, a copy's reads and writes on a GPU."""
+    rate: float
+    """Floating-point operations per second of a large matrix product."""
+
+    def floor(self, operations: float, num_bytes: float) -> float:
+        """Seconds below which nothing can be that does so many operations and moves so many bytes."""
+        return max(operations / self.rate, num_bytes / self.bandwidth)
+
+
+def measure_limits(device: torch.device, dtype: torch.dtype) -> Limits:
+    """Measures the limits of `device`, with torch's current number of threads."""
+    if device.type == "cuda":
+        return Limits(cuda.copy_bandwidth(), cuda.matmul_rate(dtype))
+    return Limits(read_bandwidth(), matmul_rate(dtype))
+
+
+def measure_on(
+    device: torch.device,
+    contenders: Mapping[str, Callable[[int], object]],
+    *,
+    num_inputs: int,
+    repeats: int,
+    graphs: bool = True,
+) -> dict[str, Timing]:
+    """Times the contenders on inputs 0 to num_inputs - 1: in turns on the CPU; on a GPU one after another, in CUDA
+    graphs, or call by call without `graphs`."""
+    if device.type != "cuda":
+        return measure(contenders, num_inputs=num_inputs, repeats=repeats)
+    seconds = cuda.graph_seconds if graphs else cuda.stream_seconds
+    return {
+        name: seconds([functools.partial(run, index) for index in range(num_inputs)], repeats)
+        for name, run in contenders.items()
+    }
+
+
+def on_inputs(run: Callable[[Input], object], inputs: Sequence[Input]) -> Callable[[int], object]:
+    """`run` as a contender: called with the index of an input."""
+    return lambda index: run(inputs[index])
+
+
+def inputs_to_rotate(device: torch.device, bytes_per_input: int, num_contenders: int) -> int:
+    """How many inputs exceed the device's last cache together."""
+    if device.type != "cuda":
+        return rotation_length(bytes_per_input, num_contenders)
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    return max(3, min(64, 3 * cache // max(bytes_per_input, 1) + 1))
+
+
+def counted(number: int, noun: str) -> str:
+    """ "1 token", "16 tokens"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
 
 
 def processor_name() -> str:
@@ -280,6 +334,13 @@ def format_seconds(seconds: float) -> str:
     return f"{seconds * 1e6:.1f} us" if seconds < 1e-3 else f"{seconds * 1e3:.2f} ms"
 
 
+def format_quartiles(timing: Timing) -> str:
+    """Both quartiles in the unit of the median, "1.20 .. 1.31 ms"."""
+    factor, unit = (1e6, "us") if timing.median < 1e-3 else (1e3, "ms")
+    digits = 1 if unit == "us" else 2
+    return f"{factor * timing.lower_quartile:.{digits}f} .. {factor * timing.upper_quartile:.{digits}f} {unit}"
+
+
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Aligned plain text: the first column to the left, the others to the right."""
     widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
@@ -300,7 +361,7 @@ def print_case(result: CaseResult) -> None:
             [
                 name,
                 format_seconds(timing.median),
-                f"{format_seconds(timing.lower_quartile)} .. {format_seconds(timing.upper_quartile)}",
+                format_quartiles(timing),
                 "" if name == result.subject else f"{result.speedup(name):.2f}x",
                 f"{100 * result.floor / timing.median:.0f}%",
                 "" if check is None else f"{check.max_error:.1e} {'ok' if check.passed else 'WRONG'}",

@@ -1,0 +1,1 @@
+"""What `zexpert bench` and the scripts of benchmarks/ measure with: timing in turns, outputs checked, floors."""

@@ -1,0 +1,100 @@
+"""Pictures of benchmark results. Needs matplotlib."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+from zexpert.benchmark.harness import CaseResult, Limits, counted, format_seconds
+from zexpert.benchmark.layer import LayerResult
+
+
+def save_roofline(path: Path, results: Sequence[LayerResult], limits: Limits, *, device_name: str) -> None:
+    """Reached operations per second over operations per byte of the weights used, under the device's two limits
+    (the roofline of Williams, Waterman and Patterson, 2009)."""
+    figure, axes = plt.subplots(figsize=(10, 6.4), layout="constrained")
+    intensities = [result.operations / result.num_bytes for result in results if result.num_bytes]
+    ridge = limits.rate / limits.bandwidth
+    low, high = min([ridge / 4, *intensities]) / 2, max([ridge * 4, *intensities]) * 2
+    axes.loglog(
+        [low, ridge, high], [low * limits.bandwidth / 1e12, limits.rate / 1e12, limits.rate / 1e12], color="0.2"
+    )
+    axes.axvspan(low, ridge, color="tab:blue", alpha=0.06)
+    axes.axvspan(ridge, high, color="tab:red", alpha=0.06)
+    axes.set_xlim(low, high)
+    text: dict[str, Any] = {"va": "bottom", "fontsize": 9, "color": "0.3", "transform": axes.get_xaxis_transform()}
+    axes.text(low * 1.1, 0.01, "few tokens: the memory is the limit,\nweights cannot come any faster", **text)
+    axes.text(
+        high / 1.1, 0.01, "many tokens: arithmetic is the limit,\nproducts cannot go any faster", ha="right", **text
+    )
+    names = list(dict.fromkeys(name for result in results for name in result.timings))
+    markers = dict(zip(names, "ox^sD*v", strict=False))
+    for color, model in enumerate(dict.fromkeys(result.name for result in results)):
+        own = [result for result in results if result.name == model and result.num_bytes]
+        for name in names:
+            points = [
+                (result.operations / result.num_bytes, result.operations / result.timings[name].median / 1e12, result)
+                for result in own
+                if name in result.timings
+            ]
+            if not points:
+                continue
+            x, y, which = zip(*points, strict=True)
+            subject = name == own[0].subject
+            style: dict[str, Any] = {
+                "linestyle": "-" if subject else ":",
+                "marker": markers.get(name, "."),
+                "color": f"C{color}",
+            }
+            axes.plot(x, y, label=f"{name}, {model}", alpha=1.0 if subject else 0.6, **style)
+            for at_x, at_y, result in zip(x, y, which, strict=True) if subject else ():
+                share = 100 * result.floor / result.timings[name].median
+                tokens = f"{counted(result.num_tokens, 'token')}: {share:.0f}%"
+                axes.annotate(tokens, (at_x, at_y), xytext=(6, -12), textcoords="offset points", fontsize=8)
+    axes.set_xlabel("operations per byte of weights read (more tokens share each expert's weights: further right)")
+    axes.set_ylabel("TFLOP/s reached (higher is better)")
+    axes.set_title(
+        f"{device_name}\nThe black line is the most this machine can do, measured: memory at "
+        f"{limits.bandwidth / 1e9:,.0f} GB/s, products at {limits.rate / 1e12:,.2f} TFLOP/s.\n"
+        "The percentage at a point is how near it comes to the line.",
+        fontsize=10,
+    )
+    axes.legend(fontsize=8, loc="upper left", frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def save_bars(path: Path, results: Sequence[CaseResult], limits: Limits, *, device_name: str) -> None:
+    """Median time of every contender, quartiles as a whisker, and the floor as a line, a panel per case."""
+    count = max(len(results), 1)
+    figure, panels = plt.subplots(count, 1, figsize=(9, 1.3 + 1.5 * count), layout="constrained", squeeze=False)
+    for axes, result in zip(panels[:, 0], results, strict=False):
+        names = list(result.timings)
+        medians = [1e6 * result.timings[name].median for name in names]
+        spread = [
+            [1e6 * (timing.median - timing.lower_quartile) for timing in result.timings.values()],
+            [1e6 * (timing.upper_quartile - timing.median) for timing in result.timings.values()],
+        ]
+        colors = ["tab:blue" if name == result.subject else "0.7" for name in names]
+        bars = axes.barh(names, medians, xerr=spread, color=colors, height=0.6, ecolor="0.3")
+        axes.bar_label(bars, [f" {format_seconds(median / 1e6)}" for median in medians], fontsize=8)
+        axes.axvline(1e6 * result.floor, color="tab:red")
+        axes.set_title(f"{result.case} (red: the floor, {format_seconds(result.floor)})", fontsize=9, loc="left")
+        axes.set_xlim(0, 1.2 * max(medians))
+        axes.invert_yaxis()
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[-1, 0].set_xlabel("microseconds, median and quartiles (shorter is better)")
+    figure.suptitle(
+        f"{device_name}\nThe floor is the time to move the data at the memory's measured "
+        f"{limits.bandwidth / 1e9:,.0f} GB/s.",
+        fontsize=10,
+    )
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

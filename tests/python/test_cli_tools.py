@@ -1,0 +1,460 @@
+"""`zexpert info`, `doctor`, `bench` and `profile`, run as a user would, and the parts that need another machine."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import zexpert as package
+
+pytest.importorskip("typer")
+pytest.importorskip("rich")
+pytest.importorskip("matplotlib")
+
+from typer.testing import CliRunner
+
+from test_cli import ENVIRONMENT, zexpert
+from zexpert._loader import CUDA_LIBRARY
+from zexpert.benchmark import harness, layer, torch_routing
+from zexpert.cli import bench, doctor, pictures
+from zexpert.cli.app import app
+from zexpert.models.byte_decoder import ByteDecoder, ByteDecoderConfig
+from zexpert.training.trainer import Trainer, TrainerConfig, save_checkpoint
+
+PACKAGE = Path(package.__file__).parent
+PNG = b"\x89PNG"
+
+
+# ---- info -----------------------------------------------------------------------------------------------------------
+
+
+def test_info_as_json() -> None:
+    result = zexpert("info", "--json")
+    assert result.returncode == 0, result.stderr
+    told = json.loads(result.stdout)
+    assert told["zexpert"] == package.build_info()
+    assert told["torch"]["version"] == torch.__version__
+    assert told["devices"][0]["capability"] == package.build_info()["cpu_capability"]
+    assert len(told["devices"]) == 1 + (torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    operators = told["operators"]
+    assert operators["biased_topk"] == {
+        "cpu": True,
+        "cuda": told["zexpert"]["cuda_library"] == "loaded",
+        "backward": True,
+    }
+    assert operators["moe_plan"]["backward"] is False
+    assert operators["grouped_mlp"]["cuda"] is False
+    assert not [name for name in operators if name.endswith("_backward")]
+
+
+def test_info_in_tables() -> None:
+    result = zexpert("info")
+    assert result.returncode == 0, result.stderr
+    for part in (package.__version__, str(torch.__version__), "biased_topk", "moe_finalize", "AVX" if "AVX" in
+                 package.build_info()["cpu_capability"] else "DEFAULT"):  # fmt: skip
+        assert part in result.stdout
+    assert "\x1b" not in result.stdout
+
+
+# ---- doctor ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def copy_of_the_package(tmp_path: Path) -> Path:
+    """The package and its command in a folder of their own, to be broken."""
+    shutil.copytree(PACKAGE, tmp_path / "zexpert", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(PACKAGE.parent / "zexpert_command.py", tmp_path)
+    return tmp_path
+
+
+def run_command(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(folder / "zexpert_command.py"), *arguments]
+    given = {**ENVIRONMENT, "PYTHONPATH": str(folder), **environment}
+    return subprocess.run(command, capture_output=True, text=True, env=given, timeout=300)
+
+
+def test_doctor_finds_nothing_where_all_is_well() -> None:
+    result = zexpert("doctor")
+    if CUDA_LIBRARY.exists() and torch.version.cuda is not None and not torch.cuda.is_available():
+        pytest.skip("a PyTorch with CUDA and no GPU, which the doctor remarks upon")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "PROBLEM" not in result.stdout
+    assert result.stdout.endswith("\nzexpert works here\n")
+    assert f"PyTorch {torch.__version__}" in result.stdout
+
+
+def test_doctor_explains_a_package_that_is_not_built(copy_of_the_package: Path) -> None:
+    for library in (copy_of_the_package / "zexpert").glob("_C.*.so"):
+        library.unlink()
+    (copy_of_the_package / "zexpert" / "lib" / "libzexpert.so").unlink()
+    result = run_command(copy_of_the_package, "doctor")
+    assert result.returncode == 1
+    assert "PROBLEM _C." in result.stdout
+    assert "libzexpert.so is missing: this copy of zexpert is not built" in result.stdout
+    assert "-> install a wheel, or build in the source tree" in result.stdout
+    assert result.stdout.endswith("\n3 problems\n")
+    assert "Traceback" not in result.stdout + result.stderr
+
+
+def test_doctor_explains_a_broken_library(copy_of_the_package: Path) -> None:
+    (copy_of_the_package / "zexpert" / "lib" / "libzexpert.so").write_bytes(b"not a library")
+    result = run_command(copy_of_the_package, "doctor")
+    assert result.returncode == 1
+    assert "PROBLEM zexpert cannot be imported" in result.stdout
+    assert "does not load under PyTorch" in result.stdout
+    other = run_command(copy_of_the_package, "info")
+    assert other.returncode == 1
+    assert other.stderr.startswith("error: zexpert cannot be imported: ")
+    assert "zexpert doctor" in other.stderr
+    assert "Traceback" not in other.stderr
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        ("raise ImportError('no torch today')", "PROBLEM PyTorch cannot be imported: no torch today"),
+        ("__version__ = '2.4.1'\nclass version: cuda = None", "PROBLEM PyTorch is 2.4.1, zexpert needs 2.10 or later"),
+        (
+            "import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)",
+            "PyTorch cannot be imported: the process died of SIG",
+        ),
+    ],
+)
+def test_doctor_explains_a_wrong_torch(copy_of_the_package: Path, module: str, message: str) -> None:
+    (copy_of_the_package / "torch.py").write_text(module)
+    script = "import sys, zexpert_command; sys.exit(zexpert_command.load_doctor().main())"
+    result = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        env={**ENVIRONMENT, "PYTHONPATH": str(copy_of_the_package)},
+        cwd=copy_of_the_package,
+        timeout=300,
+    )
+    assert result.returncode == 1, result.stderr
+    assert message in result.stdout
+    assert "pip install 'torch>=2.10'" in result.stdout
+
+
+def test_missing_packages_of_the_command_are_told(copy_of_the_package: Path) -> None:
+    (copy_of_the_package / "typer.py").write_text("raise ModuleNotFoundError('gone', name='typer')")
+    result = run_command(copy_of_the_package, "info")
+    assert result.returncode == 1
+    assert result.stderr == "error: the zexpert command needs typer: pip install 'zexpert[cli]'\n"
+    assert run_command(copy_of_the_package, "doctor").stdout.endswith("zexpert works here\n")
+
+
+def steps(**others: Any) -> dict[str, Any]:
+    """What the probe tells on a machine with an H200 where all is well."""
+    built = {"version": "0.1.0", "cuda_library": "loaded", "cuda_archs": ["8.0", "9.0a", "10.0+PTX"]}
+    return {
+        "torch": {"version": "2.14.1+cu130", "cuda": "13.0"},
+        "zexpert": built,
+        "gpus": {"gpus": [["NVIDIA H200", 9, 0]]},
+        "cuda:0": {},
+        **others,
+    }
+
+
+@pytest.mark.parametrize(
+    ("changed", "gpus", "level", "message"),
+    [
+        ({}, ["/dev/nvidia0"], "ok", "the layer on cuda:0, NVIDIA H200, compute capability 9.0 gives the right result"),
+        (
+            {"gpus": {"gpus": [["Tesla V100", 7, 0]]}},
+            ["/dev/nvidia0"],
+            "problem",
+            "no kernel image for cuda:0, Tesla V100, compute capability 7.0: zexpert was built for 8.0 9.0a 10.0+PTX",
+        ),
+        (
+            {"zexpert": {"cuda_library": "not built", "cuda_archs": []}},
+            ["/dev/nvidia0"],
+            "problem",
+            "there is a GPU, and zexpert's CUDA library is not built",
+        ),
+        (
+            {"torch": {"version": "2.13.0+cpu", "cuda": None}},
+            ["/dev/nvidia0"],
+            "problem",
+            "this machine has an NVIDIA GPU, and PyTorch 2.13.0+cpu has no CUDA",
+        ),
+        ({"torch": {"version": "2.13.0+cpu", "cuda": None}}, [], "ok", "no GPU to serve: PyTorch has no CUDA"),
+        (
+            {"gpus": {"gpus": [], "reason": "the driver is too old"}},
+            ["/dev/nvidia0"],
+            "problem",
+            "PyTorch has CUDA and no GPU to use: the driver is too old",
+        ),
+        ({"gpus": {"gpus": []}}, [], "note", "PyTorch has CUDA and no GPU to use: it sees no GPU"),
+        (
+            {"cuda:0": {"error": "RuntimeError: CUDA error: out of memory"}},
+            ["/dev/nvidia0"],
+            "problem",
+            "the layer on cuda:0, NVIDIA H200, compute capability 9.0 fails: CUDA error: out of memory",
+        ),
+    ],
+)
+def test_doctor_on_machines_with_gpus(
+    changed: dict[str, Any], gpus: list[str], level: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = steps(**changed)
+    monkeypatch.setattr(doctor, "nvidia_gpus", lambda: gpus)
+    monkeypatch.setattr(doctor, "probe", lambda gpus=range(0): told)
+    (finding,) = doctor.check_cuda(told)
+    assert (finding.level, finding.what) == (level, message)
+    assert (finding.remedy == "") == (level == "ok")
+
+
+def test_doctor_names_a_missing_cuda_library() -> None:
+    error = (
+        "ImportError: libzexpert_cuda.so does not load: libcudart.so.13: cannot open shared object file: No such file"
+    )
+    finding = doctor.check_import({"zexpert": {"error": error}})
+    assert finding.level == "problem"
+    assert "a CUDA library is missing, libcudart.so.13" in finding.what
+
+
+@pytest.mark.parametrize(
+    ("archs", "capability", "runs"),
+    [
+        (["8.0"], (8, 0), True),
+        (["8.0"], (8, 9), True),
+        (["8.6"], (8, 0), False),
+        (["9.0a"], (9, 0), True),
+        (["9.0a"], (10, 0), False),
+        (["8.0", "9.0a"], (12, 0), False),
+        (["9.0+PTX"], (12, 0), True),
+        (["10.0+PTX"], (9, 0), False),
+        ([], (9, 0), False),
+    ],
+)
+def test_which_gpus_an_image_runs_on(archs: list[str], capability: tuple[int, int], runs: bool) -> None:
+    assert doctor.has_image(archs, *capability) is runs
+
+
+# ---- bench ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine whose cache is small and whose rates are known, and a model that is smaller still."""
+    monkeypatch.setattr(harness, "last_level_cache_bytes", lambda: 1 << 12)
+    monkeypatch.setattr(harness, "measure_limits", lambda device, dtype: harness.Limits(1e9, 1e9))
+    tiny = layer.Shape(torch_routing.RoutingCase("tiny", 8, 4, 0, 3, has_bias=True), 32, 16)
+    monkeypatch.setitem(layer.MODELS, "small", tiny)
+
+
+def run_here(*arguments: object) -> Any:
+    """The command in this process."""
+    return CliRunner().invoke(app, list(map(str, arguments)))
+
+
+def run_bench(*arguments: str) -> Any:
+    return run_here("bench", "--device", "cpu", "--repeats", "2", *arguments)
+
+
+@pytest.mark.usefixtures("small_machine")
+@pytest.mark.parametrize("suite", ["routing", "epilogue", "layer", "training"])
+def test_bench_measures_and_draws(suite: str, tmp_path: Path) -> None:
+    picture = tmp_path / "out.png"
+    result = run_bench(suite, "--tokens", "1,5", "--json", "--plot", str(picture))
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert report["benchmark"] == f"bench {suite}"
+    assert report["settings"]["tokens"] == [1, 5]
+    assert len(report["results"]) == 2
+    for one in report["results"]:
+        assert one["floor_s"] > 0
+        assert {"zexpert"} < set(one["timings_s"]) == set(one["share_of_floor"]) == set(one["checks"])
+        assert all(check["passed"] for check in one["checks"].values())
+        assert {"median", "lower_quartile", "upper_quartile", "repeats"} == set(one["timings_s"]["zexpert"])
+    assert picture.read_bytes().startswith(PNG)
+
+
+@pytest.mark.usefixtures("small_machine")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_bench_in_tables(dtype: str) -> None:
+    result = run_bench("--tokens", "5", "--dtype", dtype)
+    assert result.exit_code == 0, result.output
+    for part in ("tiny: layer, 5 tokens", "quartiles", "of floor", "plain PyTorch", "yes", "GB/s"):
+        assert part in result.stdout
+    assert "\x1b" not in result.stdout
+
+
+@pytest.mark.usefixtures("small_machine")
+@pytest.mark.parametrize("model", ["qwen3-zeda", "deepseek-v3"])
+def test_bench_knows_other_routings(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(layer.MODELS, model, layer.Shape(layer.MODELS[model].routing, 16, 8))
+    result = run_bench("--model", model, "--tokens", "3", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["results"][0]["checks"]["zexpert"]["passed"]
+
+
+@pytest.mark.usefixtures("small_machine")
+def test_bench_tells_a_wrong_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layer.PlainLayer, "forward", lambda self, hidden_states, router_logits: hidden_states)
+    result = run_bench("--tokens", "4")
+    assert result.exit_code == 1
+    assert "Wrong output: tiny: layer, 4 tokens" in result.stdout
+
+
+@pytest.mark.usefixtures("small_machine")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--model", "gpt"), "--model must be one of small, longcat-flash, lite"),
+        (("--tokens", "0"), "--tokens must be positive integers with commas between"),
+        (("--tokens", "many"), "--tokens must be positive integers with commas between"),
+        (("--dtype", "int8"), "--dtype must be one of float32, bfloat16, float16, got int8"),
+        (("--plot", "/no/such/folder/a.png"), "--plot must be in a folder that exists"),
+        (("--repeats", "0"), "Invalid value for '--repeats'"),
+        (("sleep",), "Invalid value for"),
+    ],
+)
+def test_mistakes_in_bench(arguments: tuple[str, ...], message: str) -> None:
+    result = run_bench(*arguments)
+    assert result.exit_code == 2
+    assert message in " ".join(result.stderr.split())
+
+
+def test_a_layer_too_large_for_the_memory_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "free_memory", lambda device: 8 << 30)
+    cpu = torch.device("cpu")
+    with pytest.raises(
+        ValueError, match=r"^--model must fit the memory: this layer needs 54.0 GiB in bfloat16, 8.0 GiB"
+    ):
+        bench.check_memory(layer.MODELS["longcat-flash"], torch.bfloat16, cpu, 1, training=False)
+    small = layer.MODELS["small"]
+    assert bench.check_memory(small, torch.float32, cpu, 3, training=False) == 3
+    assert bench.check_memory(small, torch.float32, cpu, 99, training=False) < 20
+
+
+# ---- profile --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained byte decoder."""
+    config = ByteDecoderConfig(hidden_size=32, num_layers=3, num_heads=2, context_length=64, intermediate_size=16)
+    trainer = Trainer(ByteDecoder(config), torch.randint(256, (2000,), dtype=torch.uint8), TrainerConfig(steps=1))
+    path = tmp_path_factory.mktemp("profile") / "checkpoint.pt"
+    save_checkpoint(trainer, path)
+    return path
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text("".join(f"Line {number}: the cat sat on the mat.\n" for number in range(20)))
+    return path
+
+
+def check_profile(told: dict[str, Any], num_tokens: int, num_layers: int, out: Path) -> None:
+    assert told["num_tokens"] == num_tokens
+    assert len(told["layers"]) == num_layers
+    means = []
+    for one in told["layers"].values():
+        assert sum(one["ffn_slots_histogram"]) == one["num_tokens"] == num_tokens
+        assert len(one["ffn_slots_histogram"]) == told["top_k"] + 1
+        means.append(sum(one["expert_load"]) / num_tokens)
+    assert told["mean_ffn_slots"] == pytest.approx(sum(means) / num_layers)
+    assert 0 < told["mean_ffn_slots"] < told["top_k"]
+    for name in ("profile.png", "tokens.png"):
+        assert (out / name).read_bytes().startswith(PNG)
+
+
+def test_profile_of_a_demo_checkpoint(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = zexpert("profile", checkpoint, "--text", text, "--out", out, "--json", "--max-tokens", 300)
+    assert result.returncode == 0, result.stderr
+    check_profile(json.loads(result.stdout), 300, 3, out)
+    shown = zexpert("profile", checkpoint, "--text", text, "--out", out)
+    assert shown.returncode == 0, shown.stderr
+    for part in ("Line 0: the cat sat", "FFN experts", "layers.2.moe", "idle", "feed-forward experts per token"):
+        assert part in shown.stdout
+    assert "\x1b" not in shown.stdout
+
+
+@pytest.fixture
+def longcat_folder(tmp_path: Path) -> Path:
+    pytest.importorskip("transformers")
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    from test_integrations_transformers import longcat
+
+    words = ["[UNK]", "the", "cat", "sat", "on", "mat", "Line", ":", "."]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    folder = tmp_path / "longcat"
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]").save_pretrained(folder)
+    longcat().save_pretrained(folder)
+    return folder
+
+
+def test_profile_of_a_model_of_transformers(longcat_folder: Path, text: Path, tmp_path: Path) -> None:
+    arguments = ("--text", text, "--out", tmp_path / "out", "--json", "--window", 50)
+    result = zexpert("profile", longcat_folder, *arguments)
+    assert result.returncode == 0, result.stderr
+    told = json.loads(result.stdout)
+    check_profile(told, 20 * 10, 2, tmp_path / "out")
+    assert told["kind"] == "LongcatFlashForCausalLM"
+    (longcat_folder / "tokenizer.json").unlink()
+    (longcat_folder / "tokenizer_config.json").unlink()
+    broken = zexpert("profile", longcat_folder, *arguments)
+    assert broken.returncode == 2
+    assert "must hold a tokenizer beside the model" in broken.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("nothing", None, "cannot read checkpoint"),
+        ("file", b"no checkpoint", "is no checkpoint of a byte decoder"),
+        ("folder/x", b"", "must be a checkpoint of zexpert demo, or a folder with a config.json, got neither"),
+        (
+            "qwen/config.json",
+            b'{"model_type": "qwen3_moe"}',
+            'must hold a model of model_type "longcat_flash", got \'qwen3',
+        ),
+        ("odd/config.json", b"[", "must be a model's configuration"),
+    ],
+)
+def test_mistakes_in_profile(name: str, content: bytes | None, message: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    if content is not None:
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content)
+    result = run_here("profile", tmp_path / Path(name).parts[0], "--out", tmp_path / "out")
+    assert result.exit_code == 2
+    assert message in " ".join(result.stderr.split())
+
+
+def test_what_a_pipe_cannot_encode_is_replaced(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "zexpert.cli", "profile", str(checkpoint), "--text", str(text)]
+    command += ["--out", str(tmp_path / "out"), "--max-tokens", "100"]
+    environment = {**ENVIRONMENT, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "Line 0: the cat sat on the mat.?" in done.stdout
+
+
+# ---- Colours --------------------------------------------------------------------------------------------------------
+
+
+def test_the_legend_is_for_colours_alone() -> None:
+    slots = torch.tensor([[1, 4, 2]])
+    coloured = pictures.coloured_text(["a", "b", "\n"], slots, 6)
+    plain = pictures.coloured_text(["a", "b", "\n"], slots, 6, colours=False)
+    assert " 1.0  1.8  2.5  3.2  4.0 " in coloured.plain
+    assert coloured.spans
+    assert not plain.spans
+    assert plain.plain.startswith("ab\u21b5\n")
+    assert "1.0 to 4.0 of 6 chosen" in plain.plain
