@@ -21,6 +21,7 @@ SOURCES := setup.py pyproject.toml python/zexpert/_version.py $(shell find csrc 
 CXX_FILES := $(shell find csrc tests/cpp examples -name "*.h" -o -name "*.cpp" -o -name "*.cu" -o -name "*.cuh")
 TOOLS := .venv/tools.stamp
 BENCH_TOOLS := .venv/bench.stamp
+DOCS_TOOLS := .venv/docs.stamp
 CUDA_TOOLS := .venv-cuda/tools.stamp
 OLDEST_TOOLS := .venv-oldest/tools.stamp
 VLLM_TOOLS := .venv-vllm/tools.stamp
@@ -37,7 +38,7 @@ demo: $(INSTALLED) ## train a small model and show where it spends its compute (
 	zexpert demo $(if $(TEXT),--text "$(TEXT)") $(DEMO_ARGS)
 
 .PHONY: test
-test: test-python test-cpp test-wheels ## run all tests
+test: test-python test-cpp test-wheels docs ## run all tests, build the documentation
 
 .PHONY: test-python
 test-python: $(INSTALLED) ## run the Python tests (PYTEST_ARGS="-k router")
@@ -123,6 +124,10 @@ format: $(TOOLS) ## format the code as lint wants it
 	ruff format .
 	@clang-format -i $(CXX_FILES)
 
+.PHONY: docs
+docs: $(DOCS_TOOLS) ## build the documentation site into site, every link checked
+	NO_MKDOCS_2_WARNING=1 mkdocs build --strict
+
 .PHONY: bench
 bench: $(INSTALLED) $(BENCH_TOOLS) ## compare with plain PyTorch and transformers on this CPU
 	@mkdir -p benchmarks/results
@@ -135,12 +140,18 @@ bench: $(INSTALLED) $(BENCH_TOOLS) ## compare with plain PyTorch and transformer
 wheel: $(TOOLS) ## build the wheel into dist (with CUDA if .venv's PyTorch has it, or as ZEXPERT_CUDA says)
 	python -m pip wheel . --no-build-isolation --no-deps --wheel-dir dist
 
+.PHONY: release-check
+release-check: $(TOOLS) ## check that this commit can be released: version, changelog, tag, lint, all tests, archives
+	python tests/release/check_release.py
+	$(MAKE) --no-print-directory lint test
+	python tests/release/check_release.py --built
+
 .PHONY: install
 install: $(INSTALLED) ## build zexpert and install it into .venv
 
 .PHONY: clean
 clean: ## remove what was built, but for the environments
-	rm -rf build dist python/*.egg-info python/zexpert/lib python/zexpert/_C.*.so $(INSTALLED)
+	rm -rf build dist site python/*.egg-info python/zexpert/lib python/zexpert/_C.*.so $(INSTALLED)
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
@@ -154,7 +165,7 @@ $(TOOLS): third_party/requirements-dev.txt
 	.venv/bin/python -m pip install --quiet -r $<
 	@touch $@
 
-$(BENCH_TOOLS): third_party/requirements-bench.txt $(TOOLS)
+$(BENCH_TOOLS) $(DOCS_TOOLS): .venv/%.stamp: third_party/requirements-%.txt $(TOOLS)
 	python -m pip install --quiet -r $<
 	@touch $@
 

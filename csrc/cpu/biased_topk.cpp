@@ -22,6 +22,8 @@ void check_params(const BiasedTopKParams& params) {
   spec.validate();
   ZEXPERT_CHECK(spec.num_experts != kFromLogits && spec.num_identity_experts != kFromLogits,
                 "spec must be resolved by RoutingSpec::for_width, got an open count of experts");
+  ZEXPERT_CHECK(params.ids_type == ScalarType::kInt32 || params.ids_type == ScalarType::kInt64,
+                "topk_ids must be int32 or int64, got ", name(params.ids_type));
   ZEXPERT_CHECK(params.num_tokens >= 0, "num_tokens must not be negative, got ", params.num_tokens);
   if (params.num_tokens > 0) {
     check_pointer(params.logits, "logits");

@@ -87,6 +87,8 @@ void moe_plan(const MoePlanParams& params) {
 }  // namespace
 
 void moe_plan_cpu(const MoePlanParams& params) {
+  ZEXPERT_CHECK(params.ids_type == ScalarType::kInt32 || params.ids_type == ScalarType::kInt64,
+                "topk_ids must be int32 or int64, got ", name(params.ids_type));
   if (params.ids_type == ScalarType::kInt64) {
     moe_plan<int64_t>(params);
   } else {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import struct
 import sysconfig
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -52,8 +53,10 @@ def load_libraries() -> LoadedLibraries:
 
 def _module_build_info() -> _BuildInfo:
     try:
+        for path in PACKAGE.glob(f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"):
+            _check_whole(path)
         from zexpert import _C
-    except ImportError as error:
+    except (ImportError, OSError) as error:
         wanted = f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
         found = sorted(path.name for path in PACKAGE.glob("_C.*.so"))
         if wanted in found:
@@ -67,10 +70,25 @@ def _module_build_info() -> _BuildInfo:
 
 def _load(library: Path, info: _BuildInfo) -> None:
     try:
+        _check_whole(library)
         torch.ops.load_library(str(library))
     except (OSError, RuntimeError) as error:
+        # What the loader said stands behind PyTorch's own error.
+        reason = error.__cause__ or error
         raise ImportError(
-            f"{library} does not load under PyTorch {torch.__version__}: {error}. It was built with PyTorch "
+            f"{library} does not load under PyTorch {torch.__version__}: {reason}. It was built with PyTorch "
             f"{info['torch_build_version']} and runs under PyTorch {info['torch_abi_target']} or later. "
             f"To get one that fits, {_HOW_TO_BUILD}"
         ) from error
+
+
+def _check_whole(library: Path) -> None:
+    """Raises OSError for an ELF file that ends before its table of sections does: loading it would end the process."""
+    with library.open("rb") as file:
+        header = file.read(64)
+    if len(header) == 64 and header[:5] == b"\x7fELF\x02":
+        (begin,) = struct.unpack_from("<Q", header, 0x28)
+        entry_size, num_entries = struct.unpack_from("<HH", header, 0x3A)
+        size = library.stat().st_size
+        if begin + entry_size * num_entries > size:
+            raise OSError(f"the file is cut off after {size} bytes")

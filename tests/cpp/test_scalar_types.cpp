@@ -105,9 +105,14 @@ TEST(ScalarType, VisitGivesTheTypeOfItsName) {
   EXPECT_EQ(size_of(ScalarType::kFloat64), 8U);
   EXPECT_EQ(size_of(ScalarType::kBFloat16), 2U);
   EXPECT_EQ(size_of(ScalarType::kFloat16), 2U);
-  EXPECT_EQ(size_of(ScalarType::kInt32), 0U) << "not a floating type: the visitor is not called";
   EXPECT_STREQ(name(ScalarType::kBFloat16), "bfloat16");
   EXPECT_STREQ(name(ScalarType::kInt64), "int64");
+}
+
+TEST(ScalarType, VisitRefusesIntegers) {
+  for (const ScalarType type : {ScalarType::kInt32, ScalarType::kInt64}) {
+    EXPECT_THROW(visit_floating(type, [](auto) {}), Error);
+  }
 }
 
 TEST(ScalarType, OnlyFloat64AccumulatesInFloat64) {

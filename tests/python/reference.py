@@ -120,7 +120,7 @@ def biased_topk(
     indices_dtype: torch.dtype = torch.int64,
     dtype: torch.dtype = torch.float64,
 ) -> RoutingResult:
-    """Experts are ordered [real | identity | constant | drop]; see docs/semantics.md."""
+    """Experts are ordered [real | identity | constant | drop]; see docs/concepts.md."""
     num_tokens, num_experts = logits.shape
     if num_identity_experts is None:
         num_identity_experts = num_experts - num_real_experts - num_constant_experts

@@ -121,8 +121,19 @@ def test_broken_library_says_what_was_built_against_what(package_copy: Path) -> 
     library = package_copy / "lib" / "libzexpert.so"
     library.write_bytes(b"not a library")
     message = import_error(package_copy)
-    assert message.startswith(f"{library} does not load under PyTorch {torch.__version__}: ")
+    assert message.startswith(f"{library} does not load under PyTorch {torch.__version__}: {library}: ")
+    assert "file too short" in message or "invalid ELF header" in message
     assert f"It was built with PyTorch {_C.build_info()['torch_build_version']} and runs under PyTorch 2.10" in message
+
+
+@pytest.mark.parametrize("size", [4096, 200_000])
+@pytest.mark.parametrize("name", ["lib/libzexpert.so", Path(_C.__file__).name])
+def test_truncated_library_ends_no_process(package_copy: Path, name: str, size: int) -> None:
+    library = package_copy / name
+    library.write_bytes(library.read_bytes()[:size])
+    message = import_error(package_copy)
+    assert message.startswith(f"{library} does not load")
+    assert f"the file is cut off after {size} bytes" in message
 
 
 def test_missing_module_names_the_pythons_it_was_built_for(package_copy: Path) -> None:

@@ -98,6 +98,19 @@ def test_a_second_number_of_tokens_is_the_last_to_compile() -> None:
     assert counter.frame_count == num_compiled
 
 
+def test_one_graph_for_each_number_of_chunks() -> None:
+    layer = make_layer("identity", chunk_size=8)
+    counter = CompileCounterWithBackend("aot_eager")
+    graph = compiled(layer, counter)
+    with torch.no_grad():
+        for num_tokens in (11, 13, 16, 10):
+            inputs = make_inputs("identity", num_tokens)
+            assert_equal(graph(*inputs), layer(*inputs))
+            if num_tokens == 11:
+                num_compiled = counter.frame_count
+    assert counter.frame_count == num_compiled
+
+
 def test_chunks() -> None:
     layer = make_layer("identity", chunk_size=4)
     graph = compiled(layer)

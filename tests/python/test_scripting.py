@@ -157,6 +157,21 @@ def test_frozen_and_optimized_routers(name: str, prepare: Prepare) -> None:
             assert_equal(actual, expected)
 
 
+@pytest.mark.parametrize("backend", ["auto", "cpu", "torch"])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_traced_with_gradients_wanted(kind: str, backend: str) -> None:
+    """trace itself compares calls with and without gradients."""
+    layer = make_layer(kind, shared_experts=SharedExperts(), experts_backend=backend)
+    traced = torch.jit.trace(layer, make_inputs(kind, 5))
+    for num_tokens in (0, 1, 5, 33):
+        inputs = make_inputs(kind, num_tokens, seed=2)
+        torch.testing.assert_close(traced(*inputs), layer(*inputs))
+    traced(*inputs).sum().backward()
+    traced_grad, layer.w13_weight.grad = layer.w13_weight.grad, None
+    layer(*inputs).sum().backward()
+    torch.testing.assert_close(traced_grad, layer.w13_weight.grad)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("kind", LAYERS)
 def test_traced_layers(kind: str) -> None:

@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "zexpert/error.h"
+
 namespace zexpert {
 
 enum class ScalarType : int8_t { kFloat32, kFloat64, kBFloat16, kFloat16, kInt32, kInt64 };
@@ -97,7 +99,7 @@ struct Accumulate<double> {
 template <typename T>
 using accumulate_t = typename Accumulate<T>::type;
 
-/// Calls `fn` with a value of the C++ type of `type`, one of the four floating types.
+/// Calls `fn` with a value of the C++ type of `type`. Throws Error unless that is one of the four floating types.
 template <typename Fn>
 inline void visit_floating(ScalarType type, Fn&& fn) {
   switch (type) {
@@ -108,6 +110,7 @@ inline void visit_floating(ScalarType type, Fn&& fn) {
     case ScalarType::kInt32:
     case ScalarType::kInt64: break;
   }
+  detail::throw_error("data must be of a floating type, got ", name(type));
 }
 
 }  // namespace zexpert

@@ -17,9 +17,9 @@ class CpuExperts(MoEExperts):
         super().__init__("cpu", reduces=False)
 
     def fuses_epilogue_for(self, hidden_states: Tensor, w13_weight: Tensor, w2_weight: Tensor) -> bool:
-        return torch.is_grad_enabled() and (
-            hidden_states.requires_grad or w13_weight.requires_grad or w2_weight.requires_grad
-        )
+        # A trace keeps one way for all its calls, with and without gradients.
+        wants_gradients = hidden_states.requires_grad or w13_weight.requires_grad or w2_weight.requires_grad
+        return wants_gradients and torch.is_grad_enabled() and not torch.jit.is_tracing()
 
     def forward(
         self, hidden_states: Tensor, routing: RoutingResult, plan: DispatchPlan, w13_weight: Tensor, w2_weight: Tensor
@@ -27,7 +27,8 @@ class CpuExperts(MoEExperts):
         """[T * K, H] in the plan's order; rows past the last offset are unspecified."""
         top_k = routing.topk_ids.size(1)
         rows = torch.ops.zexpert.moe_permute(hidden_states, plan.row_slots, plan.expert_offsets, top_k)
-        if torch.is_grad_enabled() and (rows.requires_grad or w13_weight.requires_grad or w2_weight.requires_grad):
+        wants_gradients = rows.requires_grad or w13_weight.requires_grad or w2_weight.requires_grad
+        if wants_gradients and torch.is_grad_enabled() and not torch.jit.is_tracing():
             # The backward reads gate_up instead of computing it again.
             trained = torch.ops.zexpert.grouped_mlp_with_gate_up(rows, plan.expert_offsets, w13_weight, w2_weight)
             first: Tensor = trained[0]

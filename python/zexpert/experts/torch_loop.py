@@ -14,7 +14,8 @@ class TorchLoopExperts(MoEExperts):
     once.
 
     The loop reads the segments' bounds on the host, one synchronisation per call. A graph cannot hold that: under
-    torch.compile every expert runs over every token and the result is masked, the same values for R / K times the work.
+    torch.compile and torch.jit.trace every expert runs over every token and the result is masked, the same values for
+    R / K times the work.
     """
 
     def __init__(self) -> None:
@@ -25,7 +26,7 @@ class TorchLoopExperts(MoEExperts):
     ) -> Tensor:
         """[T, H]: sum_k topk_weights[t, k] * FFN_{topk_ids[t, k]}(hidden_states[t])."""
         if not torch.jit.is_scripting():
-            if torch.compiler.is_compiling():
+            if torch.compiler.is_compiling() or torch.jit.is_tracing():
                 return self._every_expert(hidden_states, routing, w13_weight, w2_weight)
 
         top_k = routing.topk_ids.size(1)

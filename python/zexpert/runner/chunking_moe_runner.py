@@ -16,7 +16,7 @@ class ChunkingMoERunner(MoERunnerBase):
     replicas of an expert map are those of DefaultMoERunner bit for bit. The output is too, but for what a
     matrix-product library does with another number of rows.
 
-    torch.compile unrolls the chunks, so a graph is for one number of tokens once that exceeds chunk_size.
+    torch.compile unrolls the chunks, so a graph is for one number of chunks, and for more than one token in the last.
 
     Args:
         chunk_size: largest number of tokens in a chunk, at least 1.
@@ -53,7 +53,8 @@ class ChunkingMoERunner(MoERunnerBase):
         if num_tokens <= self.chunk_size:
             return self._run(hidden_states, routing, w13_weight, w2_weight, constant_gate_weight, constant_vectors)
         out = hidden_states.new_empty(hidden_states.size())
-        for begin in range(0, num_tokens, self.chunk_size):
+        for chunk in range((num_tokens + self.chunk_size - 1) // self.chunk_size):
+            begin = chunk * self.chunk_size
             end = min(begin + self.chunk_size, num_tokens)
             out[begin:end] = self._run(
                 hidden_states[begin:end],

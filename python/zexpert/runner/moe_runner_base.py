@@ -144,7 +144,8 @@ class MoERunnerBase(MoERunner):
         """
         if not self.router.has_zero_experts:
             return summed
-        if summed.requires_grad or hidden_states.requires_grad or zero_weight.requires_grad:
+        wants_gradients = summed.requires_grad or hidden_states.requires_grad or zero_weight.requires_grad
+        if wants_gradients or torch.jit.is_tracing():
             output: Tensor = torch.ops.zexpert.zero_expert_accumulate(hidden_states, zero_weight)
             return summed + output
         # Without autograd nobody else holds the sum, and no second [T, H] tensor is needed.

@@ -1,0 +1,50 @@
+"""What the documentation site adds to MkDocs: pages from the repository's root, and links as GitHub reads them.
+
+Pages link to files of the repository, such as ../examples/plain_moe.py. Where mkdocs.yml has a repo_url, such a link
+leads there; without one its text stays. A link to a file that does not exist is left for `mkdocs build --strict` to
+stop at.
+"""
+
+from __future__ import annotations
+
+import os.path
+import re
+from pathlib import Path
+from typing import Any
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = {"README.md": "index.md", "CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
+CODE_OR_LINK = re.compile(r"^```.*?^```|\[((?:[^\[\]]|!\[[^\]]*\])*)\]\(([^)\s]+)\)", flags=re.MULTILINE | re.DOTALL)
+
+
+def on_files(files: Files, config: MkDocsConfig, **_: Any) -> Files:
+    for source, page in PAGES.items():
+        files.append(File.generated(config, page, abs_src_path=str(ROOT / source)))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, **_: Any) -> str:
+    source = Path(str(page.file.abs_src_path))
+    folder = os.path.dirname(page.file.src_uri)
+
+    def rewritten(match: re.Match[str]) -> str:
+        text, target = match.groups()
+        if text is None or re.match(r"[a-z]+:|#", target):
+            return match[0]
+        path, hash_sign, anchor = target.partition("#")
+        destination = (source.parent / path).resolve()
+        if not destination.exists() or not destination.is_relative_to(ROOT):
+            return match[0]
+        name = destination.relative_to(ROOT).as_posix()
+        page_name = PAGES.get(name, name.removeprefix("docs/") if name.startswith("docs/") else None)
+        if page_name is not None:
+            return f"[{text}]({os.path.relpath(page_name, folder or '.')}{hash_sign}{anchor})"
+        if config.repo_url:
+            return f"[{text}]({config.repo_url.rstrip('/')}/blob/main/{name}{hash_sign}{anchor})"
+        return text
+
+    return CODE_OR_LINK.sub(rewritten, markdown)
