@@ -26,8 +26,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-import harness
 from zexpert import FusedMoE, RoutingResult
+from zexpert.benchmark import harness
 from zexpert.distributed_plan import Cluster, MoEShape, plan_layer
 from zexpert.experts import create_experts
 from zexpert.runner import DefaultMoERunner, ExpertParallelMoERunner

@@ -18,7 +18,10 @@ from zexpert import ops
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 # Pages whose programs run elsewhere.
-RUN_ELSEWHERE = {"embedding.md": "tests/cpp/embedding compiles and runs it, its C++ included"}
+RUN_ELSEWHERE = {
+    "distributed.md": "test_distributed_docs.py runs it under torchrun",
+    "embedding.md": "tests/cpp/embedding compiles and runs it, its C++ included",
+}
 
 # What a page's program needs beside zexpert.
 NEEDED = {"integrations.md": "transformers"}
