@@ -22,7 +22,10 @@ inline constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
 // ---- Typed memory ---------------------------------------------------------------------------------------------------
 
 inline size_t element_size(ScalarType type) {
-  size_t size = type == ScalarType::kInt32 ? 4 : 8;
+  if (type == ScalarType::kInt32 || type == ScalarType::kInt64) {
+    return type == ScalarType::kInt32 ? 4 : 8;
+  }
+  size_t size = 0;
   visit_floating(type, [&](auto element) { size = sizeof(element); });
   return size;
 }
