@@ -20,7 +20,6 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 SOURCES := setup.py pyproject.toml python/zexpert/_version.py $(shell find csrc -not -name '*.orig')
 CXX_FILES := $(shell find csrc tests/cpp examples -name "*.h" -o -name "*.cpp" -o -name "*.cu" -o -name "*.cuh")
 TOOLS := .venv/tools.stamp
-BENCH_TOOLS := .venv/bench.stamp
 DOCS_TOOLS := .venv/docs.stamp
 CUDA_TOOLS := .venv-cuda/tools.stamp
 OLDEST_TOOLS := .venv-oldest/tools.stamp
@@ -31,7 +30,7 @@ NVCC := $(firstword $(CUDA_HOME:%=%/bin/nvcc) $(wildcard /usr/local/cuda/bin/nvc
 
 .PHONY: help
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-17s %s\n", $$1, $$2}' Makefile
 
 .PHONY: demo
 demo: $(INSTALLED) ## train a small model and show where it spends its compute (TEXT=file, DEMO_ARGS="--steps 100")
@@ -43,11 +42,6 @@ test: test-python test-cpp test-wheels docs ## run all tests, build the document
 .PHONY: test-python
 test-python: $(INSTALLED) ## run the Python tests (PYTEST_ARGS="-k router")
 	python -m pytest $(PYTEST_ARGS)
-
-.PHONY: test-transformers
-test-transformers: $(INSTALLED) $(BENCH_TOOLS) ## run the tests that need transformers
-	python -m pytest tests/python/test_integrations_transformers.py tests/python/test_models_longcat_flash.py \
-	  tests/python/test_docs_cli.py tests/python/test_cli_tools.py $(PYTEST_ARGS)
 
 .PHONY: test-cpp
 test-cpp: $(INSTALLED) ## build with CMake, warnings as errors, and run the C++ tests
@@ -129,7 +123,7 @@ docs: $(DOCS_TOOLS) ## build the documentation site into site, every link checke
 	NO_MKDOCS_2_WARNING=1 mkdocs build --strict
 
 .PHONY: bench
-bench: $(INSTALLED) $(BENCH_TOOLS) ## compare with plain PyTorch and transformers on this CPU
+bench: $(INSTALLED) ## compare with plain PyTorch and transformers on this CPU
 	@mkdir -p benchmarks/results
 	python benchmarks/cpu_routing.py --json benchmarks/results/cpu_routing.json $(BENCH_ARGS)
 	python benchmarks/cpu_layer.py --json benchmarks/results/cpu_layer.json $(BENCH_ARGS)
@@ -165,7 +159,7 @@ $(TOOLS): third_party/requirements-dev.txt
 	.venv/bin/python -m pip install --quiet -r $<
 	@touch $@
 
-$(BENCH_TOOLS) $(DOCS_TOOLS): .venv/%.stamp: third_party/requirements-%.txt $(TOOLS)
+$(DOCS_TOOLS): .venv/%.stamp: third_party/requirements-%.txt $(TOOLS)
 	python -m pip install --quiet -r $<
 	@touch $@
 

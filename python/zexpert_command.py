@@ -16,9 +16,11 @@ def main() -> None:
             stream.reconfigure(errors="replace")  # what a terminal or a pipe cannot show is no reason to stop
     try:
         from zexpert.cli.app import app
-    except ImportError as error:
+    except Exception as error:
         if sys.argv[1:2] == ["doctor"]:
             sys.exit(load_doctor().main())
+        if not isinstance(error, ImportError):
+            raise
         if error.name in ("typer", "rich"):
             sys.exit(f"error: the zexpert command needs {error.name}: pip install 'zexpert[cli]'")
         sys.exit(f"error: zexpert cannot be imported: {error}\n`zexpert doctor` looks for the reason.")

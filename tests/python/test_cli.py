@@ -18,9 +18,9 @@ pytest.importorskip("matplotlib")
 ENVIRONMENT = {**os.environ, "COLUMNS": "120", "NO_COLOR": "1", "OMP_NUM_THREADS": "1"}
 
 
-def zexpert(*arguments: object) -> subprocess.CompletedProcess[str]:
+def zexpert(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "zexpert.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True, env={**ENVIRONMENT, **environment}, timeout=300)
 
 
 @pytest.fixture(scope="module")

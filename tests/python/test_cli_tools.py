@@ -90,6 +90,19 @@ def test_doctor_finds_nothing_where_all_is_well() -> None:
     assert f"PyTorch {torch.__version__}" in result.stdout
 
 
+def test_version_and_short_help() -> None:
+    assert run_here("--version").stdout == f"zexpert {package.__version__}\n"
+    assert "Usage" in run_here("bench", "-h").stdout
+
+
+def test_doctor_names_variables_that_change_what_runs() -> None:
+    result = zexpert("doctor", ZEXPERT_ROUTING_SIMULATION="round_robin", ZEXPERT_CPU_CAPABILITY="foo")
+    assert result.returncode == 0, result.stdout
+    assert "ZEXPERT_ROUTING_SIMULATION=round_robin puts a simulation in the place of every router" in result.stdout
+    assert "ZEXPERT_CPU_CAPABILITY=foo is ignored" in result.stdout
+    assert "the layer on the CPU gives the right result" in result.stdout
+
+
 def test_doctor_explains_a_package_that_is_not_built(copy_of_the_package: Path) -> None:
     for library in (copy_of_the_package / "zexpert").glob("_C.*.so"):
         library.unlink()
@@ -313,6 +326,8 @@ def test_bench_tells_a_wrong_output(monkeypatch: pytest.MonkeyPatch) -> None:
         (("--tokens", "0"), "--tokens must be positive integers with commas between"),
         (("--tokens", "many"), "--tokens must be positive integers with commas between"),
         (("--dtype", "int8"), "--dtype must be one of float32, bfloat16, float16, got int8"),
+        (("--plot", "a.txt"), "--plot must end in .png, .pdf or .svg, got a.txt"),
+        (("--threads", "100000"), "Invalid value for '--threads'"),
         (("--plot", "/no/such/folder/a.png"), "--plot must be in a folder that exists"),
         (("--repeats", "0"), "Invalid value for '--repeats'"),
         (("sleep",), "Invalid value for"),
@@ -322,6 +337,16 @@ def test_mistakes_in_bench(arguments: tuple[str, ...], message: str) -> None:
     result = run_bench(*arguments)
     assert result.exit_code == 2
     assert message in " ".join(result.stderr.split())
+
+
+def test_running_out_of_memory_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def measure(*_: object) -> None:
+        torch.empty(2**50)
+
+    monkeypatch.setattr(bench, "measure", measure)
+    result = run_here("bench", "layer")
+    assert result.exit_code == 2
+    assert "error: the memory does not suffice" in result.stderr
 
 
 def test_a_layer_too_large_for_the_memory_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -406,6 +431,11 @@ def test_profile_of_a_model_of_transformers(longcat_folder: Path, text: Path, tm
     told = json.loads(result.stdout)
     check_profile(told, 20 * 10, 2, tmp_path / "out")
     assert told["kind"] == "LongcatFlashForCausalLM"
+    wide = longcat_folder / "tokenizer.json"
+    wide.write_text(wide.read_text().replace('"cat": 2', '"cat": 5000'))
+    result = zexpert("profile", longcat_folder, *arguments)
+    assert result.returncode == 2
+    assert "tokenizer must give tokens below the model's" in result.stderr
     (longcat_folder / "tokenizer.json").unlink()
     (longcat_folder / "tokenizer_config.json").unlink()
     broken = zexpert("profile", longcat_folder, *arguments)

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from zexpert._version import __version__
 from zexpert.cli.bench import bench
 from zexpert.cli.doctor import doctor
 from zexpert.cli.info import info
@@ -21,14 +22,25 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode="rich",
 )
 
 DEFAULT_OUT = Path("zexpert-demo")
 
 
+def show_version(wanted: bool) -> None:
+    if wanted:
+        console.print(f"zexpert {__version__}", highlight=False)
+        raise typer.Exit
+
+
 @app.callback()
-def main() -> None:
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
     """Mixture-of-experts layers with zero experts."""
 
 

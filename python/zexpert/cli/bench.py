@@ -52,9 +52,13 @@ def bench(
     ] = None,
     repeats: Annotated[int | None, typer.Option(min=1, help="Timed repetitions. Default: 15, 5 for training.")] = None,
     device: Annotated[str, typer.Option(help='"auto" takes the GPU where there is one.')] = "auto",
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: PyTorch's.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, max=os.cpu_count(), help="CPU threads. Default: PyTorch's.")
+    ] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
-    plot: Annotated[Path | None, typer.Option(dir_okay=False, help="Also draw a picture into this PNG file.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(dir_okay=False, help="Also draw a picture into this file: .png, .pdf or .svg.")
+    ] = None,
 ) -> None:
     """Time routing, epilogue, layer or training step here, beside PyTorch and what else is installed.
 
@@ -72,6 +76,8 @@ def bench(
     kind = parse_dtype(dtype, suite, chosen)
     if plot is not None and not plot.resolve().parent.is_dir():
         raise fail(f"--plot must be in a folder that exists, got {plot}")
+    if plot is not None and plot.suffix not in (".png", ".pdf", ".svg"):
+        raise fail(f"--plot must end in .png, .pdf or .svg, got {plot}")
     if threads is not None:
         torch.set_num_threads(threads)
     if chosen.type == "cuda" and chosen.index is not None:

@@ -89,7 +89,7 @@ class Finding:
 
 def diagnose() -> list[Finding]:
     """Every finding, in the order in which things depend on each other."""
-    findings = [check_python(), *check_files()]
+    findings = [check_python(), *check_environment(), *check_files()]
     steps = probe()
     findings.append(check_torch(steps))
     if "version" not in steps.get("torch", {}):
@@ -109,6 +109,19 @@ def check_python() -> Finding:
         where = f"{sys.platform} on {platform.machine()}"
         return Finding("note", f"Python {version} on {where}; zexpert is tested on Linux x86-64")
     return Finding("ok", f"Python {version}, {platform.platform()}")
+
+
+def check_environment() -> list[Finding]:
+    """Variables that make zexpert do other than it would."""
+    findings = []
+    if simulation := os.environ.get("ZEXPERT_ROUTING_SIMULATION"):
+        what = f"ZEXPERT_ROUTING_SIMULATION={simulation} puts a simulation in the place of every router"
+        findings.append(Finding("note", what, "unset it for real routing; below it is left out"))
+    capability = os.environ.get("ZEXPERT_CPU_CAPABILITY", "")
+    if capability.lower() not in ("", "default", "avx2", "avx512"):
+        what = f"ZEXPERT_CPU_CAPABILITY={capability} is ignored"
+        findings.append(Finding("note", what, "it can be default, avx2 or avx512"))
+    return findings
 
 
 def check_files() -> list[Finding]:
@@ -234,6 +247,7 @@ def probe(gpus: range = range(0)) -> dict[str, dict[str, Any]]:
     ]
     command = [sys.executable, "-c", PROBE, *map(str, gpus)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    environment.pop("ZEXPERT_ROUTING_SIMULATION", None)
     # From a folder without Python files: the working directory comes first in sys.path.
     done = subprocess.run(
         command, capture_output=True, text=True, errors="replace", env=environment, cwd=os.path.abspath(os.sep)

@@ -125,6 +125,9 @@ def load_transformers(path: Path, text: Path | None, max_tokens: int, window: in
     ids = tokenizer(words[: 16 * max_tokens], add_special_tokens=False)["input_ids"][:max_tokens]
     if not ids:
         raise ValueError(f"the text must hold at least one token of {path}'s tokenizer, got none")
+    vocabulary = model.get_input_embeddings().num_embeddings
+    if max(ids) >= vocabulary:
+        raise ValueError(f"{path}'s tokenizer must give tokens below the model's {vocabulary}, got {max(ids)}")
     pieces = [tokenizer.decode([token]) for token in ids]
     return Subject(type(model).__name__, model, torch.tensor(ids, device=device), pieces, window)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,7 +13,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-console = Console()
+#: In a pipe, wide enough for every table.
+console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160)
 
 #: Largest seed that torch's generators take as a signed number.
 MAX_SEED = 2**63 - 1
@@ -30,7 +33,8 @@ def has_colours(console: Console) -> bool:
 
 @contextmanager
 def users_mistakes() -> Iterator[None]:
-    """Turns a ValueError or OSError of the block, whose message is one sentence, into `fail`."""
+    """Turns a ValueError or OSError of the block, whose message is one sentence, into `fail`, and running out of memory
+    too."""
     try:
         yield
     except OSError as error:
@@ -38,6 +42,10 @@ def users_mistakes() -> Iterator[None]:
         raise fail(told) from error
     except ValueError as error:
         raise fail(str(error)) from error
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        raise fail("the memory does not suffice: fewer tokens or a smaller model may fit") from error
 
 
 def choose_device(name: str) -> torch.device:

@@ -7,7 +7,7 @@ environment says ZEXPERT_VLLM=1. Then, for models with zero experts (LongCat-Fla
   contract holds: a slot that chose a zero expert has weight 0 and id 0, and `zero_expert_output` is there once.
 - Its RoutedExperts run zexpert's experts where vLLM keeps plain weights for its Triton kernels, `--moe-backend triton`,
   and without expert parallelism. For those such a slot has id -1: no expert computes it.
-- zero_experts_compute_triton is replaced. Its grid in vLLM 0.32 and 0.33 counts hidden_size // 256 blocks, so that the
+- zero_experts_compute_triton is replaced. Its grid in vLLM 0.32 counts hidden_size // 256 blocks, so that the
   last hidden_size % 256 channels of a token are left zero.
 
 Written for vLLM 0.32.
