@@ -182,7 +182,7 @@ class SimulatedRouting:
 
     Attributes:
         ranks_per_token: mean number of ranks that hold an expert of a token.
-        busiest_rank: slots of the rank that has most, over the mean.
+        busiest_rank: slots of the rank that has most, over the mean; 1 without slots.
     """
 
     ranks_per_token: float
@@ -228,4 +228,5 @@ def simulate_routing(
         hit = torch.zeros(size, gpus + 1, dtype=torch.bool).scatter_(1, chosen, True)
         ranks += int(hit[:, :gpus].sum())
         load += chosen.flatten().bincount(minlength=gpus + 1)[:gpus]
-    return SimulatedRouting(ranks / num_tokens, float(load.max() / load.double().mean()))
+    busiest_rank = float(load.max() / load.double().mean()) if bool(load.any()) else 1.0
+    return SimulatedRouting(ranks / num_tokens, busiest_rank)

@@ -25,6 +25,7 @@ from zexpert.runner.sharded_moe_runner import (
     fits_sharded_weight,
     shard_state_dict,
     take_own_part,
+    unsharded_shape,
 )
 from zexpert.runner.tensor_parallel_moe_runner import TensorParallelMoERunner
 
@@ -174,7 +175,7 @@ class FusedMoE(nn.Module):
         self.runner: MoERunner
         if expert_parallel_group is not None:
             if logical_to_physical_map is not None:
-                num_weights = set_physical_experts(router, logical_to_physical_map.to(device))
+                num_weights = set_physical_experts(router, logical_to_physical_map, device)
             self.runner = ExpertParallelMoERunner(
                 router,
                 experts,
@@ -337,4 +338,9 @@ def check_shapes_of_state_dict(
             if name in submodule._non_persistent_buffers_set or tensor is None or not isinstance(given, Tensor):
                 continue
             if given.shape != tensor.shape and not fits_sharded_weight(submodule, name, given):
-                raise RuntimeError(f"{shown(key)} must have shape {list(tensor.shape)}, got {list(given.shape)}")
+                shapes = [list(tensor.shape)]
+                whole = unsharded_shape(submodule, name)
+                if whole is not None and whole not in shapes:
+                    shapes.append(whole)
+                fitting = " or ".join(map(str, shapes))
+                raise RuntimeError(f"{shown(key)} must have shape {fitting}, got {list(given.shape)}")

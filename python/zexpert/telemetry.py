@@ -133,6 +133,9 @@ class RoutingStats(nn.Module):
     def all_reduced(self, process_group: "dist.ProcessGroup | None" = None) -> "RoutingStats":
         """A copy with the sums over the ranks of `process_group` (None: all ranks). Every rank of it calls this.
         Without torch.distributed it is a plain copy. This object is unchanged, so nothing is counted twice later.
+
+        The ranks of a tensor_parallel_group all count the same tokens: name the data-parallel ranks, or counts are as
+        many times too large.
         """
         total = self.clone()
         if is_distributed():

@@ -68,10 +68,15 @@ def test_bad_sizes(gpus: int, tokens: int) -> None:
 
 
 def test_command() -> None:
-    result = CliRunner().invoke(app, ["plan", "--gpus", "64", "--tokens", "128"], env={"COLUMNS": "160"})
+    arguments = ["plan", "--gpus", "64,1024", "--tokens", "4096"]
+    result = CliRunner().invoke(app, arguments, env={"COLUMNS": "80"})
     assert result.exit_code == 0, result.output
-    for shown in ("64", "7.63", "0.60 GB", "16.9 GB", "NVLink 450 GB/s", "128 tokens per GPU"):
+    for shown in ("7.63", "8.00", "1,206.8 MB", "19.889 ms", "0.60 GB", "16.9 GB", "NVLink 450 GB/s", "4096 tokens"):
         assert shown in result.output
+    assert "…" not in result.output
+    result = CliRunner().invoke(app, ["plan", "--gpus", "8", "--tokens", "16", "--ffn-experts", "0"])
+    assert result.exit_code == 0, result.output
+    assert "1.00x mean" in result.output
     result = CliRunner().invoke(app, ["plan", "--gpus", "7"])
     assert result.exit_code == 2
     assert "gpus must divide the number of experts (512) or be a multiple, got 7" in " ".join(result.output.split())

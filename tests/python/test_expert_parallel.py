@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
@@ -65,6 +66,24 @@ def compare_backends(group: Any) -> None:
 
 def test_experts_backends(ranks: Ranks) -> None:
     ranks.run(compare_backends, 3)
+
+
+def one_weight_wants_gradients(group: Any) -> None:
+    """All of the work is on rank 0, and every rank runs the same backward."""
+    inputs = make_inputs("identity", 5, "one expert")
+    for frozen in ("w13_weight", "w2_weight"):
+        layer = make_parallel("identity", "ragged", group, experts_backend="torch")
+        for name, parameter in layer.named_parameters():
+            parameter.requires_grad_(name.startswith("w") and name != frozen)
+        out = layer(*(tensor.float() for tensor in inputs[:2]))
+        out.backward(inputs[2].float())
+        wanted = layer.get_parameter("w2_weight" if frozen == "w13_weight" else "w13_weight")
+        assert wanted.grad is not None
+        assert bool(wanted.grad.any()) == (dist.get_rank(group) == 0)
+
+
+def test_gradients_of_one_weight(ranks: Ranks) -> None:
+    ranks.run(one_weight_wants_gradients, 2)
 
 
 # --- Exactly
@@ -190,6 +209,28 @@ def test_work_is_done_while_rows_are_under_way(ranks: Ranks) -> None:
     chunks = [*out, "shared experts", *out, "wait", "wait", *back, "wait", "wait", *back, "wait", "wait"]
     for events in ranks.run(order_of_events, 2):
         assert events == [*whole, "in chunks", *chunks]
+
+
+def rows_alive(group: Any) -> list[int]:
+    """Trips whose rows are in memory, at the end of each."""
+    layer = make_parallel("identity", "ragged in chunks", group)
+    runner, trips, alive = runner_of(layer), [], []
+    output = runner._output
+
+    def counted(trip: RaggedTrip, *others: Any) -> Tensor:
+        trips.append(weakref.ref(trip))
+        out = output(trip, *others)
+        alive.append(sum(each() is not None for each in trips))
+        return out
+
+    runner._output = counted  # type: ignore[assignment, method-assign]
+    with torch.no_grad():
+        layer(*(tensor.float() for tensor in make_inputs("identity", 90)[:2]))
+    return alive
+
+
+def test_a_chunk_leaves_no_rows_behind(ranks: Ranks) -> None:
+    assert ranks.run(rows_alive, 2) == [[1] * 5] * 2
 
 
 # --- Replicas, telemetry

@@ -84,6 +84,7 @@ def bad_calls(group: Any) -> None:
     ):
         layer(torch.zeros(62, HIDDEN), torch.zeros(62, NUM_EXPERTS))
     for arguments, message in (
+        (([],), r'^name must be "ragged", "fixed", "all_gather" or "deep_ep", got \[\]$'),
         (("ring",), r'^name must be "ragged", "fixed", "all_gather" or "deep_ep", got \'ring\'$'),
         (("ragged", 3), r'^max_tokens must be None with the exchange "ragged", got 3$'),
         (("fixed",), r'^max_tokens is required with the exchange "fixed"$'),
@@ -94,17 +95,35 @@ def bad_calls(group: Any) -> None:
         with pytest.raises(ValueError, match=message):
             runner.use_exchange(*arguments)
     assert runner.exchange_name == "fixed"
+    chunked = runner_of(make_parallel("plain", "ragged in chunks", group))
+    with pytest.raises(ValueError, match=r'^chunk_size must be None with the exchange "fixed", got 20$'):
+        chunked.use_exchange("fixed", 3)
 
     once = torch.arange(NUM_EXPERTS)[:, None]
     for wrong, message in (
         ({"expert_parallel_group": 3}, r"^expert_parallel_group must be a process group .* or a DeviceMesh, got 3$"),
         ({"chunk_size": 0}, r"^chunk_size must be an integer of at least 1, got 0$"),
+        ({"logical_to_physical_map": [[1]]}, "^logical_to_physical_map must be a tensor, got list$"),
+        (
+            {"logical_to_physical_map": once, "device": "meta"},
+            '^logical_to_physical_map needs a device that holds its values, got "meta"$',
+        ),
         ({"logical_to_physical_map": once * 2}, r"^logical_to_physical_map must name every physical .* got 12 entries"),
         ({"logical_to_physical_map": once.repeat(1, 2)}, r"^logical_to_physical_map must name every physical expert"),
         ({"logical_to_physical_map": once, "expert_parallel_group": None}, "^logical_to_physical_map needs an expert_"),
     ):
         with pytest.raises(ValueError, match=message):
             make_layer("plain", **{"expert_parallel_group": group, **wrong})
+
+
+def other_errors(group: Any) -> None:
+    """What is nobody else's doing stays as it is."""
+    exchanging = runner_of(make_parallel("plain", "ragged", group)).group.exchanging
+    with pytest.raises(torch.OutOfMemoryError, match=r"^no memory$"), exchanging():
+        raise torch.OutOfMemoryError("no memory")
+    for error in (RuntimeError("Connection closed"), dist.DistBackendError("Connection closed")):
+        with pytest.raises(RuntimeError, match=f"{CANNOT_EXCHANGE}: Connection closed$"), exchanging():
+            raise error
 
 
 def uneven(group: Any) -> None:
@@ -114,6 +133,7 @@ def uneven(group: Any) -> None:
 
 def test_bad_calls(ranks: Ranks) -> None:
     ranks.run(bad_calls, 1)
+    ranks.run(other_errors, 1)
     ranks.run(uneven, 2)
 
 
@@ -143,7 +163,7 @@ def one_rank_fails(rank: int, folder: str, how: str) -> None:
         Path(folder, "told1").touch()
         time.sleep(TIMEOUT + 1)  # busy with something else
     else:
-        with pytest.raises(RuntimeError, match=f"^rank {rank} of the 3 that share the experts {CANNOT_EXCHANGE}$"):
+        with pytest.raises(RuntimeError, match=f"^rank {rank} of the 3 that share the experts {CANNOT_EXCHANGE}: .+"):
             layer(hidden_states, logits)
         assert time.monotonic() - started < 5 * TIMEOUT
         Path(folder, f"told{rank}").touch()

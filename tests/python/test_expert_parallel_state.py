@@ -87,7 +87,7 @@ def load_whole(group: Any) -> None:
     own = {name: parameter.detach().clone() for name, parameter in layer.named_parameters()}
     nn.Sequential(layer).load_state_dict({f"0.{name}": tensor for name, tensor in {**whole, **own}.items()})
     before = layer.w13_weight.detach().clone()
-    message = rf"^w2_weight must have shape \[{num_local}, 24, 24\], got \[5, 24, 24\]$"
+    message = rf"^w2_weight must have shape \[{num_local}, 24, 24\] or \[12, 24, 24\], got \[5, 24, 24\]$"
     with pytest.raises(RuntimeError, match=message):
         layer.load_state_dict({**whole, "w13_weight": whole["w13_weight"] + 1, "w2_weight": torch.zeros(5, 24, 24)})
     assert_equal(layer.w13_weight.detach(), before, "weights after a bad state dict")
@@ -115,6 +115,10 @@ def longcat_block(group: Any) -> None:
             block = LongcatFlashMoE.from_state_dict(config, state_dict, prefix="mlp.", expert_parallel_group=group)
             assert block.experts.w2_weight.shape == (6 // dist.get_world_size(group), 16, 8)
             torch.testing.assert_close(block(hidden_states), expected)
+        one = LongcatFlashMoE.from_state_dict(config, checkpoint, prefix="mlp.")
+        gathered = block.checkpoint_state_dict()
+        for name, tensor in one.checkpoint_state_dict().items():
+            assert_equal(gathered[name], tensor, name)
 
 
 def test_checkpoint_of_a_model(ranks: Ranks) -> None:

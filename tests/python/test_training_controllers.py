@@ -228,12 +228,41 @@ def test_layers_that_cannot_be_controlled() -> None:
     assert_equal(good.e_score_correction_bias, torch.zeros(NUM_REAL + NUM_ZERO))  # nothing moved before the check
     assert controller.num_updates == 0
 
-    mapped = controlled_layer()
-    track_routing(mapped, enabled=False)
-    mapped.router.set_expert_map(torch.stack((torch.arange(16), torch.arange(16, 32)), dim=1))
-    track_routing(mapped)
+    mapped = mapped_layer(torch.stack((torch.arange(16), torch.arange(16, 32)), dim=1))
+    mapped.router.set_expert_map(None)
     with pytest.raises(ValueError, match="16 logical experts, got 32 physical ones"):
         controller.update(mapped)
+
+
+def mapped_layer(expert_map: Tensor) -> FusedMoE:
+    layer = controlled_layer()
+    track_routing(layer, enabled=False)
+    layer.router.set_expert_map(expert_map)
+    track_routing(layer)
+    return layer
+
+
+@pytest.mark.parametrize("controller", [LongCatBiasController(0.5, 2.0), SignBiasController(0.5)], ids=repr)
+def test_biases_follow_the_experts_that_tokens_choose(controller: BiasController) -> None:
+    """Where a map places the experts elsewhere or in several places, the update is that of a layer without one."""
+    plain, placed = controlled_layer(), mapped_layer(torch.arange(16).flip(0)[:, None])
+    for layer in (plain, placed):
+        run(layer)
+    plain_stats = collect_routing_stats(plain)[""]
+    load, histogram = plain_stats.expert_load.clone(), plain_stats.ffn_slots_histogram.clone()
+
+    second = torch.where(torch.arange(16) < 4, torch.arange(16, 32), -1)
+    replicas = mapped_layer(torch.stack((torch.arange(16), second), dim=1))
+    stats = collect_routing_stats(replicas)[""]
+    stats.expert_load[:16] = load - torch.where(second >= 0, load // 3, 0)
+    stats.expert_load[16:] = load[:4] // 3
+    stats.ffn_slots_histogram.copy_(histogram)
+
+    for layer in (plain, placed, replicas):
+        controller.update(layer)
+    assert bool(plain.e_score_correction_bias.any())
+    assert_equal(placed.e_score_correction_bias, plain.e_score_correction_bias)
+    assert_equal(replicas.e_score_correction_bias, plain.e_score_correction_bias)
 
 
 def test_update_between_forward_and_backward_changes_no_gradient() -> None:

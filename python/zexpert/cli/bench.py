@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from zexpert.benchmark import epilogue, harness, layer, routing
-from zexpert.cli.terminal import choose_device, console, fail, progress, users_mistakes
+from zexpert.cli.terminal import choose_device, console, fail, parse_positive_ints, progress, users_mistakes
 
 
 class Suite(str, Enum):
@@ -71,7 +71,13 @@ def bench(
     if shape is None:
         raise fail(f"--model must be one of {', '.join(layer.MODELS)}, got {name}")
     training = suite is Suite.training
-    numbers = parse_tokens(tokens) if tokens is not None else TRAINING_TOKENS if training else TOKENS[chosen.type]
+    numbers = (
+        parse_positive_ints("--tokens", tokens)
+        if tokens is not None
+        else TRAINING_TOKENS
+        if training
+        else TOKENS[chosen.type]
+    )
     times = repeats or (5 if training else 15)
     kind = parse_dtype(dtype, suite, chosen)
     if plot is not None and not plot.resolve().parent.is_dir():
@@ -220,13 +226,6 @@ def draw(path: Path, results: Sequence[harness.CaseResult], limits: harness.Limi
             plots.save_roofline(path, layers, limits, device_name=device_name)
         else:
             plots.save_bars(path, results, limits, device_name=device_name)
-
-
-def parse_tokens(text: str) -> list[int]:
-    try:
-        return harness.positive_ints(text)
-    except ValueError:
-        raise fail(f'--tokens must be positive integers with commas between, such as 1,16,256, got "{text}"') from None
 
 
 def parse_dtype(name: str | None, suite: Suite, device: torch.device) -> torch.dtype:

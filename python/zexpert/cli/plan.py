@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from zexpert.cli.terminal import console, users_mistakes
+from zexpert.cli.terminal import console, parse_positive_ints, users_mistakes
 from zexpert.distributed_plan import Cluster, LayerPlan, MoEShape, plan_layer, simulate_routing
 
 DEFAULT_GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)
@@ -17,8 +17,7 @@ DEFAULT_GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)
 
 def plan(
     gpus: Annotated[
-        list[int] | None,
-        typer.Option(min=1, help="GPUs that share the experts; may be repeated. 8 to 1024 without it."),
+        str | None, typer.Option(help="Numbers of GPUs that share the experts, such as 8,64; 8 to 1024 without it.")
     ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens on each GPU.")] = 4096,
     ffn_experts: Annotated[float, typer.Option(min=0.0, max=12.0, help="Mean slots of a token that do work.")] = 8.0,
@@ -31,8 +30,9 @@ def plan(
 ) -> None:
     """Estimate bytes, times and memory of LongCat-Flash's experts spread over a cluster."""
     cluster = Cluster(gpus_per_node, nvlink * 1e9, network * 1e9, latency * 1e-6, memory * 1e12, matmul * 1e12)
+    numbers = DEFAULT_GPUS if gpus is None else parse_positive_ints("--gpus", gpus)
     with users_mistakes():
-        show_plan(console, gpus or DEFAULT_GPUS, tokens, MoEShape(ffn_experts=ffn_experts), cluster)
+        show_plan(console, numbers, tokens, MoEShape(ffn_experts=ffn_experts), cluster)
 
 
 def show_plan(console: Console, gpus: Sequence[int], tokens: int, shape: MoEShape, cluster: Cluster) -> None:
@@ -53,33 +53,39 @@ def show_plan(console: Console, gpus: Sequence[int], tokens: int, shape: MoEShap
         f"{cluster.memory_bandwidth / 1e12:g} TB/s, products {cluster.matmul_rate / 1e12:g} TFLOP/s",
         highlight=False,
     )
-    table = Table(title="Forward of one layer, per GPU")
-    for heading in (
-        "GPUs",
-        "rows per token",
-        "sent",
-        "all slots",
-        "over network",
-        "exchange",
-        "experts",
-        "sum",
-        "overlapped",
-    ):
-        table.add_column(heading, justify="right")
-    for plan in plans:
-        table.add_row(*times_row(plan))
-    console.print(table)
+    rows = [times_row(plan) for plan in plans]
+    sent, times = [row[:5] for row in rows], [row[:1] + row[5:] for row in rows]
+    print_table(
+        console,
+        "Forward of one layer, per GPU: bytes",
+        ("GPUs", "rows per token", "sent", "all slots", "over network"),
+        sent,
+    )
+    print_table(
+        console,
+        "Forward of one layer, per GPU: times",
+        ("GPUs", "exchange", "experts", "sum", "overlapped"),
+        times,
+    )
+    print_table(
+        console,
+        "Memory per GPU, and simulated routing",
+        ("GPUs", "experts, layer", "experts, model", "rows", "rows per token", "busiest GPU"),
+        [memory_row(plan, shape) for plan in plans],
+    )
 
-    table = Table(title="Memory per GPU, and simulated routing")
-    for heading in ("GPUs", "experts, layer", "experts, model", "rows", "rows per token", "busiest GPU"):
+
+def print_table(console: Console, title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    table = Table(title=title)
+    for heading in headings:
         table.add_column(heading, justify="right")
-    for plan in plans:
-        table.add_row(*memory_row(plan, shape))
+    for row in rows:
+        table.add_row(*row)
     console.print(table)
 
 
 def times_row(plan: LayerPlan) -> list[str]:
-    """A line of the first table."""
+    """A line of the first two tables."""
     return [
         str(plan.gpus),
         f"{plan.ranks_per_token:.2f}",
@@ -94,7 +100,7 @@ def times_row(plan: LayerPlan) -> list[str]:
 
 
 def memory_row(plan: LayerPlan, shape: MoEShape) -> list[str]:
-    """A line of the second table."""
+    """A line of the last table."""
     simulated = simulate_routing(min(plan.gpus, shape.num_experts), plan.tokens, shape)
     return [
         str(plan.gpus),

@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from zexpert.benchmark import harness
+
 #: In a pipe, wide enough for every table.
 console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160)
 
@@ -24,6 +26,13 @@ def fail(message: str) -> typer.Exit:
     """Prints a user's mistake in one sentence; raise the result."""
     Console(stderr=True).print(f"[bold red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
     return typer.Exit(2)
+
+
+def parse_positive_ints(option: str, text: str) -> list[int]:
+    try:
+        return harness.positive_ints(text)
+    except ValueError:
+        raise fail(f'{option} must be positive integers with commas between, such as 1,16,256, got "{text}"') from None
 
 
 def has_colours(console: Console) -> bool:

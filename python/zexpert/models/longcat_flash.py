@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from zexpert.layer import FusedMoE
 from zexpert.models.checkpoint import STACKED_EXPERTS, CheckpointBlock, config_value, require_config, require_silu
 from zexpert.models.float32_linear import Float32Linear
+from zexpert.runner.sharded_moe_runner import EXPERT_WEIGHTS, whole_weight
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -165,13 +166,15 @@ class LongcatFlashMoE(CheckpointBlock):
     def checkpoint_state_dict(self) -> dict[str, Tensor]:
         """The weights under a checkpoint's names, in transformers' layout: experts.gate_up_proj has N expert rows, of
         which those past the real experts are zero. Loads into transformers' LongcatFlashMoE.
+
+        With an expert_parallel_group all of its ranks call this, and each gets all experts.
         """
-        w13_weight = self.experts.w13_weight.detach()
+        w13_weight, w2_weight = (whole_weight(self.experts, name) for name in EXPERT_WEIGHTS)
         gate_up_proj = w13_weight.new_zeros(self.config.num_experts, *w13_weight.shape[1:])
         gate_up_proj[: self.config.n_routed_experts] = w13_weight
         return {
             "router.classifier.weight": self.router.classifier.weight.detach(),
             "router.e_score_correction_bias": self.e_score_correction_bias.detach(),
             "experts.gate_up_proj": gate_up_proj,
-            "experts.down_proj": self.experts.w2_weight.detach(),
+            "experts.down_proj": w2_weight,
         }

@@ -71,9 +71,12 @@ class ExpertGroup:
         try:
             yield
         except RuntimeError as error:
+            # Gloo has no class of its own; others, such as torch.OutOfMemoryError, are no other rank's doing.
+            if type(error) is not RuntimeError and not isinstance(error, dist.DistError):
+                raise
             raise RuntimeError(
                 f"rank {self.rank} of the {self.size} that share the experts could not exchange rows with the others: "
-                "one of them raised an error, ended, or came later than the process group's timeout"
+                f"one of them raised an error, ended, or came later than the process group's timeout: {error}"
             ) from error
 
     def __deepcopy__(self, memo: dict[int, object]) -> ExpertGroup:

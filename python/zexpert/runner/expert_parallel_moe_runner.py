@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from zexpert.experts.interface import MoEExperts
 from zexpert.ops.types import DispatchPlan
-from zexpert.router.base_router import BaseRouter
+from zexpert.router.base_router import BaseRouter, check_tensor
 from zexpert.router.fused_moe_router import FusedMoERouter
 from zexpert.runner.expert_exchange import AllGatherExchange, Arrivals, Exchange, FixedExchange, RaggedExchange, Trip
 from zexpert.runner.expert_group import ExpertGroup
@@ -83,7 +84,8 @@ class ExpertParallelMoERunner(ShardedMoERunner):
     def use_exchange(self, name: str, max_tokens: int | None = None, capacity: int | None = None) -> None:
         """Chooses how later calls exchange rows; all ranks choose the same.
 
-        "ragged", the default: all-to-all of exactly the rows there are. The host waits once per call for their number.
+        "ragged", the default: all-to-all of exactly the rows there are. The host waits once per call for their number,
+            with chunk_size once more for the number of chunks.
         "fixed": all-to-all of `capacity` rows between every two ranks. Nothing waits for the host, so that a CUDA graph
             captures it.
         "all_gather": every rank gathers max_tokens rows of every rank, and a reduce-scatter in float32 adds up the
@@ -102,7 +104,7 @@ class ExpertParallelMoERunner(ShardedMoERunner):
             capacity: rows from each rank to each, at most max_tokens; for "fixed".
 
         Raises:
-            ValueError: if an argument is out of range, missing, or not the exchange's.
+            ValueError: if an argument, or the layer's chunk_size, is out of range, missing, or not the exchange's.
             ImportError: if "deep_ep" is not installed.
         """
         bounds = {"max_tokens": max_tokens, "capacity": capacity}
@@ -110,14 +112,14 @@ class ExpertParallelMoERunner(ShardedMoERunner):
             if bound is not None:
                 check_at_least_one(argument, bound)
         allowed = {
-            "ragged": (),
+            "ragged": ("chunk_size",),
             "fixed": ("max_tokens", "capacity"),
             "all_gather": ("max_tokens",),
             "deep_ep": ("max_tokens",),
-        }.get(name)
+        }.get(str(name))
         if allowed is None:
             raise ValueError(f'name must be "ragged", "fixed", "all_gather" or "deep_ep", got {name!r}')
-        for argument, bound in bounds.items():
+        for argument, bound in {**bounds, "chunk_size": self.chunk_size}.items():
             if bound is not None and argument not in allowed:
                 raise ValueError(f'{argument} must be None with the exchange "{name}", got {bound}')
         if name == "ragged":
@@ -166,19 +168,23 @@ class ExpertParallelMoERunner(ShardedMoERunner):
         if self.routing_stats is not None:
             self.routing_stats(routing.topk_ids, torch.ops.zexpert.moe_plan(routing.topk_ids, self.num_experts)[0])
 
-        trips = self.exchange.trips(hidden_states, routing)
+        trips = deque(self.exchange.trips(hidden_states, routing))
         trips[0].depart()
         residual = self._shared_experts_output(hidden_states)
-        residuals = [None] * len(trips) if residual is None else residual.split([t.num_tokens for t in trips])
-        outputs = []
-        for i, trip in enumerate(trips):
+        residuals = iter([None] * len(trips) if residual is None else residual.split([t.num_tokens for t in trips]))
+        outputs: list[Tensor] = []
+        returning: Trip | None = None
+        while trips:
+            trip = trips.popleft()
             # The next tokens go out before the experts start on these, and these come back while they work on those.
-            if i + 1 < len(trips):
-                trips[i + 1].depart()
+            if trips:
+                trips[0].depart()
             trip.send_back(self._local_experts(trip.arrive(), w13_weight, w2_weight))
-            if i > 0:
-                outputs.append(self._output(trips[i - 1], residuals[i - 1], constant_vectors))
-        outputs.append(self._output(trips[-1], residuals[-1], constant_vectors))
+            if returning is not None:
+                outputs.append(self._output(returning, next(residuals), constant_vectors))
+            returning = trip  # the one before goes, and its rows with it
+        assert returning is not None
+        outputs.append(self._output(returning, next(residuals), constant_vectors))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def _local_experts(self, arrivals: Arrivals, w13_weight: Tensor, w2_weight: Tensor) -> Tensor:
@@ -192,7 +198,8 @@ class ExpertParallelMoERunner(ShardedMoERunner):
         summed = self._experts_and_epilogue(hidden_states, routing, plan, w13_weight, w2_weight, None, None)
         if torch.is_grad_enabled() and not summed.requires_grad:
             # Without work here the sums may depend on nothing, but all ranks have to run the same backward.
-            for tensor in (hidden_states, routing.topk_weights[:, :1], w2_weight.flatten()[:1]):
+            weights = (weight.flatten()[:1] for weight in (w13_weight, w2_weight))
+            for tensor in (hidden_states, routing.topk_weights[:, :1], *weights):
                 if tensor.requires_grad:
                     return torch.where(torch.zeros_like(summed, dtype=torch.bool), tensor.to(summed.dtype), summed)
         return summed
@@ -234,13 +241,17 @@ class ExpertParallelMoERunner(ShardedMoERunner):
         return f"{self.group}, {self.num_local_experts} experts here, exchange={self.exchange_name}"
 
 
-def set_physical_experts(router: BaseRouter, logical_to_physical_map: Tensor) -> int:
-    """Gives the router the map and a load record, and returns E, the number of physical experts.
+def set_physical_experts(router: BaseRouter, logical_to_physical_map: Tensor, device: torch.device | str | None) -> int:
+    """Gives the router the map and a load record on `device`, and returns E, the number of physical experts.
 
     Raises:
-        ValueError: if the map is not as BaseRouter.set_expert_map describes it, or does not name every physical expert
-            from 0 on once.
+        ValueError: if the map is not as BaseRouter.set_expert_map describes it, does not name every physical expert
+            from 0 on once, or would have no values.
     """
+    check_tensor("logical_to_physical_map", logical_to_physical_map)
+    logical_to_physical_map = logical_to_physical_map.to(device)
+    if logical_to_physical_map.is_meta:
+        raise ValueError('logical_to_physical_map needs a device that holds its values, got "meta"')
     router.set_expert_map(logical_to_physical_map)
     named = logical_to_physical_map[logical_to_physical_map >= 0].sort().values
     num_physical = named.numel()

@@ -87,19 +87,34 @@ def take_own_part(layer: nn.Module, state_dict: dict[str, Any], prefix: str, *_:
             state_dict[prefix + name] = own_part.contiguous()
 
 
+def whole_weight(layer: nn.Module, name: str) -> Tensor:
+    """The weight `name` of all experts, as one process has it; where ranks hold parts, all of them call this."""
+    weight, runner = layer.get_parameter(name).detach(), layer.runner
+    if not isinstance(runner, ShardedMoERunner):
+        return weight
+    whole: Tensor = runner.sharded(name, weight).full_tensor().flatten(1, -2)
+    return whole
+
+
 def fits_sharded_weight(layer: nn.Module, name: str, given: Tensor) -> bool:
     """Whether `given` holds the weight `name` of all experts: a DTensor as `sharded` makes them, or [R, ...] as one
     process has them."""
     from torch.distributed.tensor import DTensor
 
-    runner = getattr(layer, "runner", None)
-    if name not in EXPERT_WEIGHTS or not isinstance(runner, ShardedMoERunner):
+    whole = unsharded_shape(layer, name)
+    if whole is None:
         return False
     if isinstance(given, DTensor):
-        return list(given.shape) == runner.saved_shape(name, layer.get_parameter(name))
+        runner: Any = layer.runner
+        whole = runner.saved_shape(name, layer.get_parameter(name))
+    return list(given.shape) == whole
+
+
+def unsharded_shape(layer: nn.Module, name: str) -> list[int] | None:
+    """[R, ...], the shape that one process gives the weight `name`; None if it is not shared out over ranks."""
+    if name not in EXPERT_WEIGHTS or not isinstance(getattr(layer, "runner", None), ShardedMoERunner):
+        return None
     sizes: Any = layer
-    whole = {
-        "w13_weight": [2 * sizes.intermediate_size, sizes.hidden_size],
-        "w2_weight": [sizes.hidden_size, sizes.intermediate_size],
-    }
-    return list(given.shape) == [sizes.num_experts, *whole[name]]
+    if name == "w2_weight":
+        return [sizes.num_experts, sizes.hidden_size, sizes.intermediate_size]
+    return [sizes.num_experts, 2 * sizes.intermediate_size, sizes.hidden_size]

@@ -97,7 +97,8 @@ class BiasController:
         """Moves the bias of every tracked layer in `model` by what the layer did since its stats were reset.
 
         Where torch.distributed is initialised, the counts are summed over the ranks first, all layers in one
-        all_reduce, so that every rank makes the same update; every rank calls this.
+        all_reduce, so that every rank makes the same update; every rank calls this. With an expert map, an expert's
+        load is that of its replicas together.
 
         Args:
             model: a module whose layers zexpert.telemetry.track_routing tracks.
@@ -108,14 +109,14 @@ class BiasController:
             ValueError: if no layer is tracked, a tracked layer has no bias, or its bias does not fit (update_bias).
         """
         layers = controlled_layers(model)
-        for bias, stats in layers:
-            self.check_layer(bias, stats.expert_load, stats.top_k)
+        for bias, load, stats in layers:
+            self.check_layer(bias, load, stats.top_k)
         device = layers[0][0].device
-        counts = torch.cat([torch.cat((stats.expert_load, stats.num_tokens[None])).to(device) for _, stats in layers])
+        counts = torch.cat([torch.cat((load, stats.num_tokens[None])).to(device) for _, load, stats in layers])
         if is_distributed():
             dist.all_reduce(counts, group=process_group)
-        sizes = [stats.num_experts + 1 for _, stats in layers]
-        for (bias, stats), count in zip(layers, counts.split(sizes), strict=True):
+        sizes = [load.numel() + 1 for _, load, _ in layers]
+        for (bias, _, stats), count in zip(layers, counts.split(sizes), strict=True):
             self.update_bias(bias, count[:-1].to(bias.device), count[-1].to(bias.device), stats.top_k)
             if reset_stats:
                 stats.reset()
@@ -203,9 +204,9 @@ class SignBiasController(BiasController):
         return self.update_rate * torch.sign(expert_load.mean() - expert_load)
 
 
-def controlled_layers(model: nn.Module) -> list[tuple[Tensor, RoutingStats]]:
-    """Selection bias and stats of the tracked layers of `model`; ValueError if there is none, or one whose router has
-    no bias or whose stats count physical experts."""
+def controlled_layers(model: nn.Module) -> list[tuple[Tensor, Tensor, RoutingStats]]:
+    """Selection bias, load [R] of logical experts and stats of the tracked layers of `model`; ValueError if there is
+    none, or one whose router has no bias or whose stats count physical experts of a map it no longer has."""
     layers = []
     for name, runner in moe_runners(model).items():
         stats = runner.routing_stats
@@ -214,12 +215,15 @@ def controlled_layers(model: nn.Module) -> list[tuple[Tensor, RoutingStats]]:
         router: Any = runner.router
         if router.e_score_correction_bias is None:
             raise ValueError(f"layer {name!r} must have an e_score_correction_bias to be controlled, got None")
-        if stats.num_experts != router.num_real_experts:
+        load, expert_map = stats.expert_load, router.logical_to_physical_map
+        if expert_map is not None:
+            load = torch.where(expert_map >= 0, load[expert_map], 0).sum(dim=1)
+        elif stats.num_experts != router.num_real_experts:
             raise ValueError(
                 f"layer {name!r} must count the load of its {router.num_real_experts} logical experts, got "
                 f"{stats.num_experts} physical ones of an expert map"
             )
-        layers.append((router.e_score_correction_bias, stats))
+        layers.append((router.e_score_correction_bias, load, stats))
     if not layers:
         raise ValueError("model must have a layer with routing stats (zexpert.telemetry.track_routing), got none")
     return layers
