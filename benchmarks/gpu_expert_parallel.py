@@ -13,6 +13,7 @@ Beside the times stand those of zexpert.distributed_plan for the same sizes, wit
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import tempfile
 import time
@@ -264,6 +265,7 @@ def run_rank(rank: int, options: argparse.Namespace, folder: str) -> None:
         }
         Path(folder, "report.json").write_text(json.dumps(report, indent=2) + "\n")
     dist.destroy_process_group()
+    gc.collect()  # frees what holds a group, whose threads must not meet the end of Python
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -10,6 +10,7 @@ all tokens in one process beside it and prints how far the two are apart.
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 from pathlib import Path
 
@@ -143,3 +144,4 @@ def whole_tensor(tensor: Tensor) -> Tensor:
 
 if __name__ == "__main__":
     main()
+    gc.collect()  # frees the mesh, whose groups' threads must not meet the end of Python

@@ -51,9 +51,16 @@ class ExpertGroup:
             raise ValueError(
                 f"{argument} must be a process group that this process is in, or a DeviceMesh, got {group!r}"
             )
-        self.process_group = group
+        self._name = group.group_name
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
+
+    @property
+    def process_group(self) -> dist.ProcessGroup:
+        # By name: a reference would keep the group's threads alive after torch.distributed.destroy_process_group, and
+        # they must not meet the end of Python.
+        group: dist.ProcessGroup = dist.distributed_c10d._resolve_process_group(self._name)
+        return group
 
     def as_sharded(self, shard: Tensor, dim: int) -> DTensor:
         """The whole of which every rank holds an equal `shard` in dimension `dim`; no data moves."""
