@@ -17,14 +17,12 @@ from torch import Tensor, nn
 
 from zexpert._autocast import autocast_dtype, full_precision_linear
 from zexpert.experts.factory import create_experts
+from zexpert.integrations.given_routing import RUNNER
 from zexpert.models.checkpoint import require_silu
-from zexpert.ops.types import RoutingResult
 from zexpert.router.factory import create_fused_moe_router
-from zexpert.router.fused_moe_router import FusedMoERouter
 from zexpert.runner.chunking_moe_runner import ChunkingMoERunner
 from zexpert.runner.default_moe_runner import DefaultMoERunner
 from zexpert.runner.moe_runner import MoERunner
-from zexpert.runner.moe_runner_base import MoERunnerBase
 
 try:
     from transformers.activations import ACT2FN
@@ -248,17 +246,6 @@ def in_one_dtype(hidden_states: Tensor, w13_weight: Tensor, w2_weight: Tensor) -
 # ---- Other mixtures of experts --------------------------------------------------------------------------------------
 
 
-class GivenRoutingRunner(MoERunnerBase):
-    """The runner's path after routing."""
-
-    def run(self, hidden_states: Tensor, routing: RoutingResult, w13_weight: Tensor, w2_weight: Tensor) -> Tensor:
-        """[T, H], the weighted sum of each token's experts."""
-        return self._run(hidden_states, routing, w13_weight, w2_weight, None, None)
-
-
-RUNNER = GivenRoutingRunner(FusedMoERouter(), create_experts())
-
-
 def experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """The experts implementation "zexpert": out[t] = sum_k top_k_weights[t, k] * FFN_{top_k_index[t, k]}(x[t]).
 
@@ -284,11 +271,7 @@ def experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, to
     rows, w13_weight, w2_weight = in_one_dtype(hidden_states, experts.gate_up_proj, experts.down_proj)
     if getattr(experts, "_is_expert_parallel", True):  # versions before 5.18 do not say
         top_k_index = torch.where(top_k_index < w13_weight.size(0), top_k_index, -1)
-    weight_dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
-    weights = top_k_weights.to(weight_dtype)
-    num_tokens = rows.size(0)
-    routing = RoutingResult(weights, top_k_index, weights.new_zeros(num_tokens), weights.new_zeros(num_tokens, 0))
-    return RUNNER.run(rows, routing, w13_weight, w2_weight).to(hidden_states.dtype)
+    return RUNNER.run(rows, top_k_weights, top_k_index, w13_weight, w2_weight).to(hidden_states.dtype)
 
 
 def check_experts(experts: Any) -> None:

@@ -23,10 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zexpert.experts import create_experts
-from zexpert.ops import RoutingResult, biased_topk, moe_finalize, moe_plan, zero_expert_accumulate
-
-_EXPERTS = create_experts("auto")
+from zexpert.integrations.given_routing import RUNNER
+from zexpert.ops import biased_topk, zero_expert_accumulate
 
 
 def register() -> None:
@@ -136,13 +134,7 @@ def _forward_modular(
         from vllm.model_executor.layers.fused_moe.runner.shared_experts import SharedExpertsOrder
 
         shared_experts(shared_experts_input, SharedExpertsOrder.MK_INTERNAL_OVERLAPPED)
-    zero_weight = torch.zeros(x.size(0), dtype=torch.float32, device=x.device)
-    routing = RoutingResult(topk_weights, topk_ids, zero_weight, topk_weights.new_empty(x.size(0), 0))
-    plan = moe_plan(topk_ids, self.w13_weight.size(0))
-    rows = _EXPERTS(x, routing, plan, self.w13_weight, self.w2_weight)
-    if _EXPERTS.reduces_for(x, self.w2_weight):
-        return rows
-    return moe_finalize(rows, plan.slot_rows, topk_weights, x, zero_weight)
+    return RUNNER.run(x, topk_weights, topk_ids, self.w13_weight, self.w2_weight)
 
 
 def zero_experts_compute(

@@ -1,0 +1,35 @@
+"""Experts of a routing that another library made."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from zexpert.experts.factory import create_experts
+from zexpert.ops.types import RoutingResult
+from zexpert.router.fused_moe_router import FusedMoERouter
+from zexpert.runner.moe_runner_base import MoERunnerBase
+
+
+class GivenRoutingRunner(MoERunnerBase):
+    """The runner's path after routing."""
+
+    def run(
+        self, hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor, w13_weight: Tensor, w2_weight: Tensor
+    ) -> Tensor:
+        """[T, H], the weighted sum of each token's experts, leaving out slots with id -1.
+
+        Args:
+            hidden_states: [T, H], of the weights' dtype.
+            topk_weights: [T, K], any floating dtype.
+            topk_ids: [T, K], integers.
+            w13_weight: [R, 2F, H], gate rows first.
+            w2_weight: [R, H, F].
+        """
+        weights = topk_weights.to(torch.float64 if hidden_states.dtype == torch.float64 else torch.float32)
+        num_tokens = hidden_states.size(0)
+        routing = RoutingResult(weights, topk_ids, weights.new_zeros(num_tokens), weights.new_zeros(num_tokens, 0))
+        return self._run(hidden_states, routing, w13_weight, w2_weight, None, None)
+
+
+RUNNER = GivenRoutingRunner(FusedMoERouter(), create_experts())
