@@ -7,6 +7,20 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+#: What transformers' LongcatFlashConfig has beside its experts, for a decoder that is soon made.
+TINY_DECODER = {
+    "num_layers": 2,
+    "vocab_size": 50,
+    "ffn_hidden_size": 32,
+    "num_attention_heads": 2,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 8,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "head_dim": 4,
+    "v_head_dim": 8,
+}
+
 #: What one expert does with one token, [H] -> [H].
 Expert = Callable[[Tensor], Tensor]
 

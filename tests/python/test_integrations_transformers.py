@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from model_cases import TINY_DECODER
 from testing import assert_equal, assert_error_rule
 from zexpert.telemetry import track_routing
 from zexpert.training import LongCatBiasController
@@ -38,16 +39,7 @@ def longcat(dtype: torch.dtype = torch.float32, seed: int = 0, zero: int = ZERO,
         moe_topk=6,
         hidden_size=64,
         expert_ffn_hidden_size=24,
-        num_layers=2,
-        vocab_size=50,
-        ffn_hidden_size=32,
-        num_attention_heads=2,
-        q_lora_rank=16,
-        kv_lora_rank=8,
-        qk_nope_head_dim=8,
-        qk_rope_head_dim=4,
-        head_dim=4,
-        v_head_dim=8,
+        **TINY_DECODER,
         **others,
     )
     torch.manual_seed(seed)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from model_cases import clear_rows, mixture, stacked_experts
+from model_cases import TINY_DECODER, clear_rows, mixture, stacked_experts
 from testing import assert_equal, assert_error_rule
 from zexpert.models import LongcatFlashConfig, LongcatFlashMoE
 from zexpert.telemetry import track_routing
@@ -142,18 +142,7 @@ def test_assign_uses_the_tensors_themselves() -> None:
 
 
 def tiny_model_config() -> HfConfig:
-    return hf_config(
-        num_layers=2,
-        vocab_size=50,
-        ffn_hidden_size=32,
-        num_attention_heads=2,
-        q_lora_rank=16,
-        kv_lora_rank=8,
-        qk_nope_head_dim=8,
-        qk_rope_head_dim=4,
-        head_dim=4,
-        v_head_dim=8,
-    )
+    return hf_config(**TINY_DECODER)
 
 
 class WithOurBlocks(nn.Module):
