@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -42,6 +45,31 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 @pytest.fixture(autouse=True)
 def fixed_seed() -> None:
     torch.manual_seed(20250923)
+
+
+@pytest.fixture(scope="session")
+def shares_libstdcxx(tmp_path_factory: pytest.TempPathFactory) -> bool:
+    """Whether the compiler that AOTInductor calls links the C++ library that PyTorch has loaded."""
+    from torch._inductor.cpp_builder import get_cpp_compiler  # takes seconds to import
+
+    library = tmp_path_factory.mktemp("probe") / "probe.so"
+    source = "#include <string>\nstd::string probe(int number) { return std::to_string(number); }\n"
+    command = [get_cpp_compiler(), "-shared", "-fPIC", "-x", "c++", "-", "-o", library]
+    subprocess.run(command, input=source, text=True, check=True)
+    return b"libstdc++.so" in library.read_bytes()
+
+
+@pytest.fixture
+def compiled_ahead_of_time(shares_libstdcxx: bool, tmp_path: Path) -> Callable[[torch.export.ExportedProgram], Any]:
+    """What AOTInductor makes of a program, loaded."""
+    if not shares_libstdcxx:
+        pytest.skip("the C++ compiler links libstdc++ statically: loading AOTInductor's package of any model crashes")
+
+    def compiled(program: torch.export.ExportedProgram) -> Any:
+        package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "package.pt2"))
+        return torch._inductor.aoti_load_package(package)
+
+    return compiled
 
 
 @pytest.fixture(scope="session")

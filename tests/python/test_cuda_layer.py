@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -139,13 +139,14 @@ def test_reduce_overhead() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_exported_and_compiled_ahead_of_time(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_exported_and_compiled_ahead_of_time(
+    dtype: torch.dtype, compiled_ahead_of_time: Callable[[torch.export.ExportedProgram], Any]
+) -> None:
     layer = wide_layer(dtype)
     tokens = torch.export.Dim("tokens", min=0, max=4096)
     with torch.no_grad():
         program = torch.export.export(layer, wide_inputs(7, dtype), dynamic_shapes=({0: tokens}, {0: tokens}))
-        package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "layer.pt2"))
-        for run in (program.module(), torch._inductor.aoti_load_package(package)):
+        for run in (program.module(), compiled_ahead_of_time(program)):
             for num_tokens in (1, 7, 300):
                 inputs = wide_inputs(num_tokens, dtype)
                 assert_output(layer, run(*inputs), *inputs)

@@ -3,6 +3,7 @@ tests/cpp/embedding."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from testing import assert_equal
 from zexpert.models import LongcatFlashConfig, LongcatFlashMoE
 from zexpert.router import ZeroExpertRouter
 
+Compiled = Callable[[torch.export.ExportedProgram], Any]  # the fixture compiled_ahead_of_time
+
 TOKENS = torch.export.Dim("tokens", min=0, max=4096)
 
 
@@ -22,11 +25,6 @@ def export(module: nn.Module, *inputs: torch.Tensor) -> torch.export.ExportedPro
     """The module's inference program; its inputs' first dimension is the tokens."""
     with torch.no_grad():
         return torch.export.export(module, inputs, dynamic_shapes=tuple({0: TOKENS} for _ in inputs))
-
-
-def compiled_and_loaded(program: torch.export.ExportedProgram, folder: Path) -> Any:
-    package = torch._inductor.aoti_compile_and_package(program, package_path=str(folder / "layer.pt2"))
-    return torch._inductor.aoti_load_package(package)
 
 
 @torch.no_grad()
@@ -57,19 +55,19 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
 
 
 @torch.no_grad()
-def test_aotinductor_runs_the_same_kernels(tmp_path: Path) -> None:
+def test_aotinductor_runs_the_same_kernels(compiled_ahead_of_time: Compiled) -> None:
     """Nothing in this layer is Inductor's to rewrite."""
     layer = make_layer("identity")
-    program = compiled_and_loaded(export(layer, *make_inputs("identity", 7)), tmp_path)
+    program = compiled_ahead_of_time(export(layer, *make_inputs("identity", 7)))
     for num_tokens in (0, 1, 7, 33, 1000):
         inputs = make_inputs("identity", num_tokens)
         assert_equal(program(*inputs), layer(*inputs))
 
 
 @torch.no_grad()
-def test_aotinductor_beside_torch_operators(tmp_path: Path) -> None:
+def test_aotinductor_beside_torch_operators(compiled_ahead_of_time: Compiled) -> None:
     layer = make_layer("mixed", shared_experts=SharedExperts())
-    program = compiled_and_loaded(export(layer, *make_inputs("mixed", 7)), tmp_path)
+    program = compiled_ahead_of_time(export(layer, *make_inputs("mixed", 7)))
     for num_tokens in (0, 1, 7, 33, 1000):
         inputs = make_inputs("mixed", num_tokens)
         torch.testing.assert_close(program(*inputs), layer(*inputs))
@@ -77,26 +75,22 @@ def test_aotinductor_beside_torch_operators(tmp_path: Path) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("indices_dtype", [torch.int32, torch.int64])
-def test_aotinductor_router(indices_dtype: torch.dtype, tmp_path: Path) -> None:
-    if indices_dtype == torch.int64 and torch.__version__ < (2, 11):
-        pytest.skip("PyTorch 2.10's AOTInductor hands over a dtype as another one")
+def test_aotinductor_router(indices_dtype: torch.dtype, compiled_ahead_of_time: Compiled) -> None:
     router = ZeroExpertRouter(2, 5, "identity", indices_dtype=indices_dtype)
     inputs = torch.randn(33, 3), torch.randn(33, 8)
-    for actual, expected in zip(
-        compiled_and_loaded(export(router, *inputs), tmp_path)(*inputs), router(*inputs), strict=True
-    ):
+    for actual, expected in zip(compiled_ahead_of_time(export(router, *inputs))(*inputs), router(*inputs), strict=True):
         assert_equal(actual, expected)
 
 
 @torch.no_grad()
-def test_aotinductor_longcat_block(tmp_path: Path) -> None:
+def test_aotinductor_longcat_block(compiled_ahead_of_time: Compiled) -> None:
     config = LongcatFlashConfig(
         hidden_size=24, expert_ffn_hidden_size=20, n_routed_experts=6, zero_expert_num=3, moe_topk=3
     )
     block = LongcatFlashMoE(config)
     for parameter in block.parameters():
         nn.init.normal_(parameter, std=0.3)
-    program = compiled_and_loaded(export(block, torch.randn(7, 24)), tmp_path)
+    program = compiled_ahead_of_time(export(block, torch.randn(7, 24)))
     for num_tokens in (1, 5, 300):
         hidden_states = torch.randn(num_tokens, 24)
         torch.testing.assert_close(program(hidden_states), block(hidden_states))

@@ -163,10 +163,14 @@ class BaseRouter(FusedMoERouter):
             )
 
     def _biased_topk(self, router_logits: Tensor) -> RoutingResult:
-        # int32 is the operator's default; PyTorch 2.10's AOTInductor hands over a dtype as another one.
+        # int32 is the operator's default. Before PyTorch 2.12, AOTInductor hands over a dtype as another one: exported
+        # programs convert the indices.
         indices_dtype: torch.dtype | None = None
         if self.indices_dtype != torch.int32:
             indices_dtype = self.indices_dtype
+            if not torch.jit.is_scripting():
+                if torch.compiler.is_exporting():
+                    indices_dtype = None
         topk_weights, topk_ids, zero_weight, constant_weight = torch.ops.zexpert.biased_topk(
             router_logits,
             self.e_score_correction_bias,
@@ -182,6 +186,8 @@ class BaseRouter(FusedMoERouter):
             topk_group=self.topk_group,
             indices_dtype=indices_dtype,
         )
+        if topk_ids.dtype != self.indices_dtype:
+            topk_ids = topk_ids.to(self.indices_dtype)
         return RoutingResult(topk_weights, topk_ids, zero_weight, constant_weight)
 
     def _map_to_physical(self, routing: RoutingResult, expert_map: Tensor) -> RoutingResult:
