@@ -13,6 +13,7 @@ namespace {
 
 constexpr std::array<std::string_view, 7> kOps = {
     "biased_topk", "zero_expert_accumulate", "moe_plan", "moe_permute", "silu_and_mul", "grouped_mlp", "moe_finalize"};
+constexpr std::array<std::string_view, 2> kExpertsBackends = {"auto", "hopper"};
 constexpr std::array<std::string_view, 2> kDevices = {"cpu", "cuda"};
 constexpr std::array<std::string_view, 4> kFloatingTypes = {"float32", "float64", "bfloat16", "float16"};
 constexpr std::array<std::string_view, 2> kIndexTypes = {"int32", "int64"};
@@ -64,6 +65,8 @@ ScalarType floating_type(std::string_view name_of_type) {
 
 /// The rows of all experts together, from whichever sizes say it.
 int64_t total_rows(const KernelQuery& query) {
+  ZEXPERT_CHECK(query.num_experts.has_value(),
+                "grouped_mlp chooses its kernel by rows per expert: num_experts must be given");
   if (query.num_rows) {
     return *query.num_rows;
   }
@@ -73,8 +76,6 @@ int64_t total_rows(const KernelQuery& query) {
 }
 
 KernelPlan plan_grouped_mlp(const KernelQuery& query, const char* isa) {
-  ZEXPERT_CHECK(query.num_experts.has_value(),
-                "grouped_mlp chooses its kernel by rows per expert: num_experts must be given");
   const int64_t rows = total_rows(query);
   const int64_t mean = (rows + *query.num_experts - 1) / *query.num_experts;
   const std::string about = std::to_string(rows) + " rows for " + std::to_string(*query.num_experts) +
@@ -90,18 +91,52 @@ KernelPlan plan_grouped_mlp(const KernelQuery& query, const char* isa) {
           about + "and a segment of more than " + limit + " rows repays a matrix-product library's packing."};
 }
 
+/// Why grouped_mlp_hopper does not take the query; empty if it does, on a GPU of its own.
+std::string obstacle_to_hopper(const KernelQuery& query) {
+  const auto not_a_multiple = [](const char* what, std::optional<int64_t> size) {
+    return size.value_or(0) % kHopperSizeStep == 0 ? std::string()
+                                                   : std::string(what) + " " + std::to_string(*size) +
+                                                         " is no multiple of " + std::to_string(kHopperSizeStep);
+  };
+  const std::string dtype = query.dtype.value_or("float32");
+  if (dtype != "bfloat16" && dtype != "float16") {
+    return dtype + " is neither bfloat16 nor float16";
+  }
+  if (query.num_experts.value_or(1) > kHopperMaxExperts) {
+    return std::to_string(*query.num_experts) + " experts are more than " + std::to_string(kHopperMaxExperts);
+  }
+  const std::string hidden = not_a_multiple("a hidden size of", query.hidden_size);
+  return !hidden.empty() ? hidden : not_a_multiple("an intermediate size of", query.intermediate_size);
+}
+
+/// What the layer's experts run on; the op itself has CPU kernels alone.
+KernelPlan plan_grouped_mlp_on_cuda(const KernelQuery& query) {
+  std::string obstacle;
+  if (query.experts_backend == "hopper") {
+    obstacle = obstacle_to_hopper(query);
+    if (obstacle.empty()) {
+      const std::string rows = std::to_string(hopper_tile_rows(total_rows(query), *query.num_experts));
+      return {query.op, "cuda", "grouped_mlp_hopper",
+              "Tiles of up to " + rows +
+                  " rows of an expert: few rows are bound by reading weights, many by the products."};
+    }
+    obstacle += ", which the kernels for Hopper do not take: ";
+  }
+  const bool fits = query.dtype == "bfloat16" && query.hidden_size.value_or(8) % 8 == 0 &&
+                    query.intermediate_size.value_or(8) % 8 == 0;
+  return fits ? KernelPlan{query.op, "torch", "grouped_mm", obstacle + "One grouped matrix product takes all experts."}
+              : KernelPlan{query.op, "torch", "loop",
+                           obstacle +
+                               "Only bfloat16, with hidden and intermediate sizes that are multiples of 8, fits "
+                               "torch's grouped_mm; the experts run one after another."};
+}
+
 KernelPlan plan_on_cuda(const KernelQuery& query) {
   if (query.op == "moe_plan") {
     return {query.op, "cuda", "counting_sort", "The slots are counted and placed on the device."};
   }
   if (query.op == "grouped_mlp") {
-    // What the layer's experts run on; the op itself has CPU kernels alone.
-    const bool fits = query.dtype == "bfloat16" && query.hidden_size.value_or(8) % 8 == 0 &&
-                      query.intermediate_size.value_or(8) % 8 == 0;
-    return fits ? KernelPlan{query.op, "torch", "grouped_mm", "One grouped matrix product takes all experts."}
-                : KernelPlan{query.op, "torch", "loop",
-                             "Only bfloat16, with hidden and intermediate sizes that are multiples of 8, fits torch's "
-                             "grouped_mm; the experts run one after another."};
+    return plan_grouped_mlp_on_cuda(query);
   }
   if (query.op != "biased_topk") {
     return {query.op, "cuda", query.op, "One kernel takes every size."};
@@ -126,6 +161,7 @@ KernelPlan kernel_plan(const KernelQuery& query) {
       check_choice("dtype", *query.dtype, kFloatingTypes);
     }
   }
+  check_choice("experts_backend", query.experts_backend, kExpertsBackends);
   check_size("num_tokens", query.num_tokens, 0);
   check_size("num_rows", query.num_rows, 0);
   check_size("num_experts", query.num_experts, 1);

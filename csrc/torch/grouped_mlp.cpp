@@ -31,11 +31,14 @@ std::tuple<Tensor, Tensor> grouped_mlp_with_gate_up_on_cpu(const Tensor& rows, c
   return grouped_mlp_with_gate_up(rows, expert_offsets, w13_weight, w2_weight, &run_experts_keeping_gate_up);
 }
 
+bool is_hopper_on_cpu(const Tensor& /*tensor*/) { return false; }
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(zexpert, CPU, m) {
   m.impl("grouped_mlp", TORCH_BOX(&grouped_mlp_on_cpu));
   m.impl("grouped_mlp_with_gate_up", TORCH_BOX(&grouped_mlp_with_gate_up_on_cpu));
+  m.impl("is_hopper", TORCH_BOX(&is_hopper_on_cpu));
 }
 
 HIDDEN_NAMESPACE_END(zexpert, ops)

@@ -31,6 +31,11 @@ STABLE_TORCH_LIBRARY(zexpert, m) {
   m.def("silu_and_mul(Tensor gate_up, Tensor? expert_offsets=None) -> Tensor");
   m.def("grouped_mlp(Tensor rows, Tensor expert_offsets, Tensor w13_weight, Tensor w2_weight) -> Tensor");
   m.def(
+      "grouped_mlp_hopper(Tensor rows, Tensor expert_offsets, Tensor w13_weight, Tensor w2_weight, *, "
+      "int tile_rows=0) -> Tensor");
+  // For scripted modules: whether the tensor lies on a GPU that runs grouped_mlp_hopper.
+  m.def("is_hopper(Tensor tensor) -> bool");
+  m.def(
       "moe_finalize(Tensor rows, Tensor slot_rows, Tensor topk_weights, Tensor hidden_states, Tensor zero_weight, "
       "Tensor? residual=None, Tensor? constant_weight=None, Tensor? constant_vectors=None) -> Tensor");
 

@@ -10,6 +10,7 @@ import torch
 from zexpert import _C
 from zexpert._C import KernelPlan
 from zexpert._loader import CORE_LIBRARY, CUDA_LIBRARY, load_libraries
+from zexpert.experts.hopper import is_hopper
 
 
 class BuildInfo(TypedDict):
@@ -81,6 +82,7 @@ def kernel_plan(
     top_k: int | None = None,
     hidden_size: int | None = None,
     intermediate_size: int | None = None,
+    experts_backend: str = "auto",
 ) -> KernelPlan:
     """The kernel that a call of ``op`` would run on this machine, without running it.
 
@@ -98,6 +100,8 @@ def kernel_plan(
         top_k: K.
         hidden_size: H.
         intermediate_size: F.
+        experts_backend: for ``grouped_mlp`` on CUDA: "hopper" as on a Hopper GPU, whose kernels take most sizes; the
+            reason says why not. "auto" as on the current GPU.
 
     Returns:
         ``op``, ``backend`` ("cpu" or "cuda" for zexpert's kernels, "torch" for PyTorch's matrix product), ``kernel``
@@ -106,6 +110,8 @@ def kernel_plan(
     Raises:
         ValueError: unknown operator, device or dtype, a size out of range, or one that is needed and missing.
     """
+    if experts_backend == "auto" and torch.cuda.is_available() and is_hopper(torch.cuda.current_device()):
+        experts_backend = "hopper"
     return _C.kernel_plan(
         op,
         device=device.type if isinstance(device, torch.device) else device,
@@ -116,4 +122,5 @@ def kernel_plan(
         top_k=top_k,
         hidden_size=hidden_size,
         intermediate_size=intermediate_size,
+        experts_backend=experts_backend,
     )

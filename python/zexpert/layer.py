@@ -81,7 +81,7 @@ class FusedMoE(nn.Module):
         custom_routing_function: see CustomRoutingRouter.
         drop_before_renormalize: weights of drop experts become 0 before renormalising (MoE++).
         routing_simulation: see RoutingSimulatorRouter.
-        experts_backend: "auto", "cpu", "grouped_mm" or "torch"; see zexpert.experts.create_experts.
+        experts_backend: "auto", "cpu", "grouped_mm", "hopper" or "torch"; see zexpert.experts.create_experts.
         device: where the parameters are made; None for torch's default device.
 
     Raises:
@@ -259,7 +259,8 @@ class FusedMoE(nn.Module):
 
     @property
     def experts_backend(self) -> str:
-        """Name of the experts backend for tokens on the parameters' device: "cpu", "grouped_mm" or "torch"."""
+        """Name of the experts backend for tokens on the parameters' device: "cpu", "grouped_mm", "hopper" or
+        "torch"."""
         return self.runner.experts.backend_for(self.w13_weight, self.w2_weight)
 
     def forward(self, hidden_states: Tensor, router_logits: Tensor) -> Tensor:

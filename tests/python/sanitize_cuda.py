@@ -9,6 +9,7 @@ from torch import Tensor
 
 from zexpert.ops import (
     biased_topk,
+    grouped_mlp_hopper,
     moe_finalize,
     moe_permute,
     moe_plan,
@@ -43,6 +44,18 @@ def take_tokens_through(dtype: torch.dtype, hidden_size: int) -> None:
     torch.autograd.grad(zero_expert_accumulate(hidden_states, zero_weight), given[::2], torch.ones_like(hidden_states))
 
 
+def multiply_experts() -> None:
+    """Every kernel of grouped_mlp_hopper; the second time, the depth of tiles is split."""
+    for dtype in (torch.bfloat16, torch.float16):
+        for segments in ([9, 0, 330], [0, 2, 0]):
+            expert_offsets = torch.tensor([0, *segments], device="cuda").cumsum(0).int()
+            rows = torch.randn(sum(segments) + 1, 512, device="cuda").to(dtype)
+            w13_weight = torch.randn(3, 2 * 320, 512, device="cuda").to(dtype)
+            w2_weight = torch.randn(3, 512, 320, device="cuda").to(dtype)
+            for tile_rows in (64, 160, 288):
+                grouped_mlp_hopper(rows, expert_offsets, w13_weight, w2_weight, tile_rows=tile_rows)
+
+
 def main() -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for width in WIDTHS:
@@ -63,6 +76,8 @@ def main() -> None:
         zero_expert_accumulate(hidden_states[:, 1:], weight)
         for hidden_size in (24, 1000, 1001):
             take_tokens_through(dtype, hidden_size)
+    if torch.cuda.get_device_capability() == (9, 0):
+        multiply_experts()
     for num_tokens in (1, 100, 2000):
         moe_plan(torch.randint(-1, 100, (num_tokens, 6), device="cuda"), 100)
     torch.cuda.synchronize()

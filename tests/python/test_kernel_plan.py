@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from typing import Any
@@ -104,6 +105,7 @@ def test_torch_types_are_taken_as_well_as_names() -> None:
         ("biased_topk", {"dtype": torch.int8}, r'^dtype must be "float32", .* or "float16", got "int8"$'),
         ("moe_plan", {"dtype": "float32"}, r'^dtype \(of moe_plan\'s ids\) must be "int32" or "int64", got "float32"$'),
         ("biased_topk", {"num_tokens": -1}, r"^num_tokens must be at least 0, got -1$"),
+        ("grouped_mlp", {"experts_backend": "gpu"}, r'^experts_backend must be "auto" or "hopper", got "gpu"$'),
         ("biased_topk", {"top_k": 0}, r"^top_k must be at least 1, got 0$"),
         ("grouped_mlp", {"num_rows": 1, "num_experts": 0}, r"^num_experts must be at least 1, got 0$"),
         ("grouped_mlp", {"num_rows": 1}, r"^grouped_mlp chooses .*: num_experts must be given$"),
@@ -138,3 +140,25 @@ def test_bad_questions_get_a_sentence(op: str, arguments: dict[str, Any], messag
 def test_cuda(op: str, sizes: dict[str, Any], backend: str, kernel: str) -> None:
     plan = zexpert.kernel_plan(op, device="cuda", **sizes)
     assert (plan.backend, plan.kernel) == (backend, kernel)
+
+
+@pytest.mark.parametrize(
+    ("more", "kernel", "reason"),
+    [
+        ({}, "grouped_mlp_hopper", r"^Tiles of up to 64 rows of an expert"),
+        ({"num_rows": 1024 * 12}, "grouped_mlp_hopper", r"^Tiles of up to 160 rows of an expert"),
+        ({"num_rows": 2048 * 12}, "grouped_mlp_hopper", r"^Tiles of up to 288 rows of an expert"),
+        ({"dtype": "float16"}, "grouped_mlp_hopper", r"^Tiles "),
+        ({"hidden_size": 72}, "grouped_mm", r"^a hidden size of 72 is no multiple of 64, which the kernels for Hopper"),
+        ({"intermediate_size": 96}, "grouped_mm", r"^an intermediate size of 96 is no multiple of 64, which"),
+        ({"num_experts": 1025}, "grouped_mm", r"^1025 experts are more than 1024, which"),
+        ({"dtype": "float32"}, "loop", r"^float32 is neither bfloat16 nor float16, which"),
+        ({"experts_backend": "auto"}, "grouped_mm", r"^One grouped matrix product"),
+    ],
+)
+def test_hopper(more: dict[str, Any], kernel: str, reason: str) -> None:
+    asked = {"dtype": "bfloat16", "num_experts": 64, "num_rows": 12, "hidden_size": 2048, "intermediate_size": 768}
+    plan = zexpert.kernel_plan("grouped_mlp", device="cuda", **{"experts_backend": "hopper", **asked, **more})
+    assert plan.kernel == kernel
+    assert re.match(reason, plan.reason), plan.reason
+    assert plan.reason.count(". ") == 0

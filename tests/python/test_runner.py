@@ -7,11 +7,20 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from layer_cases import HIDDEN, LAYERS, NUM_EXPERTS, SharedExperts, expected_output, make_inputs, make_layer
 from testing import FLOAT_DTYPES, assert_equal, assert_error_rule, weight_dtype
 from zexpert import DispatchPlan, FusedMoE, RoutingResult, ops
-from zexpert.experts import AutoExperts, CpuExperts, GroupedMMExperts, MoEExperts, TorchLoopExperts, create_experts
+from zexpert.experts import (
+    AutoExperts,
+    CpuExperts,
+    GroupedMMExperts,
+    HopperExperts,
+    MoEExperts,
+    TorchLoopExperts,
+    create_experts,
+)
 from zexpert.router import FusedTopKRouter, ZeroExpertRouter
 from zexpert.runner import ChunkingMoERunner, DefaultMoERunner, MoERunner, MoERunnerBase
 
@@ -281,9 +290,11 @@ def test_create_experts() -> None:
     assert isinstance(create_experts(), AutoExperts)
     assert isinstance(create_experts("cpu"), CpuExperts)
     assert isinstance(create_experts("grouped_mm"), GroupedMMExperts)
+    assert isinstance(create_experts("hopper"), HopperExperts)
     assert isinstance(create_experts("torch"), TorchLoopExperts)
     with pytest.raises(
-        ValueError, match=r"^experts_backend must be \"auto\", \"cpu\", \"grouped_mm\" or \"torch\", got 'cuda'$"
+        ValueError,
+        match=r"^experts_backend must be \"auto\", \"cpu\", \"grouped_mm\", \"hopper\" or \"torch\", got 'cuda'$",
     ):
         create_experts("cuda")
 
@@ -294,6 +305,55 @@ def test_auto_is_the_cpu_backend_on_a_cpu() -> None:
     assert_equal(auto(*inputs).detach(), cpu(*inputs).detach())
     assert auto.experts_backend == "cpu"
     assert not auto.runner.experts.reduces_for(inputs[0], auto.w2_weight)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "hidden_size", "intermediate_size", "on_hopper", "backend"),
+    [
+        (torch.bfloat16, 128, 64, True, "hopper"),
+        (torch.float16, 128, 64, True, "hopper"),
+        (torch.bfloat16, 128, 64, False, "grouped_mm"),
+        (torch.bfloat16, 72, 64, True, "grouped_mm"),
+        (torch.bfloat16, 128, 96, True, "grouped_mm"),
+        (torch.float32, 128, 64, True, "torch"),
+    ],
+)
+def test_auto_on_a_gpu(
+    dtype: torch.dtype,
+    hidden_size: int,
+    intermediate_size: int,
+    on_hopper: bool,
+    backend: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("zexpert.experts.hopper.is_hopper", lambda index: on_hopper)
+    with FakeTensorMode():
+        hidden_states = torch.empty(3, hidden_size, dtype=dtype, device="cuda")
+        w2_weight = torch.empty(8, hidden_size, intermediate_size, dtype=dtype, device="cuda")
+        assert create_experts().backend_for(hidden_states, w2_weight) == backend
+        assert create_experts("hopper").backend_for(hidden_states, w2_weight) == "hopper"
+
+
+@pytest.mark.parametrize(("dtype", "backend"), [(torch.bfloat16, "grouped_mm"), (torch.float16, "torch")], ids=str)
+def test_auto_on_a_gpu_for_training(dtype: torch.dtype, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("zexpert.experts.hopper.is_hopper", lambda index: True)
+    with FakeTensorMode():
+        hidden_states = torch.empty(3, 128, dtype=dtype, device="cuda")
+        w2_weight = torch.empty(8, 128, 64, dtype=dtype, device="cuda", requires_grad=True)
+        assert create_experts().backend_for(hidden_states, w2_weight) == backend
+        with torch.no_grad():
+            assert create_experts().backend_for(hidden_states, w2_weight) == "hopper"
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated:DeprecationWarning")
+def test_hopper_experts_script_and_give_shapes() -> None:
+    layer = FusedMoE(16, 6, 128, 64, params_dtype=torch.bfloat16, device="meta", experts_backend="hopper")
+    assert layer.experts_backend == "hopper"
+    inputs = torch.empty(5, 128, dtype=torch.bfloat16, device="meta"), torch.empty(5, 16, device="meta")
+    with torch.no_grad():
+        assert layer(*inputs).shape == (5, 128)
+        assert torch.jit.script(layer)(*inputs).shape == (5, 128)
+    assert torch.ops.zexpert.is_hopper(torch.empty(0)) is False  # what a scripted layer asks on a GPU
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated:DeprecationWarning")

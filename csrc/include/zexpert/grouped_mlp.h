@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "zexpert/cpu_capability.h"
+#include "zexpert/cuda_stream.h"
 #include "zexpert/scalar_types.h"
 
 namespace zexpert {
@@ -46,5 +47,45 @@ struct GroupedMlpParams {
 
 /// Throws Error, before anything is written, if expert_offsets is not an ascending sequence from 0 to at most num_rows.
 void grouped_mlp_cpu(const GroupedMlpParams& params);
+
+// Sizes that grouped_mlp_hopper takes.
+inline constexpr int64_t kHopperSizeStep = 64;  ///< hidden_size and intermediate_size are multiples of this
+inline constexpr int64_t kHopperMaxExperts = 1024;
+// The tiles that grouped_mlp_hopper cuts its products into: weight rows by at most so many rows of a segment.
+inline constexpr int64_t kHopperFewTileRows = 64;    ///< with 256 weight rows, and more of them on their way
+inline constexpr int64_t kHopperTallTileRows = 160;  ///< with 256 weight rows
+inline constexpr int64_t kHopperMaxTileRows = 288;   ///< with 128 weight rows
+
+/// The most rows of a tile. Few rows per expert are bound by reading the weights, many by the products; either way a
+/// segment should be one tile, whose weights are then read once. `num_rows` counts the rows that do no work too, since
+/// the host does not know how many do.
+inline int64_t hopper_tile_rows(int64_t num_rows, int64_t num_experts) {
+  constexpr int64_t kFewRows = 48;
+  constexpr int64_t kManyRows = 200;
+  if (num_rows <= kFewRows * num_experts)
+    return kHopperFewTileRows;
+  return num_rows <= kManyRows * num_experts ? kHopperTallTileRows : kHopperMaxTileRows;
+}
+
+/// What grouped_mlp_hopper computes from, and where.
+struct GroupedMlpHopperParams {
+  /// bfloat16 or float16; sizes as above; pointers aligned to 16 bytes, strides multiples of 8; pointers to device
+  /// memory. Offsets that do not ascend within the rows give segments without rows. max_rows is not looked at.
+  GroupedMlpParams mlp;
+  int64_t tile_rows = 0;      ///< a multiple of 8 up to kHopperMaxTileRows; 0: hopper_tile_rows chooses
+  void* workspace = nullptr;  ///< grouped_mlp_hopper_workspace_bytes of device memory, aligned to 256 bytes
+};
+
+/// Whether the current device is a GPU of compute capability 9.0.
+bool runs_grouped_mlp_hopper();
+
+/// Bytes of device memory that grouped_mlp_hopper works in on the current device: the activation, [num_rows,
+/// intermediate_size], and little else.
+int64_t grouped_mlp_hopper_workspace_bytes(const GroupedMlpHopperParams& params);
+
+/// The same as grouped_mlp_cpu for all segments, on the current device, a GPU of compute capability 9.0. The activation
+/// is rounded to the data's type. The same bits in every run; bits of a row may depend on how many rows other experts
+/// have. Throws Error, before anything is written, for a device, type, size or alignment that it does not take.
+void grouped_mlp_hopper(const GroupedMlpHopperParams& params, cudaStream_t stream);
 
 }  // namespace zexpert

@@ -19,6 +19,7 @@ struct KernelQuery {
   std::optional<int64_t> top_k;              ///< K
   std::optional<int64_t> hidden_size;        ///< H
   std::optional<int64_t> intermediate_size;  ///< F
+  std::string experts_backend = "auto";      ///< grouped_mlp on CUDA: "auto", or "hopper" to prefer its kernels
 };
 
 struct KernelPlan {

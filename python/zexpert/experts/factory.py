@@ -5,14 +5,15 @@ from __future__ import annotations
 from zexpert.experts.auto import AutoExperts
 from zexpert.experts.cpu import CpuExperts
 from zexpert.experts.grouped_mm import GroupedMMExperts
+from zexpert.experts.hopper import HopperExperts
 from zexpert.experts.interface import MoEExperts
 from zexpert.experts.torch_loop import TorchLoopExperts
 
 
 def create_experts(backend: str = "auto") -> MoEExperts:
     """Makes the backend called `backend`: "auto" chooses at every call, by the tokens' device and dtype; "cpu",
-    "grouped_mm" and "torch" force CpuExperts, GroupedMMExperts and TorchLoopExperts. Which kernel a backend's operators
-    run for given sizes and dtypes is zexpert.kernel_plan's to tell.
+    "grouped_mm", "hopper" and "torch" force CpuExperts, GroupedMMExperts, HopperExperts and TorchLoopExperts. Which
+    kernel a backend's operators run for given sizes and dtypes is zexpert.kernel_plan's to tell.
 
     Raises:
         ValueError: for any other name.
@@ -23,6 +24,8 @@ def create_experts(backend: str = "auto") -> MoEExperts:
         return CpuExperts()
     if backend == "grouped_mm":
         return GroupedMMExperts()
+    if backend == "hopper":
+        return HopperExperts()
     if backend == "torch":
         return TorchLoopExperts()
-    raise ValueError(f'experts_backend must be "auto", "cpu", "grouped_mm" or "torch", got {backend!r}')
+    raise ValueError(f'experts_backend must be "auto", "cpu", "grouped_mm", "hopper" or "torch", got {backend!r}')

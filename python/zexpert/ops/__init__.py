@@ -7,6 +7,7 @@ written, for an argument of a wrong device, dtype, shape or range.
 from zexpert.ops.biased_topk import biased_topk
 from zexpert.ops.fused_moe import fused_moe
 from zexpert.ops.grouped_mlp import grouped_mlp, grouped_mlp_with_gate_up
+from zexpert.ops.grouped_mlp_hopper import grouped_mlp_hopper
 from zexpert.ops.moe_finalize import moe_finalize
 from zexpert.ops.moe_permute import moe_permute
 from zexpert.ops.moe_plan import moe_plan
@@ -20,6 +21,7 @@ __all__ = [
     "biased_topk",
     "fused_moe",
     "grouped_mlp",
+    "grouped_mlp_hopper",
     "grouped_mlp_with_gate_up",
     "moe_finalize",
     "moe_permute",

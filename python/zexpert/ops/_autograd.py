@@ -24,9 +24,10 @@ def register_autograd(op: str, setup_context: Callable[..., None], backward: Cal
 
 
 def register_not_differentiable(op: str) -> None:
-    """Makes differentiating ``zexpert::<op>``, itself a derivative, an error where it would be silently wrong."""
+    """Makes differentiating ``zexpert::<op>`` an error where it would be silently wrong."""
+    reason = "second derivatives are not available" if op.endswith("_backward") else "it computes forward only"
 
     def backward(_ctx: Context, *_gradients: object) -> NoReturn:
-        raise RuntimeError(f"zexpert::{op} cannot be differentiated: second derivatives are not available")
+        raise RuntimeError(f"zexpert::{op} cannot be differentiated: {reason}")
 
     torch.library.register_autograd(f"zexpert::{op}", backward)

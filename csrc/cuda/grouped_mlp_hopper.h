@@ -1,0 +1,17 @@
+// grouped_mlp_hopper's launches, a source file per element type.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "cuda/grouped_mlp_hopper_layout.h"
+
+namespace zexpert::cuda {
+
+struct ProductArguments;
+
+/// Starts the kernel of one product of elements T on `num_blocks` multiprocessors, for tiles of `max_rows_per_tile`
+/// rows.
+template <typename T>
+void launch_grouped_product(Product product, const ProductArguments& arguments, int num_blocks, cudaStream_t stream);
+
+}  // namespace zexpert::cuda

@@ -1,0 +1,7 @@
+#include "cuda/grouped_mlp_hopper_launch.cuh"
+
+namespace zexpert::cuda {
+
+template void launch_grouped_product<__nv_bfloat16>(Product, const ProductArguments&, int, cudaStream_t);
+
+}  // namespace zexpert::cuda

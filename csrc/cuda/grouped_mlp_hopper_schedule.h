@@ -1,0 +1,160 @@
+// Which part of a grouped product a block of grouped_mlp_hopper computes. Host code too, so that tests need no GPU.
+//
+// The products' operands are swapped: an expert's weight rows are the rows of the matrix instruction, the tokens' rows
+// its columns, whose number is any multiple of 8. A segment of rows is cut into row tiles of nearly equal length, the
+// weight rows into weight tiles; a tile is one of each.
+#pragma once
+
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define ZEXPERT_HOST_DEVICE __host__ __device__ __forceinline__
+#else
+#define ZEXPERT_HOST_DEVICE inline
+#endif
+
+namespace zexpert::cuda {
+
+inline constexpr int kRowStep = 8;  ///< a row tile is computed as if it had a multiple of these
+/// Neighbouring blocks take the row tiles of one weight tile, so that its weights leave device memory once; no more
+/// than these, so that the rows of one pass over the weights stay in the L2 cache where one expert has nearly all rows.
+inline constexpr int kRowTilesAtOnce = 8;
+inline constexpr int kMaxSplits = 8;
+inline constexpr int kLeastStepsOfSplit = 4;  ///< less would not fill the pipeline
+
+ZEXPERT_HOST_DEVICE int round_up(int value, int step) { return (value + step - 1) / step * step; }
+
+/// A segment's row tiles: as few as possible of at most `max_rows_per_tile` (a multiple of kRowStep), as equal as that
+/// step allows. None is empty.
+struct SegmentTiles {
+  int num_tiles;
+  int rows_per_tile;  ///< a multiple of kRowStep; the last tile may have fewer rows
+};
+
+ZEXPERT_HOST_DEVICE SegmentTiles split_segment(int num_rows, int max_rows_per_tile) {
+  if (num_rows <= 0) {
+    return {0, 0};
+  }
+  const int num_tiles = (num_rows + max_rows_per_tile - 1) / max_rows_per_tile;
+  const int rows_per_tile = round_up((num_rows + num_tiles - 1) / num_tiles, kRowStep);
+  return {(num_rows + rows_per_tile - 1) / rows_per_tile, rows_per_tile};
+}
+
+/// Parts that the depth of every tile is split into, so that few tiles keep all blocks busy. More than one only where
+/// every part gets a block of its own.
+ZEXPERT_HOST_DEVICE int choose_num_splits(int num_tiles, int num_blocks, int num_steps) {
+  const int blocks_per_tile = num_tiles > 0 ? num_blocks / num_tiles : 1;
+  const int most = num_steps / kLeastStepsOfSplit < kMaxSplits ? num_steps / kLeastStepsOfSplit : kMaxSplits;
+  const int num_splits = blocks_per_tile < most ? blocks_per_tile : most;
+  return num_splits > 1 ? num_splits : 1;
+}
+
+/// One item of the work list.
+struct WorkItem {
+  int tile;        ///< of all experts' tiles
+  int split;       ///< part of its depth
+  int num_splits;  ///< of every tile
+  int expert;
+  int weight_tile;  ///< of the expert
+  int first_row;    ///< of all rows
+  int num_rows;     ///< none: there is no more work
+  int first_step;   ///< of the depth
+  int last_step;    ///< exclusive; more than first_step
+};
+
+/// Rows of a tile that one warpgroup computes.
+struct PartRows {
+  int first_row;    ///< of the tile, a multiple of kRowStep
+  int num_rows;     ///< may be none
+  int num_columns;  ///< of the matrix instruction; at least kRowStep
+};
+
+/// Part `part` of a tile's rows that are divided among `num_parts` warpgroups, 1 or 2.
+ZEXPERT_HOST_DEVICE PartRows rows_of_part(int num_rows, int part, int num_parts) {
+  const int first_columns = round_up((num_rows + num_parts - 1) / num_parts, kRowStep);
+  if (part == 0) {
+    return {0, num_rows < first_columns ? num_rows : first_columns, first_columns};
+  }
+  const int rest = num_rows - first_columns;
+  return {first_columns, rest > 0 ? rest : 0, rest > 0 ? round_up(rest, kRowStep) : kRowStep};
+}
+
+/// The work list of one product, computed from the experts' offsets.
+struct Schedule {
+  const int* expert_offsets;   ///< [num_experts + 1]
+  const int* row_tile_starts;  ///< [num_experts + 1]: row tiles of the experts before
+  int num_experts;
+  int max_rows_per_tile;
+  int num_weight_tiles;  ///< of an expert
+  int num_steps;         ///< of a tile
+  int num_blocks;
+
+  ZEXPERT_HOST_DEVICE int num_tiles() const { return row_tile_starts[num_experts] * num_weight_tiles; }
+  ZEXPERT_HOST_DEVICE int num_splits() const { return choose_num_splits(num_tiles(), num_blocks, num_steps); }
+  ZEXPERT_HOST_DEVICE int num_items() const { return num_tiles() * num_splits(); }
+
+  /// Block b computes items b, b + num_blocks, ... below num_items(). Divisions take long: the usual case needs two.
+  ZEXPERT_HOST_DEVICE WorkItem item(int index, int num_splits) const {
+    WorkItem work;
+    work.tile = index;
+    work.split = 0;
+    work.num_splits = num_splits;
+    work.first_step = 0;
+    work.last_step = num_steps;
+    if (num_splits > 1) {
+      work.tile = index / num_splits;
+      work.split = index % num_splits;
+      work.first_step = work.split * num_steps / num_splits;
+      work.last_step = (work.split + 1) * num_steps / num_splits;
+    }
+
+    // The last expert whose tiles begin at or before this one: those without rows begin where the next one does.
+    int low = 0;
+    int high = num_experts;
+    while (high - low > 1) {
+      const int middle = (low + high) / 2;
+      const bool before = row_tile_starts[middle] * num_weight_tiles <= work.tile;
+      low = before ? middle : low;
+      high = before ? high : middle;
+    }
+    work.expert = low;
+
+    const int segment_begin = expert_offsets[low];
+    const int segment_rows = expert_offsets[low + 1] - segment_begin;
+    const int num_row_tiles = row_tile_starts[low + 1] - row_tile_starts[low];
+    const int rows_per_tile = round_up((segment_rows + num_row_tiles - 1) / num_row_tiles, kRowStep);
+    int index_in_group = work.tile - row_tile_starts[low] * num_weight_tiles;
+    int first_row_tile = 0;
+    int group_size = num_row_tiles;
+    if (num_row_tiles > kRowTilesAtOnce) {
+      const int group = index_in_group / (kRowTilesAtOnce * num_weight_tiles);
+      index_in_group -= group * kRowTilesAtOnce * num_weight_tiles;
+      first_row_tile = group * kRowTilesAtOnce;
+      const int rest = num_row_tiles - first_row_tile;
+      group_size = rest < kRowTilesAtOnce ? rest : kRowTilesAtOnce;
+    }
+    work.weight_tile = index_in_group / group_size;
+    const int row_tile = first_row_tile + index_in_group - work.weight_tile * group_size;
+    const int rows_left = segment_rows - row_tile * rows_per_tile;
+    work.first_row = segment_begin + row_tile * rows_per_tile;
+    work.num_rows = rows_left < rows_per_tile ? rows_left : rows_per_tile;
+    return work;
+  }
+};
+
+/// Place in the ring of stages. The consumers of a stage wait for the end of its full barrier's phase of this parity,
+/// the producer for the end of its empty barrier's phase of the other.
+template <int kStages>
+struct RingPosition {
+  int stage = 0;
+  uint32_t parity = 0;
+
+  ZEXPERT_HOST_DEVICE void advance() {
+    if (++stage == kStages) {
+      stage = 0;
+      parity ^= 1U;
+    }
+  }
+};
+
+}  // namespace zexpert::cuda
