@@ -56,3 +56,15 @@ def clear_rows(keys: Tensor, top_k: int, gap: float = 1e-5) -> Tensor:
     clear = largest[:, top_k - 1] - largest[:, top_k] > gap
     assert clear.double().mean() > 0.75
     return clear
+
+
+def as_module_list(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A checkpoint with stacked experts as one with a list of modules, of the experts that have a down_proj."""
+    listed = {name: weight for name, weight in weights.items() if not name.startswith("experts.")}
+    for i, (gate_up, down) in enumerate(
+        zip(weights["experts.gate_up_proj"], weights["experts.down_proj"], strict=False)
+    ):
+        gate, up = gate_up.chunk(2)
+        listed |= {f"experts.{i}.gate_proj.weight": gate, f"experts.{i}.up_proj.weight": up}
+        listed[f"experts.{i}.down_proj.weight"] = down
+    return listed

@@ -16,6 +16,7 @@ import reference
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 from zexpert.benchmark import harness, torch_routing
+from zexpert.benchmark.layer import LayerResult
 
 
 class Clock:
@@ -126,6 +127,49 @@ def test_report_as_markdown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert "| case | floor | zexpert | plain | target |" in out
     assert "| small | 1.00 ms | **2.00 ms** (50%) | 6.00 ms (3.00x) | 2.5x met |" in out
     assert markdown_tables.main([str(tmp_path / "missing.json")]) == 2
+
+
+def test_roofline_tells_contenders_and_models_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plots = pytest.importorskip("zexpert.benchmark.plots", reason="matplotlib is missing", exc_type=ImportError)
+    seconds = {"zexpert": 1e-3, "plain": 2e-3}
+    results = [
+        LayerResult(
+            case=model,
+            subject="zexpert",
+            floor=1e-4,
+            timings={name: harness.Timing.of([time]) for name, time in seconds.items()},
+            checks={},
+            other_load=0.0,
+            name=model,
+            num_tokens=tokens,
+            operations=1e6 * tokens,
+            num_bytes=1e6,
+        )
+        for model in ("small", "large")
+        for tokens in (1, 16)
+    ]
+    monkeypatch.setattr(plots.plt, "close", lambda _: None)
+    plots.save_roofline(tmp_path / "roofline.png", results, harness.Limits(1e9, 1e9), device_name="a machine")
+    (axes,) = plots.plt.gcf().axes
+    monkeypatch.undo()
+    plots.plt.close("all")
+
+    def look(label: str) -> tuple[object, ...]:
+        (line,) = [line for line in axes.get_lines() if line.get_label() == label]
+        return line.get_color(), line.get_linestyle(), line.get_marker()
+
+    looks = {(name, model): look(f"{name}, {model}") for name in seconds for model in ("small", "large")}
+    for name in seconds:
+        assert looks[name, "small"][:2] == looks[name, "large"][:2]
+    assert looks["zexpert", "small"][0] != looks["plain", "small"][0]
+    for model, other in (("small", "large"), ("large", "small")):
+        assert looks["zexpert", model][2] == looks["plain", model][2] != looks["plain", other][2]
+    shown = {handle.get_label(): handle for handle in axes.get_legend().legend_handles}
+    assert list(shown) == ["the most this machine can do", "zexpert", "plain", "small", "large"]
+    for name in seconds:
+        assert shown[name].get_color() == looks[name, "small"][0]
+    for model in ("small", "large"):
+        assert shown[model].get_marker() == looks["zexpert", model][2]
 
 
 def test_other_load_is_a_share() -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import zexpert
 from ranks import Ranks
-from testing import assert_equal
+from testing import assert_equal, fenced_blocks
 from zexpert.distributed_plan import plan_layer
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch is built without torch.distributed")
@@ -37,14 +37,10 @@ def torchrun(num_ranks: int, script: Path, *arguments: object) -> str:
     return done.stdout
 
 
-def python_blocks() -> list[str]:
-    return re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), flags=re.MULTILINE | re.DOTALL)
-
-
 def recipes() -> dict[str, Any]:
     """The page's functions."""
     names: dict[str, Any] = {}
-    for block in python_blocks():
+    for block in fenced_blocks(PAGE.read_text(), "python"):
         if "\ndef " in f"\n{block}":
             exec(block, names)
     return names
@@ -52,8 +48,8 @@ def recipes() -> dict[str, Any]:
 
 def test_block_runs_as_shown(tmp_path: Path) -> None:
     text = PAGE.read_text()
-    program = python_blocks()[0]
-    (shown,) = re.findall(r"^```text\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    program = fenced_blocks(text, "python")[0]
+    (shown,) = fenced_blocks(text, "text")
     script = tmp_path / "two_ranks.py"
     script.write_text(program)
     assert torchrun(2, script) == shown
@@ -168,7 +164,7 @@ def test_slices_come_together_in_one_process(tmp_path: Path, ranks: Ranks) -> No
 
     expected = ranks.run(save_slices, 2, str(tmp_path))[0]
     layer = zexpert.FusedMoE(NUM_EXPERTS, 4, 8, 4)
-    (block,) = [block for block in python_blocks() if block.startswith("state = ")]
+    (block,) = [block for block in fenced_blocks(PAGE.read_text(), "python") if block.startswith("state = ")]
     exec(block, {"layer": layer, "dcp": dcp, "folder": tmp_path})
     assert_equal(layer.w13_weight.detach(), expected["w13_weight"].flatten(1, 2))
     assert_equal(layer.w2_weight.detach(), expected["w2_weight"])

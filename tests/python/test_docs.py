@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from testing import fenced_blocks
 from zexpert import ops
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,12 +28,7 @@ RUN_ELSEWHERE = {
 NEEDED = {"integrations.md": "transformers"}
 
 
-def blocks_of(page: Path) -> list[tuple[str, str]]:
-    """(language, content) of the blocks of code and of output."""
-    return re.findall(r"^```(python|text)\n(.*?)^```", page.read_text(), flags=re.MULTILINE | re.DOTALL)
-
-
-PROGRAMS = [page for page in sorted(DOCS.rglob("*.md")) if any(language == "python" for language, _ in blocks_of(page))]
+PROGRAMS = [page for page in sorted(DOCS.rglob("*.md")) if fenced_blocks(page.read_text(), "python")]
 
 
 @pytest.mark.parametrize("page", PROGRAMS, ids=lambda page: str(page.relative_to(DOCS)))
@@ -42,10 +38,9 @@ def test_blocks_run_as_one_program(page: Path, tmp_path: Path) -> None:
         pytest.skip(RUN_ELSEWHERE[name])
     if name in NEEDED:
         pytest.importorskip(NEEDED[name])
-    blocks = blocks_of(page)
-    shown = [content for language, content in blocks if language == "text"]
+    shown = fenced_blocks(page.read_text(), "text")
     script = tmp_path / "page.py"
-    script.write_text("\n".join(content for language, content in blocks if language == "python"))
+    script.write_text("\n".join(fenced_blocks(page.read_text(), "python")))
     # Their products are too small to share among threads.
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(

@@ -8,15 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from testing import fenced_blocks
+
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 
-def code_blocks(page: Path, languages: str) -> list[tuple[str, str]]:
-    return re.findall(rf"^```({languages})\n(.*?)^```", page.read_text(), flags=re.MULTILINE | re.DOTALL)
-
-
 def commands() -> list[str]:
-    lines = "".join(text for _, text in code_blocks(DOCS / "cli.md", "sh")).splitlines()
+    lines = "".join(fenced_blocks((DOCS / "cli.md").read_text(), "sh")).splitlines()
     return [line for line in lines if line.startswith("zexpert ")]
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+from zexpert.training.trainer import load_model
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
@@ -35,3 +38,38 @@ def test_add_drop_experts() -> None:
     before, after = re.findall(r"^(?:injected|adapted) +([\d.]+) networks per token, output off by (\d+)%$", out, re.M)
     assert abs(float(after[0]) - 3.0) < 0.25
     assert int(after[1]) < 0.5 * int(before[1])
+
+
+def test_train(tmp_path: Path) -> None:
+    text, checkpoint = EXAMPLES.parent / "docs" / "training.md", tmp_path / "train.pt"
+    arguments = ("--text", str(text), "--steps", "100", "--target", "2.5", "--out", str(checkpoint))
+    out = run("train.py", *arguments)
+    bits = [float(number) for number in re.findall(r"^step \d+: ([\d.]+) bits per byte", out, re.M)]
+    assert len(bits) == 2
+    assert bits[1] < bits[0] < 8.0
+    load = re.findall(r"^layers\.\d\.moe +([\d.]+) of 4 +(\d+)% +([\d.]+) +([\d.]+)$", out, re.M)
+    assert len(load) == 2
+    for networks, zero_experts, imbalance, entropy in load:
+        assert abs(float(networks) - 2.5) < 0.75
+        assert abs(float(zero_experts) / 100 - (1 - float(networks) / 4)) < 0.01
+        assert 1.0 <= float(imbalance) < 4.0
+        assert 0.8 < float(entropy) <= 1.0
+    written = load_model(checkpoint).generate(torch.tensor(list(b"The ")), 8, temperature=0.0)
+    assert bytes(written.tolist()).startswith(b"The ")
+    assert written.numel() == 12
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--target", "4"), "--target must lie between 0 and 4, got 4.0"),
+        (("--steps", "0"), "--steps must be at least 1, got 0"),
+        (("--out", "/no/such/folder/train.pt"), "--out must be in a folder that exists, got /no/such/folder/train.pt"),
+        (("--text", "/no/such/file"), "cannot read /no/such/file: No such file or directory"),
+    ],
+)
+def test_mistakes_in_train(arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(EXAMPLES / "train.py"))["main"](list(arguments))
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err

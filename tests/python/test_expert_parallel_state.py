@@ -19,7 +19,6 @@ from parallel_cases import (
 )
 from ranks import Ranks
 from testing import assert_equal
-from zexpert.models import LongcatFlashConfig, LongcatFlashMoE
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch is built without torch.distributed")
 
@@ -91,38 +90,6 @@ def load_whole(group: Any) -> None:
     with pytest.raises(RuntimeError, match=message):
         layer.load_state_dict({**whole, "w13_weight": whole["w13_weight"] + 1, "w2_weight": torch.zeros(5, 24, 24)})
     assert_equal(layer.w13_weight.detach(), before, "weights after a bad state dict")
-
-
-def longcat_block(group: Any) -> None:
-    config = LongcatFlashConfig(
-        hidden_size=16, expert_ffn_hidden_size=8, n_routed_experts=6, zero_expert_num=3, moe_topk=4
-    )
-    checkpoint = {
-        "mlp.router.classifier.weight": torch.randn(9, 16),
-        "mlp.router.e_score_correction_bias": torch.randn(9),
-    }
-    listed = dict(checkpoint)
-    gate_up, down = torch.randn(6, 16, 16), torch.randn(6, 16, 8)
-    checkpoint |= {"mlp.experts.gate_up_proj": gate_up, "mlp.experts.down_proj": down}
-    for expert in range(6):
-        gate, up = gate_up[expert].chunk(2)
-        for name, weight in (("gate", gate), ("up", up), ("down", down[expert])):
-            listed[f"mlp.experts.{expert}.{name}_proj.weight"] = weight
-    hidden_states = torch.randn(11, 16)
-    with torch.no_grad():
-        expected = LongcatFlashMoE.from_state_dict(config, checkpoint, prefix="mlp.")(hidden_states)
-        for state_dict in (checkpoint, listed):
-            block = LongcatFlashMoE.from_state_dict(config, state_dict, prefix="mlp.", expert_parallel_group=group)
-            assert block.experts.w2_weight.shape == (6 // dist.get_world_size(group), 16, 8)
-            torch.testing.assert_close(block(hidden_states), expected)
-        one = LongcatFlashMoE.from_state_dict(config, checkpoint, prefix="mlp.")
-        gathered = block.checkpoint_state_dict()
-        for name, tensor in one.checkpoint_state_dict().items():
-            assert_equal(gathered[name], tensor, name)
-
-
-def test_checkpoint_of_a_model(ranks: Ranks) -> None:
-    ranks.run(longcat_block, 3)
 
 
 def test_state_dict_of_one_process(ranks: Ranks) -> None:

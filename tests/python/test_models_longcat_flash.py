@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from model_cases import TINY_DECODER, clear_rows, mixture, stacked_experts
+from model_cases import TINY_DECODER, as_module_list, clear_rows, mixture, stacked_experts
 from testing import assert_equal, assert_error_rule
 from zexpert.models import LongcatFlashConfig, LongcatFlashMoE
 from zexpert.telemetry import track_routing
@@ -62,17 +62,6 @@ def inputs(config: HfConfig, dtype: torch.dtype = torch.float32, seed: int = 0, 
     return torch.randn(tokens, config.hidden_size, generator=generator).to(dtype)
 
 
-def as_module_list(state_dict: dict[str, Tensor], num_real_experts: int) -> dict[str, Tensor]:
-    """The same weights under the names of an older checkpoint."""
-    listed = {name: tensor for name, tensor in state_dict.items() if not name.startswith("experts.")}
-    for i in range(num_real_experts):
-        gate, up = state_dict["experts.gate_up_proj"][i].chunk(2)
-        listed[f"experts.{i}.gate_proj.weight"] = gate.clone()
-        listed[f"experts.{i}.up_proj.weight"] = up.clone()
-        listed[f"experts.{i}.down_proj.weight"] = state_dict["experts.down_proj"][i].clone()
-    return listed
-
-
 def reference(config: HfConfig, state_dict: dict[str, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
     """(output [T, H], keys [T, N]) in float64, from the formulas of arXiv 2509.01322."""
     x = x.double()
@@ -119,7 +108,7 @@ def test_every_layout_of_a_checkpoint_gives_the_same_bits() -> None:
     ours = LongcatFlashConfig.from_hf(config)
     state_dict = hf_block(config).state_dict()
     trimmed = {**state_dict, "experts.gate_up_proj": state_dict["experts.gate_up_proj"][: config.n_routed_experts]}
-    listed = as_module_list(state_dict, config.n_routed_experts)
+    listed = as_module_list(state_dict)
     x = inputs(config)
     expected = LongcatFlashMoE.from_state_dict(ours, state_dict)(x)
     for layout in (trimmed, listed):
@@ -247,7 +236,7 @@ def test_what_does_not_fit_is_told() -> None:
     config = hf_config()
     ours = LongcatFlashConfig.from_hf(config)
     state_dict = hf_block(config).state_dict()
-    listed = as_module_list(state_dict, config.n_routed_experts)
+    listed = as_module_list(state_dict)
     cases = [
         (
             {**state_dict, "experts.gate_up_proj": torch.zeros(20, 48, 64)},

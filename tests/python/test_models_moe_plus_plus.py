@@ -135,6 +135,15 @@ def test_two_layers_agree_with_the_formulas(name: str, dtype: torch.dtype, seed:
         )
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_weights_go_back_to_the_published_names(name: str) -> None:
+    weights = published_weights(CONFIGS[name], torch.float32)
+    saved = MoEPlusPlusBlock.from_state_dict(CONFIGS[name], weights).checkpoint_state_dict()
+    assert saved.keys() == weights.keys()
+    for key, weight in weights.items():
+        assert_equal(saved[key], weight, key)
+
+
 def test_order_of_experts() -> None:
     assert expert_order(SMALL) == [*range(8), 10, 8, 9, 11]
     assert expert_order(CONFIGS["many"]) == [*range(6), 9, 10, 6, 7, 8, 11, 12, 13, 14]

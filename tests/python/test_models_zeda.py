@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from model_cases import clear_rows, ffn_expert, mixture, stacked_experts
+from model_cases import as_module_list, clear_rows, ffn_expert, mixture, stacked_experts
 from testing import assert_equal, assert_error_rule
 from zexpert.models import ZedaGlm4Config, ZedaGlm4MoE, ZedaQwen3Config, ZedaQwen3MoE
 from zexpert.models.zeda import extend_router
@@ -68,17 +68,6 @@ def glm_weights(config: ZedaGlm4Config, dtype: torch.dtype, seed: int = 0) -> di
     weights = {name: weight.to(dtype) for name, weight in weights.items()}
     weights["gate.e_score_correction_bias"] = 0.1 * torch.randn(num_experts, generator=generator)
     return weights
-
-
-def as_module_list(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    listed = {name: weight for name, weight in weights.items() if not name.startswith("experts.")}
-    for i, (gate_up, down) in enumerate(
-        zip(weights["experts.gate_up_proj"], weights["experts.down_proj"], strict=True)
-    ):
-        gate, up = gate_up.chunk(2)
-        listed |= {f"experts.{i}.gate_proj.weight": gate, f"experts.{i}.up_proj.weight": up}
-        listed[f"experts.{i}.down_proj.weight"] = down
-    return listed
 
 
 def tokens(hidden_size: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
@@ -195,6 +184,10 @@ def test_every_layout_of_a_checkpoint_gives_the_same_bits() -> None:
         (ZedaGlm4MoE, GLM, glm_weights(GLM, torch.float32)),
     ):
         block = make.from_state_dict(config, weights)
+        saved = block.checkpoint_state_dict()
+        assert saved.keys() == weights.keys()
+        for name, weight in weights.items():
+            assert_equal(saved[name], weight, name)
         prefixed = {f"model.layers.1.mlp.{name}": weight for name, weight in as_module_list(weights).items()}
         assert_equal(make.from_state_dict(config, prefixed, prefix="model.layers.1.mlp.")(x), block(x))
         again = make(config)

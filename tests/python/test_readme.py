@@ -9,28 +9,25 @@ from pathlib import Path
 
 import pytest
 
+from testing import FENCED_BLOCK, fenced_blocks
+
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("**/*.md")])
 
 
 def without_code(text: str) -> str:
     """Markdown without fenced blocks and inline code, where brackets are not links and '#' is not a heading."""
-    return re.sub(r"`[^`\n]*`", "", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL))
-
-
-def code_blocks(text: str, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    return re.sub(r"`[^`\n]*`", "", FENCED_BLOCK.sub("", text))
 
 
 def anchors(text: str) -> set[str]:
     """The names GitHub gives to a page's headings."""
-    text = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
-    headings = re.findall(r"^#+ +(.+?) *$", text, flags=re.MULTILINE)
+    headings = re.findall(r"^#+ +(.+?) *$", FENCED_BLOCK.sub("", text), flags=re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def test_readme_example_runs_as_shown(tmp_path: Path) -> None:
-    blocks = code_blocks((ROOT / "README.md").read_text(), "python")
+    blocks = fenced_blocks((ROOT / "README.md").read_text(), "python")
     assert blocks, "README.md has no python example"
     script = tmp_path / "example.py"
     script.write_text(blocks[0])

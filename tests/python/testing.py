@@ -1,4 +1,4 @@
-"""Helpers that the tests share: the error rule, bitwise equality, inputs of every layout."""
+"""Helpers that the tests share: the error rule, bitwise equality, inputs of every layout, code in Markdown."""
 
 from __future__ import annotations
 
@@ -13,7 +13,14 @@ from torch import Tensor
 
 import reference
 
+#: A block of code in Markdown: its language and its content.
+FENCED_BLOCK = re.compile(r"^```([^\n]*)\n(.*?)^```", flags=re.MULTILINE | re.DOTALL)
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def fenced_blocks(text: str, language: str) -> list[str]:
+    """The contents of the blocks of `language` in a text of Markdown."""
+    return [content for block_language, content in FENCED_BLOCK.findall(text) if block_language == language]
 
 
 def weight_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.lines import Line2D
 
 from zexpert.benchmark.harness import CaseResult, Limits, counted, format_seconds
 from zexpert.benchmark.layer import LayerResult
@@ -17,55 +19,52 @@ from zexpert.benchmark.layer import LayerResult
 
 def save_roofline(path: Path, results: Sequence[LayerResult], limits: Limits, *, device_name: str) -> None:
     """Reached operations per second over operations per byte of the weights used, under the device's two limits
-    (the roofline of Williams, Waterman and Patterson, 2009)."""
+    (the roofline of Williams, Waterman and Patterson, 2009). A contender has a colour, a model's sizes a marker."""
+    results = [result for result in results if result.num_bytes]
     figure, axes = plt.subplots(figsize=(10, 6.4), layout="constrained")
-    intensities = [result.operations / result.num_bytes for result in results if result.num_bytes]
+    intensities = [result.operations / result.num_bytes for result in results]
     ridge = limits.rate / limits.bandwidth
-    low, high = min([ridge / 4, *intensities]) / 2, max([ridge * 4, *intensities]) * 2
-    axes.loglog(
-        [low, ridge, high], [low * limits.bandwidth / 1e12, limits.rate / 1e12, limits.rate / 1e12], color="0.2"
-    )
-    axes.axvspan(low, ridge, color="tab:blue", alpha=0.06)
-    axes.axvspan(ridge, high, color="tab:red", alpha=0.06)
+    low, high = min([ridge / 4, *intensities]) / 4, max([ridge * 4, *intensities]) * 2
+    roof = [low * limits.bandwidth / 1e12, limits.rate / 1e12, limits.rate / 1e12]
+    legend = axes.loglog([low, ridge, high], roof, color="0.75", linewidth=4, label="the most this machine can do")
+    axes.axvline(ridge, color="0.85", zorder=0)
     axes.set_xlim(low, high)
-    text: dict[str, Any] = {"va": "bottom", "fontsize": 9, "color": "0.3", "transform": axes.get_xaxis_transform()}
-    axes.text(low * 1.1, 0.01, "few tokens: the memory is the limit,\nweights cannot come any faster", **text)
+    text: dict[str, Any] = {"va": "bottom", "fontsize": 9, "color": "0.4", "transform": axes.get_xaxis_transform()}
     axes.text(
-        high / 1.1, 0.01, "many tokens: arithmetic is the limit,\nproducts cannot go any faster", ha="right", **text
+        ridge / 1.1, 0.01, "few tokens: the memory is the limit,\nweights cannot come any faster", ha="right", **text
     )
-    names = list(dict.fromkeys(name for result in results for name in result.timings))
-    markers = dict(zip(names, "ox^sD*v", strict=False))
-    for color, model in enumerate(dict.fromkeys(result.name for result in results)):
-        own = [result for result in results if result.name == model and result.num_bytes]
-        for name in names:
-            points = [
-                (result.operations / result.num_bytes, result.operations / result.timings[name].median / 1e12, result)
-                for result in own
-                if name in result.timings
-            ]
-            if not points:
-                continue
-            x, y, which = zip(*points, strict=True)
-            subject = name == own[0].subject
-            style: dict[str, Any] = {
-                "linestyle": "-" if subject else ":",
-                "marker": markers.get(name, "."),
-                "color": f"C{color}",
-            }
-            axes.plot(x, y, label=f"{name}, {model}", alpha=1.0 if subject else 0.6, **style)
-            for at_x, at_y, result in zip(x, y, which, strict=True) if subject else ():
+    axes.text(ridge * 1.1, 0.01, "many tokens: arithmetic is the limit,\nproducts cannot go any faster", **text)
+
+    models = list(dict.fromkeys(result.name for result in results))
+    markers = dict(zip(models, itertools.cycle("os^Dv*X")))
+    subjects = dict.fromkeys(result.subject for result in results)
+    contenders = dict.fromkeys([*subjects, *(name for result in results for name in result.timings)])
+    for index, name in enumerate(contenders):
+        subject = name in subjects
+        style: dict[str, Any] = {"color": f"C{index}", "linestyle": "-" if subject else "--"}
+        legend.append(Line2D([], [], label=name, **style))
+        for model in models:
+            own = [result for result in results if result.name == model and name in result.timings]
+            x = [result.operations / result.num_bytes for result in own]
+            y = [result.operations / result.timings[name].median / 1e12 for result in own]
+            axes.plot(x, y, marker=markers[model], label=f"{name}, {model}", zorder=3 if subject else 2, **style)
+            # Labels of several models would cover each other.
+            for at_x, at_y, result in zip(x, y, own, strict=True) if subject and len(models) == 1 else ():
                 share = 100 * result.floor / result.timings[name].median
                 tokens = f"{counted(result.num_tokens, 'token')}: {share:.0f}%"
-                axes.annotate(tokens, (at_x, at_y), xytext=(6, -12), textcoords="offset points", fontsize=8)
+                place: dict[str, Any] = {"xytext": (-6, 4), "textcoords": "offset points", "ha": "right"}
+                axes.annotate(tokens, (at_x, at_y), fontsize=8, **place)
+    legend += [Line2D([], [], color="0.4", linestyle="", marker=markers[model], label=model) for model in models]
     axes.set_xlabel("operations per byte of weights read (more tokens share each expert's weights: further right)")
     axes.set_ylabel("TFLOP/s reached (higher is better)")
-    axes.set_title(
-        f"{device_name}\nThe black line is the most this machine can do, measured: memory at "
-        f"{limits.bandwidth / 1e9:,.0f} GB/s, products at {limits.rate / 1e12:,.2f} TFLOP/s.\n"
-        "The percentage at a point is how near it comes to the line.",
-        fontsize=10,
+    title = (
+        f"{device_name}\nThe grey line is the most this machine can do, measured: memory at "
+        f"{limits.bandwidth / 1e9:,.0f} GB/s, products at {limits.rate / 1e12:,.2f} TFLOP/s."
     )
-    axes.legend(fontsize=8, loc="upper left", frameon=False)
+    if len(models) == 1:
+        title += "\nThe percentage at a point is how near it comes to the line."
+    axes.set_title(title, fontsize=10)
+    axes.legend(handles=legend, fontsize=9, loc="upper left", frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)
     plt.close(figure)

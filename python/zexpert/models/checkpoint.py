@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from zexpert.layer import FusedMoE, check_shapes_of_state_dict
+from zexpert.runner.sharded_moe_runner import EXPERT_WEIGHTS, whole_weight
 
 Block = TypeVar("Block", bound="CheckpointBlock")
 
@@ -61,6 +62,17 @@ class CheckpointBlock(nn.Module):
         them. Raises RuntimeError for what does not fit."""
         rename_experts(state_dict, prefix, self.get_submodule("experts"))
         rename(state_dict, prefix, self.checkpoint_names())
+
+    def checkpoint_state_dict(self) -> dict[str, Tensor]:
+        """The weights of all experts under a checkpoint's names, in a layout that load_state_dict takes.
+
+        With an expert_parallel_group or a tensor_parallel_group all of its ranks call this, and each gets everything.
+        """
+        weights: dict[str, Tensor] = dict(self.state_dict())
+        experts = self.get_submodule("experts")
+        weights |= {f"experts.{name}": whole_weight(experts, name) for name in EXPERT_WEIGHTS}
+        rename(weights, "", {ours: theirs for theirs, ours in self.checkpoint_names().items()})
+        return weights
 
     @classmethod
     def from_state_dict(

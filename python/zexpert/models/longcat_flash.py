@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from zexpert.layer import FusedMoE
 from zexpert.models.checkpoint import STACKED_EXPERTS, CheckpointBlock, config_value, require_config, require_silu
 from zexpert.models.float32_linear import Float32Linear
-from zexpert.runner.sharded_moe_runner import EXPERT_WEIGHTS, whole_weight
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -103,7 +102,7 @@ class LongcatFlashMoE(CheckpointBlock):
         config: the sizes.
         params_dtype: dtype of the experts, and so of hidden_states; None for torch's default dtype. The classifier and
             the selection bias are float32.
-        chunk_size, experts_backend, expert_parallel_group, device: see FusedMoE.
+        chunk_size, experts_backend, expert_parallel_group, tensor_parallel_group, device: see FusedMoE.
 
     Raises:
         ValueError: if config is no LongcatFlashConfig, or a size is out of range.
@@ -120,6 +119,7 @@ class LongcatFlashMoE(CheckpointBlock):
         chunk_size: int | None = None,
         experts_backend: str = "auto",
         expert_parallel_group: "dist.ProcessGroup | DeviceMesh | None" = None,
+        tensor_parallel_group: "dist.ProcessGroup | DeviceMesh | None" = None,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
@@ -142,6 +142,7 @@ class LongcatFlashMoE(CheckpointBlock):
             chunk_size=chunk_size,
             experts_backend=experts_backend,
             expert_parallel_group=expert_parallel_group,
+            tensor_parallel_group=tensor_parallel_group,
             device=device,
         )
 
@@ -164,17 +165,10 @@ class LongcatFlashMoE(CheckpointBlock):
         }
 
     def checkpoint_state_dict(self) -> dict[str, Tensor]:
-        """The weights under a checkpoint's names, in transformers' layout: experts.gate_up_proj has N expert rows, of
-        which those past the real experts are zero. Loads into transformers' LongcatFlashMoE.
-
-        With an expert_parallel_group all of its ranks call this, and each gets all experts.
-        """
-        w13_weight, w2_weight = (whole_weight(self.experts, name) for name in EXPERT_WEIGHTS)
-        gate_up_proj = w13_weight.new_zeros(self.config.num_experts, *w13_weight.shape[1:])
-        gate_up_proj[: self.config.n_routed_experts] = w13_weight
-        return {
-            "router.classifier.weight": self.router.classifier.weight.detach(),
-            "router.e_score_correction_bias": self.e_score_correction_bias.detach(),
-            "experts.gate_up_proj": gate_up_proj,
-            "experts.down_proj": w2_weight,
-        }
+        """See CheckpointBlock. The layout is that of transformers' LongcatFlashMoE: experts.gate_up_proj has N expert
+        rows, of which those past the real experts are zero."""
+        weights = super().checkpoint_state_dict()
+        gate_up_proj = weights["experts.gate_up_proj"]
+        zero_experts = gate_up_proj.new_zeros(self.config.zero_expert_num, *gate_up_proj.shape[1:])
+        weights["experts.gate_up_proj"] = torch.cat((gate_up_proj, zero_experts))
+        return weights

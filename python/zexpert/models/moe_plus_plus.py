@@ -1,7 +1,7 @@
 """MoE++'s mixture of experts (arXiv 2410.07348): zero, copy and constant experts, gating residuals."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,10 @@ from zexpert.models.checkpoint import (
     require_silu,
 )
 from zexpert.models.float32_linear import Float32Linear
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 @dataclass(frozen=True)
@@ -130,7 +134,7 @@ class MoEPlusPlusBlock(CheckpointBlock):
     Args:
         config: sizes and switches.
         params_dtype: dtype of the experts, and so of hidden_states; None for torch's default dtype. Gates are float32.
-        chunk_size, experts_backend, device: see FusedMoE.
+        chunk_size, experts_backend, expert_parallel_group, tensor_parallel_group, device: see FusedMoE.
 
     Raises:
         ValueError: if config is no MoEPlusPlusConfig, or a size is out of range.
@@ -145,6 +149,8 @@ class MoEPlusPlusBlock(CheckpointBlock):
         params_dtype: torch.dtype | None = None,
         chunk_size: int | None = None,
         experts_backend: str = "auto",
+        expert_parallel_group: "dist.ProcessGroup | DeviceMesh | None" = None,
+        tensor_parallel_group: "dist.ProcessGroup | DeviceMesh | None" = None,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
@@ -170,6 +176,8 @@ class MoEPlusPlusBlock(CheckpointBlock):
             params_dtype=params_dtype,
             chunk_size=chunk_size,
             experts_backend=experts_backend,
+            expert_parallel_group=expert_parallel_group,
+            tensor_parallel_group=tensor_parallel_group,
             device=device,
         )
 
@@ -200,16 +208,7 @@ class MoEPlusPlusBlock(CheckpointBlock):
         gate = prefix + "moe.gate."
         if not config.gating_residual:
             state_dict.pop(gate + "gate_map.weight", None)
-        for name in ("wg.2.weight" if config.two_layer_gate else "wg.weight", "gate_map.weight"):
-            weight = state_dict.get(gate + name)
-            if weight is None:
-                continue
-            is_map = name == "gate_map.weight"
-            columns = len(order) if is_map else weight.size(-1)
-            if weight.shape != (len(order), columns):
-                raise RuntimeError(f"{gate}{name} must have shape {[len(order), columns]}, got {list(weight.shape)}")
-            state_dict[gate + name] = weight[order][:, order] if is_map else weight[order]
-
+        permute_gate(state_dict, gate, order)
         rename(state_dict, prefix, {"moe.gate.": "gate.", "moe.experts.experts.": "experts."})
         rename_experts(state_dict, prefix, self.experts)
         indices = range(config.num_ffn_experts, config.num_ffn_experts + config.num_constant_experts)
@@ -217,6 +216,37 @@ class MoEPlusPlusBlock(CheckpointBlock):
             names = [f"{prefix}experts.{index}.{theirs}" for index in indices]
             if names and all(name in state_dict for name in names):
                 state_dict[f"{prefix}experts.{ours}"] = torch.stack([state_dict.pop(name) for name in names])
+
+    def checkpoint_state_dict(self) -> dict[str, Tensor]:
+        """See CheckpointBlock. Names and order of experts are the published code's."""
+        weights = super().checkpoint_state_dict()
+        num_ffn_experts = self.config.num_ffn_experts
+        order = expert_order(self.config)
+        permute_gate(weights, "gate.", [order.index(expert) for expert in range(len(order))])
+        published = {f"moe.{name}": tensor for name, tensor in weights.items() if name.startswith("gate.")}
+        for ours, theirs, first in (
+            ("w13_weight", "up_proj.weight", 0),
+            ("w2_weight", "down_proj.weight", 0),
+            ("constant_gate_weight", "wg.weight", num_ffn_experts),
+            ("constant_vectors", "constant", num_ffn_experts),
+        ):
+            for expert, tensor in enumerate(weights.get(f"experts.{ours}", ()), first):
+                published[f"moe.experts.experts.{expert}.{theirs}"] = tensor
+        return published
+
+
+def permute_gate(state_dict: dict[str, Any], prefix: str, order: list[int]) -> None:
+    """Puts the rows of the gate under `prefix`, and the columns too of the residual's matrix, in another order of
+    experts, in place. Raises RuntimeError for another shape."""
+    for name in ("wg.weight", "wg.2.weight", "gate_map.weight"):
+        weight = state_dict.get(prefix + name)
+        if weight is None:
+            continue
+        is_map = name == "gate_map.weight"
+        columns = len(order) if is_map else weight.size(-1)
+        if weight.shape != (len(order), columns):
+            raise RuntimeError(f"{prefix}{name} must have shape {[len(order), columns]}, got {list(weight.shape)}")
+        state_dict[prefix + name] = weight[order][:, order] if is_map else weight[order]
 
 
 def expert_order(config: MoEPlusPlusConfig) -> list[int]:

@@ -1,6 +1,7 @@
 """ZEDA (arXiv 2605.18643): experts with output zero, added to trained models of the Qwen3 and the GLM-4.7 kind."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +10,10 @@ from torch.nn import functional as F
 from zexpert.layer import FusedMoE
 from zexpert.models.checkpoint import STACKED_EXPERTS, CheckpointBlock, config_value, require_config, require_silu
 from zexpert.models.float32_linear import Float32Linear
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 @dataclass(frozen=True)
@@ -115,7 +120,7 @@ class ZedaQwen3MoE(CheckpointBlock):
     Args:
         config: the sizes.
         params_dtype: dtype of all parameters, and so of hidden_states; None for torch's default dtype.
-        chunk_size, experts_backend, device: see FusedMoE.
+        chunk_size, experts_backend, expert_parallel_group, tensor_parallel_group, device: see FusedMoE.
 
     Raises:
         ValueError: if config is no ZedaQwen3Config, or a size is out of range.
@@ -130,6 +135,8 @@ class ZedaQwen3MoE(CheckpointBlock):
         params_dtype: torch.dtype | None = None,
         chunk_size: int | None = None,
         experts_backend: str = "auto",
+        expert_parallel_group: "dist.ProcessGroup | DeviceMesh | None" = None,
+        tensor_parallel_group: "dist.ProcessGroup | DeviceMesh | None" = None,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
@@ -149,6 +156,8 @@ class ZedaQwen3MoE(CheckpointBlock):
             params_dtype=params_dtype,
             chunk_size=chunk_size,
             experts_backend=experts_backend,
+            expert_parallel_group=expert_parallel_group,
+            tensor_parallel_group=tensor_parallel_group,
             device=device,
         )
 
@@ -198,7 +207,7 @@ class ZedaGlm4MoE(CheckpointBlock):
         config: the sizes.
         params_dtype: dtype of the experts, and so of hidden_states; None for torch's default dtype. The gate and the
             selection bias are float32.
-        chunk_size, experts_backend, device: see FusedMoE.
+        chunk_size, experts_backend, expert_parallel_group, tensor_parallel_group, device: see FusedMoE.
 
     Raises:
         ValueError: if config is no ZedaGlm4Config, or a size is out of range.
@@ -214,6 +223,8 @@ class ZedaGlm4MoE(CheckpointBlock):
         params_dtype: torch.dtype | None = None,
         chunk_size: int | None = None,
         experts_backend: str = "auto",
+        expert_parallel_group: "dist.ProcessGroup | DeviceMesh | None" = None,
+        tensor_parallel_group: "dist.ProcessGroup | DeviceMesh | None" = None,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
@@ -243,6 +254,8 @@ class ZedaGlm4MoE(CheckpointBlock):
             shared_experts=shared_experts,
             chunk_size=chunk_size,
             experts_backend=experts_backend,
+            expert_parallel_group=expert_parallel_group,
+            tensor_parallel_group=tensor_parallel_group,
             device=device,
         )
 

@@ -1,0 +1,139 @@
+"""Blocks of published models whose experts are shared out over ranks, against one process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from model_cases import as_module_list
+from parallel_cases import NUM_TOKENS, share_of
+from ranks import Ranks
+from testing import assert_equal
+from zexpert.models import (
+    LongcatFlashConfig,
+    LongcatFlashMoE,
+    MoEPlusPlusBlock,
+    MoEPlusPlusConfig,
+    ZedaGlm4Config,
+    ZedaGlm4MoE,
+    ZedaQwen3Config,
+    ZedaQwen3MoE,
+)
+from zexpert.runner.sharded_moe_runner import EXPERT_WEIGHTS
+
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch is built without torch.distributed")
+
+HIDDEN, INTERMEDIATE, REAL = 16, 12, 6
+BLOCKS: dict[str, tuple[Any, Any]] = {
+    "longcat": (LongcatFlashMoE, LongcatFlashConfig(HIDDEN, INTERMEDIATE, REAL, zero_expert_num=3, moe_topk=4)),
+    "moe++": (
+        MoEPlusPlusBlock,
+        MoEPlusPlusConfig(
+            HIDDEN, INTERMEDIATE, REAL, num_constant_experts=3, num_copy_experts=2, num_zero_experts=2, top_k=4
+        ),
+    ),
+    "qwen3": (ZedaQwen3MoE, ZedaQwen3Config(HIDDEN, INTERMEDIATE, REAL, num_zero_experts=3, num_experts_per_tok=4)),
+    "glm4": (
+        ZedaGlm4MoE,
+        ZedaGlm4Config(HIDDEN, INTERMEDIATE, REAL, num_zero_experts=3, n_group=2, topk_group=1, num_experts_per_tok=3),
+    ),
+}
+GROUPS = ("expert_parallel_group", "tensor_parallel_group")
+
+
+def make_blocks(name: str, **options: Any) -> nn.ModuleList:
+    """Two blocks, in float64 and seeded alike."""
+    block, config = BLOCKS[name]
+    torch.manual_seed(0)
+    blocks = nn.ModuleList(block(config, params_dtype=torch.float64, **options) for _ in range(2))
+    for buffer_name, buffer in blocks.named_buffers():
+        if buffer_name.endswith("e_score_correction_bias"):
+            buffer.normal_(std=0.1)
+    return blocks
+
+
+def checkpoint_of(blocks: nn.ModuleList) -> dict[str, Tensor]:
+    return {
+        f"{i}.{key}": tensor for i, block in enumerate(blocks) for key, tensor in block.checkpoint_state_dict().items()
+    }
+
+
+def results(blocks: nn.ModuleList, hidden_states: Tensor, gradient: Tensor) -> dict[str, Tensor]:
+    """The output of one block after the other, and all gradients. MoE++'s hand on their logits, too."""
+    x = hidden_states.clone().requires_grad_()
+    out, logits = x, None
+    for block in blocks:
+        if isinstance(block, MoEPlusPlusBlock):
+            out, logits = block(out, logits)
+        else:
+            out = block(out)
+    out.backward(gradient)
+    wanted = {"hidden_states": x, **dict(blocks.named_parameters())}
+    gradients = {
+        name: torch.zeros_like(tensor) if tensor.grad is None else tensor.grad for name, tensor in wanted.items()
+    }
+    return {"out": out.detach(), **gradients}
+
+
+def as_one_process(group: Any, name: str, kind: str) -> None:
+    num_ranks = dist.get_world_size(group)
+    one = make_blocks(name)
+    blocks = make_blocks(name, **{kind: group})
+    checkpoint = checkpoint_of(one)
+    blocks.load_state_dict(checkpoint)
+    hidden_states, gradient = torch.randn(2, sum(NUM_TOKENS[:num_ranks]), HIDDEN, dtype=torch.float64)
+    expected = results(one, hidden_states, gradient)
+    by_tokens = kind == "expert_parallel_group"  # each rank has its own; else all have all
+    share = share_of(dist.get_rank(group)) if by_tokens else slice(None)
+    actual = results(blocks, hidden_states[share], gradient[share])
+    # All collectives come before any comparison: a rank that fails leaves nobody waiting.
+    for key, value in actual.items():
+        prefix, _, weight = key.rpartition(".")
+        if key in ("out", "hidden_states"):
+            expected[key] = expected[key][share]
+        elif weight in EXPERT_WEIGHTS:
+            assert value.numel() * num_ranks == expected[key].numel()
+            shard = blocks.get_submodule(prefix).runner.sharded(weight, value)
+            actual[key] = shard.full_tensor().flatten(1, -2)
+        elif by_tokens:
+            dist.all_reduce(value, group=group)
+    for key, value in actual.items():
+        torch.testing.assert_close(value, expected[key], msg=lambda text, key=key: f"{key}: {text}")
+
+
+@pytest.mark.parametrize("kind", GROUPS)
+@pytest.mark.parametrize("name", BLOCKS)
+def test_blocks_are_one_processes(name: str, kind: str, ranks: Ranks) -> None:
+    """What zero experts, constants and shared experts add counts once, and a gating residual stays with its tokens."""
+    ranks.run(as_one_process, 3, name, kind)
+
+
+def through_checkpoints(group: Any, name: str, kind: str) -> None:
+    block, config = BLOCKS[name]
+    checkpoint = make_blocks(name)[1].checkpoint_state_dict()
+    layouts = [checkpoint]
+    if "experts.gate_up_proj" in checkpoint:
+        layouts.append(as_module_list(checkpoint))
+    for layout in layouts:
+        for assign in (False, True):
+            prefixed = {f"mlp.{key}": tensor for key, tensor in layout.items()}
+            options: dict[str, Any] = {"params_dtype": torch.float64, kind: group}
+            shared = block.from_state_dict(config, prefixed, prefix="mlp.", assign=assign, **options)
+            gathered = shared.checkpoint_state_dict()
+            assert gathered.keys() == checkpoint.keys()
+            for key, tensor in checkpoint.items():
+                assert_equal(gathered[key], tensor, key)
+    with pytest.raises(ValueError, match=rf"^{kind} must be a process group .*, got 3$"):
+        block(config, **{kind: 3})
+    with pytest.raises(ValueError, match=r"^tensor_parallel_group must be None beside an expert_parallel_group$"):
+        block(config, expert_parallel_group=group, tensor_parallel_group=group)
+
+
+@pytest.mark.parametrize("kind", GROUPS)
+@pytest.mark.parametrize("name", BLOCKS)
+def test_whole_checkpoints(name: str, kind: str, ranks: Ranks) -> None:
+    ranks.run(through_checkpoints, 2, name, kind)
