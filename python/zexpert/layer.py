@@ -81,6 +81,8 @@ class FusedMoE(nn.Module):
         custom_routing_function: see CustomRoutingRouter.
         drop_before_renormalize: weights of drop experts become 0 before renormalising (MoE++).
         routing_simulation: see RoutingSimulatorRouter.
+        recompute: train in less memory: compute the experts again in the backward, instead of keeping what it needs of
+            them. About a third more work; the same gradients.
         experts_backend: "auto", "cpu", "grouped_mm", "hopper" or "torch"; see zexpert.experts.create_experts.
         device: where the parameters are made; None for torch's default device.
 
@@ -125,6 +127,7 @@ class FusedMoE(nn.Module):
         custom_routing_function: CustomRoutingFunction | None = None,
         drop_before_renormalize: bool = False,
         routing_simulation: str | None = None,
+        recompute: bool = False,
         experts_backend: str = "auto",
         device: torch.device | str | None = None,
     ) -> None:
@@ -194,6 +197,7 @@ class FusedMoE(nn.Module):
             self.runner = DefaultMoERunner(router, experts, shared_experts)
         else:
             self.runner = ChunkingMoERunner(router, experts, shared_experts, chunk_size=chunk_size)
+        self.runner.recompute = recompute
 
         self.num_experts = num_experts
         self.hidden_size = hidden_size

@@ -68,6 +68,15 @@ def test_experts_backends(ranks: Ranks) -> None:
     ranks.run(compare_backends, 3)
 
 
+def compare_recomputing(group: Any) -> None:
+    for exchange in EXCHANGES:
+        assert_as_one_process(group, "mixed", exchange, torch.float32, recompute=True)
+
+
+def test_recompute(ranks: Ranks) -> None:
+    ranks.run(compare_recomputing, 3)
+
+
 def one_weight_wants_gradients(group: Any) -> None:
     """All of the work is on rank 0, and every rank runs the same backward."""
     inputs = make_inputs("identity", 5, "one expert")

@@ -193,18 +193,23 @@ def test_anomaly_mode_finds_nothing() -> None:
         assert_same_step(step(layer, layer, *inputs), expected)
 
 
-def test_nothing_as_large_as_tokens_times_slots_times_hidden_size_is_kept() -> None:
-    layer = FusedMoE(NUM_EXPERTS, TOP_K, HIDDEN, 3, zero_expert_type="identity", zero_expert_num=3)
-    hidden_states, router_logits = make_inputs("identity", 50)
+def largest_kept(layer: nn.Module, *inputs: Tensor) -> int:
+    """Elements of the largest tensor that is kept for the backward, parameters aside."""
     kept: list[int] = []
 
     def pack(tensor: Tensor) -> Tensor:
-        kept.append(tensor.numel())
+        kept.append(0 if any(tensor is parameter for parameter in layer.parameters()) else tensor.numel())
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        layer(hidden_states.requires_grad_(), router_logits.requires_grad_())
-    assert max(kept) == hidden_states.numel()
+        layer(*(tensor.requires_grad_() for tensor in inputs))
+    return max(kept)
+
+
+def test_nothing_as_large_as_tokens_times_slots_times_hidden_size_is_kept() -> None:
+    layer = FusedMoE(NUM_EXPERTS, TOP_K, HIDDEN, 3, zero_expert_type="identity", zero_expert_num=3)
+    inputs = make_inputs("identity", 50)
+    assert largest_kept(layer, *inputs) == inputs[0].numel()
 
 
 def test_activation_checkpointing() -> None:
@@ -216,6 +221,29 @@ def test_activation_checkpointing() -> None:
         return out
 
     assert_same_step(step(checkpointed, layer, *inputs), step(layer, layer, *inputs))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_recompute(kind: str, backend: str) -> None:
+    """The same bits, and nothing kept of the experts."""
+    shared_experts = SharedExperts()
+    layers = [
+        make_layer(kind, experts_backend=backend, shared_experts=shared_experts, recompute=recompute)
+        for recompute in (False, True)
+    ]
+    inputs = make_inputs(kind, 100)
+    assert_same_step(*(step(layer, layer, *inputs) for layer in layers))
+    if backend == "cpu":  # the other keeps what it needs of each expert apart
+        assert largest_kept(layers[1], *inputs) <= inputs[0].numel() < largest_kept(layers[0], *inputs)
+
+
+def test_recompute_in_other_forms() -> None:
+    layer = make_layer("mixed", recompute=True, chunk_size=8)
+    inputs = make_inputs("mixed", 20)
+    expected = step(layer, layer, *inputs)
+    assert_same_step(step(torch.compile(layer, fullgraph=True, backend="aot_eager"), layer, *inputs), expected)
+    assert_same_step(step(torch.jit.script(layer), layer, *inputs), expected)
 
 
 def test_bias_parameter_gets_no_gradient() -> None:

@@ -19,6 +19,8 @@ class MoERunner(nn.Module):
 
     Attributes:
         routing_stats: a zexpert.telemetry.RoutingStats that is called with every routing plan, or None.
+        recompute: keep nothing of the experts for the backward, but compute them again there. Scripted and traced
+            runners keep what they need. False unless set.
     """
 
     def __init__(self, router: FusedMoERouter, experts: MoEExperts, shared_experts: nn.Module | None = None) -> None:
@@ -27,6 +29,7 @@ class MoERunner(nn.Module):
         self.experts = experts
         self.shared_experts = shared_experts
         self.routing_stats: nn.Module | None = None
+        self.recompute = False
         router.stash_zero_expert_output = False
 
     def forward(

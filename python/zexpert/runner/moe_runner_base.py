@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from zexpert._autocast import full_precision_linear
 from zexpert.ops.types import DispatchPlan, RoutingResult
@@ -78,6 +79,35 @@ class MoERunnerBase(MoERunner):
         constant_vectors: Tensor | None,
     ) -> Tensor:
         """Everything after the plan: [T, H]."""
+        if not torch.jit.is_scripting():
+            if self.recompute and torch.is_grad_enabled() and not torch.jit.is_tracing():
+                output: Tensor = checkpoint(
+                    self._compute_experts_and_epilogue,
+                    hidden_states,
+                    routing,
+                    plan,
+                    w13_weight,
+                    w2_weight,
+                    residual,
+                    constant_vectors,
+                    use_reentrant=False,
+                    preserve_rng_state=False,
+                )
+                return output
+        return self._compute_experts_and_epilogue(
+            hidden_states, routing, plan, w13_weight, w2_weight, residual, constant_vectors
+        )
+
+    def _compute_experts_and_epilogue(
+        self,
+        hidden_states: Tensor,
+        routing: RoutingResult,
+        plan: DispatchPlan,
+        w13_weight: Tensor,
+        w2_weight: Tensor,
+        residual: Tensor | None,
+        constant_vectors: Tensor | None,
+    ) -> Tensor:
         constant_weight: Tensor | None = None
         if routing.constant_weight.size(1) > 0:
             constant_weight = routing.constant_weight
