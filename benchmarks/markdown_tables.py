@@ -1,11 +1,15 @@
-"""Turns the JSON files of the benchmarks into the tables of docs/performance.md.
+"""Turns the JSON files of the benchmarks into tables.
 
-Usage: python benchmarks/markdown_tables.py FILE.json [FILE.json ...]
+Usage: python benchmarks/markdown_tables.py FILE.json|PAGE.md [...]
+
+Prints the tables of a JSON file. In a page, such as docs/performance.md, writes anew what stands between
+<!-- table: NAME.json --> and <!-- end of table -->, from the file of that name beside the page.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -57,13 +61,26 @@ def report(benchmark: dict[str, Any]) -> str:
     return f"{machine(benchmark['environment'])}\n\n{lines}\n"
 
 
+def with_tables(page: str, folder: Path) -> str:
+    """The text of a page in `folder`, its tables made anew. OSError or ValueError for a file that cannot be read."""
+
+    def table_of(marked: re.Match[str]) -> str:
+        benchmark = json.loads((folder / marked[2]).read_text())
+        return f"{marked[1]}\n\n{report(benchmark)}\n{marked[3]}"
+
+    return re.sub(r"(<!-- table: (\S+) -->).*?(<!-- end of table -->)", table_of, page, flags=re.DOTALL)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     paths = [Path(argument) for argument in (sys.argv[1:] if arguments is None else arguments)]
     if not paths:
-        print("usage: python benchmarks/markdown_tables.py FILE.json [FILE.json ...]", file=sys.stderr)
+        print("usage: python benchmarks/markdown_tables.py FILE.json|PAGE.md [...]", file=sys.stderr)
         return 2
     for path in paths:
         try:
+            if path.suffix == ".md":
+                path.write_text(with_tables(path.read_text(), path.parent))
+                continue
             benchmark = json.loads(path.read_text())
         except (OSError, ValueError) as error:
             print(f"markdown_tables.py: cannot read {path}: {error}", file=sys.stderr)

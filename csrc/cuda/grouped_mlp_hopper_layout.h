@@ -13,8 +13,8 @@
 //                A thread's sums of rows i and i + 8 of an instruction thus are gate and up of one channel.
 //   down:        a group is 32 channels. Half h takes the rows of its channels 16h .. 16h + 15.
 //
-// Either way a warp ends up with neighbouring channels, and one box of the copy engine is the half of a tile, 128 rows
-// of 64 elements: for each group, for each of its matrices (gate, up), the rows of the half.
+// Either way a warp ends up with neighbouring channels, and one box of the copy engine is the half of a tile, 128 or 64
+// rows of 64 elements: for each group, for each of its matrices (gate, up), the rows of the half.
 #pragma once
 
 #include <cstdint>

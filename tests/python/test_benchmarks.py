@@ -13,7 +13,8 @@ import torch
 
 import reference
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks"))
 
 from zexpert.benchmark import harness, torch_routing
 from zexpert.benchmark.layer import LayerResult
@@ -127,6 +128,25 @@ def test_report_as_markdown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert "| case | floor | zexpert | plain | target |" in out
     assert "| small | 1.00 ms | **2.00 ms** (50%) | 6.00 ms (3.00x) | 2.5x met |" in out
     assert markdown_tables.main([str(tmp_path / "missing.json")]) == 2
+
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- table: report.json -->\nold\n<!-- end of table -->\nafter\n")
+    assert markdown_tables.main([str(page)]) == 0
+    assert page.read_text().startswith("before\n<!-- table: report.json -->\n\n")
+    assert "| small | 1.00 ms | **2.00 ms** (50%) | 6.00 ms (3.00x) | 2.5x met |" in page.read_text()
+    assert "old" not in page.read_text()
+    assert page.read_text().endswith("\n<!-- end of table -->\nafter\n")
+    page.write_text("<!-- table: missing.json -->\n<!-- end of table -->\n")
+    assert markdown_tables.main([str(page)]) == 2
+
+
+def test_tables_of_the_documentation_are_those_of_its_measurements() -> None:
+    import markdown_tables
+
+    page = ROOT / "docs" / "performance.md"
+    text = page.read_text()
+    assert "<!-- table: " in text
+    assert markdown_tables.with_tables(text, page.parent) == text
 
 
 def test_roofline_tells_contenders_and_models_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
