@@ -178,7 +178,10 @@ def is_distributed() -> bool:
 
 
 def moe_runners(model: nn.Module) -> dict[str, MoERunner]:
-    """The runners in `model`, in the order of its modules, by the name of the layer that owns them."""
+    """The runners in `model`, in the order of its modules, by the name of the layer that owns them.
+    ValueError for what is no module."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     return {
         name.removesuffix("runner").removesuffix("."): module
         for name, module in model.named_modules()

@@ -13,11 +13,12 @@ import torch
 
 import reference
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 from zexpert.benchmark import harness, torch_routing
 from zexpert.benchmark.layer import LayerResult
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class Clock:

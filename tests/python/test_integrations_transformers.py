@@ -278,6 +278,8 @@ def test_hooks_of_accelerate_stay() -> None:
 
 
 def test_what_cannot_be_patched_is_told_and_left_alone(layers_input: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"^model must be a torch\.nn\.Module, got NoneType$"):
+        patch(None)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"^model must have a LongcatFlashMoE layer, got Linear without one; other"):
         patch(nn.Linear(2, 2))
     cases: list[tuple[Any, str]] = []

@@ -213,6 +213,10 @@ def test_values_out_of_range() -> None:
 
 def test_layers_that_cannot_be_controlled() -> None:
     controller = LongCatBiasController(0.1, 2.0)
+    with pytest.raises(ValueError, match=r"^e_score_correction_bias must be a tensor, got NoneType$"):
+        SignBiasController(0.1).update_bias(None, torch.ones(3), 1, 2)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^model must be a torch\.nn\.Module, got list$"):
+        SignBiasController(0.1).update([])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"track_routing.*got none"):
         controller.update(make_layer("identity"))
 

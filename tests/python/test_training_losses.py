@@ -190,5 +190,8 @@ def test_arguments_out_of_range() -> None:
             group_loss(logits, load, 20, TOP_K, target_ffn_experts=target)
     with pytest.raises(ValueError, match=r"num_groups must divide the number of real experts \(8\), got 3"):
         group_loss(logits, load, 20, TOP_K, target_ffn_experts=2.0, num_groups=3)
+    for losses_input in ((None, torch.ones(8)), (torch.randn(4, 12), [1] * 8)):
+        with pytest.raises(ValueError, match=r"^(router_logits|expert_load) must be a tensor, got (NoneType|list)$"):
+            switch_loss(*losses_input, 4, 3)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match='scoring_func must be "softmax"'):
         switch_loss(logits, load, 20, TOP_K, scoring_func="tanh")

@@ -79,6 +79,8 @@ def patch(
             experts, experts that are sharded or quantised, or a forward that something else has replaced. Nothing is
             changed then.
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     layers = {name: module for name, module in model.named_modules() if type(module) in (LongcatFlashMoE, PatchedMoE)}
     if not layers:
         raise ValueError(

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from zexpert.router.base_router import check_tensor
 from zexpert.telemetry import RoutingStats, is_distributed, moe_runners
 
 
@@ -58,6 +59,8 @@ class BiasController:
 
     def check_layer(self, e_score_correction_bias: Tensor, expert_load: Tensor, top_k: int) -> None:
         """Raises ValueError unless update_bias can update the bias from the load."""
+        check_tensor("e_score_correction_bias", e_score_correction_bias)
+        check_tensor("expert_load", expert_load)
         if e_score_correction_bias.dtype not in (torch.float32, torch.float64):
             raise ValueError(
                 "e_score_correction_bias must be float32 or float64, which small updates do not vanish in, got "

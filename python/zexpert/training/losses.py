@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
+from zexpert.router.base_router import check_tensor
 from zexpert.telemetry import is_distributed
 
 
@@ -114,6 +115,8 @@ def switch_loss(
 
 def check_sizes(router_logits: Tensor, expert_load: Tensor, top_k: int) -> tuple[int, int]:
     """(N, R); ValueError unless the tensors fit each other."""
+    check_tensor("router_logits", router_logits)
+    check_tensor("expert_load", expert_load)
     if router_logits.dim() < 2 or not router_logits.is_floating_point():
         raise ValueError(
             f"router_logits must be floating point of shape [..., experts], got shape {list(router_logits.shape)} of "
