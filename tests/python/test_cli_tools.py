@@ -51,7 +51,12 @@ def test_info_as_json() -> None:
     }
     assert operators["moe_plan"]["backward"] is False
     assert operators["grouped_mlp"]["cuda"] is False
-    assert not [name for name in operators if name.endswith("_backward")]
+    assert operators["grouped_mlp_hopper"] == {
+        "cpu": False,
+        "cuda": operators["biased_topk"]["cuda"],
+        "backward": False,
+    }
+    assert sorted(operators) == sorted(name for name in package.ops.__all__ if name.islower())
 
 
 def test_info_in_tables() -> None:

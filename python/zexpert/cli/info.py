@@ -13,9 +13,11 @@ import torch
 import typer
 from rich.table import Table
 
+from zexpert import ops
 from zexpert._info import build_info
 from zexpert.benchmark.harness import processor_name
 from zexpert.cli.terminal import console
+from zexpert.ops._autograd import NOT_DIFFERENTIABLE
 
 #: Packages that the extras name, or that zexpert works with.
 OPTIONAL_PACKAGES = ("transformers", "vllm", "sglang", "flashinfer-python", "typer", "rich", "matplotlib")
@@ -66,16 +68,15 @@ def devices() -> list[dict[str, Any]]:
 
 def operators() -> dict[str, dict[str, bool]]:
     """For each operator, whether it has a kernel for the CPU, for CUDA in this process, and a derivative."""
-    names = sorted({name.removeprefix("zexpert::").partition(".")[0] for name in registered_operators()})
-    public = [name for name in names if not name.endswith("_backward")]
+    registered = {name.removeprefix("zexpert::").partition(".")[0] for name in registered_operators()}
     has = torch._C._dispatch_has_kernel_for_dispatch_key
     return {
         name: {
             "cpu": has(f"zexpert::{name}", "CPU"),
             "cuda": has(f"zexpert::{name}", "CUDA"),
-            "backward": has(f"zexpert::{name}", "Autograd"),
+            "backward": has(f"zexpert::{name}", "Autograd") and name not in NOT_DIFFERENTIABLE,
         }
-        for name in public
+        for name in sorted(registered.intersection(ops.__all__))
     }
 
 

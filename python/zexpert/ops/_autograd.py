@@ -23,8 +23,13 @@ def register_autograd(op: str, setup_context: Callable[..., None], backward: Cal
     torch.library.register_autograd(f"zexpert::{op}", backward, setup_context=setup)
 
 
+NOT_DIFFERENTIABLE: set[str] = set()
+"""Names of the ops whose derivative is an error."""
+
+
 def register_not_differentiable(op: str) -> None:
     """Makes differentiating ``zexpert::<op>`` an error where it would be silently wrong."""
+    NOT_DIFFERENTIABLE.add(op)
     reason = "second derivatives are not available" if op.endswith("_backward") else "it computes forward only"
 
     def backward(_ctx: Context, *_gradients: object) -> NoReturn:
