@@ -91,19 +91,19 @@ KernelPlan plan_grouped_mlp(const KernelQuery& query, const char* isa) {
           about + "and a segment of more than " + limit + " rows repays a matrix-product library's packing."};
 }
 
-/// Why grouped_mlp_hopper does not take the query; empty if it does, on a GPU of its own.
+/// What of the query grouped_mlp_hopper does not take; empty if it takes it, on a GPU of its own.
 std::string obstacle_to_hopper(const KernelQuery& query) {
   const auto not_a_multiple = [](const char* what, std::optional<int64_t> size) {
     return size.value_or(0) % kHopperSizeStep == 0 ? std::string()
                                                    : std::string(what) + " " + std::to_string(*size) +
-                                                         " is no multiple of " + std::to_string(kHopperSizeStep);
+                                                         ", no multiple of " + std::to_string(kHopperSizeStep);
   };
   const std::string dtype = query.dtype.value_or("float32");
   if (dtype != "bfloat16" && dtype != "float16") {
-    return dtype + " is neither bfloat16 nor float16";
+    return dtype + ", neither bfloat16 nor float16";
   }
   if (query.num_experts.value_or(1) > kHopperMaxExperts) {
-    return std::to_string(*query.num_experts) + " experts are more than " + std::to_string(kHopperMaxExperts);
+    return std::to_string(*query.num_experts) + " experts, more than " + std::to_string(kHopperMaxExperts);
   }
   const std::string hidden = not_a_multiple("a hidden size of", query.hidden_size);
   return !hidden.empty() ? hidden : not_a_multiple("an intermediate size of", query.intermediate_size);
@@ -120,7 +120,7 @@ KernelPlan plan_grouped_mlp_on_cuda(const KernelQuery& query) {
               "Tiles of up to " + rows +
                   " rows of an expert: few rows are bound by reading weights, many by the products."};
     }
-    obstacle += ", which the kernels for Hopper do not take: ";
+    obstacle = "The kernels for Hopper do not take " + obstacle + ": ";
   }
   const bool fits = query.dtype == "bfloat16" && query.hidden_size.value_or(8) % 8 == 0 &&
                     query.intermediate_size.value_or(8) % 8 == 0;

@@ -6,11 +6,14 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 
 #include "cuda/grouped_mlp_hopper_kernel.cuh"
 #include "cuda/launch.cuh"
 #include "zexpert/error.h"
 #include "zexpert/grouped_mlp.h"
+
+extern "C" const char* zexpert_cuda_architectures();  // build_info.cu
 
 namespace zexpert {
 namespace cuda {
@@ -141,13 +144,26 @@ int64_t tile_rows_of(const GroupedMlpHopperParams& params) {
   return params.tile_rows != 0 ? params.tile_rows : hopper_tile_rows(params.mlp.num_rows, params.mlp.num_experts);
 }
 
+/// The products' code is in sm_90a alone, which CMake calls 90a and TORCH_CUDA_ARCH_LIST 9.0a.
+bool is_compiled() {
+  const char* const architectures = zexpert_cuda_architectures();
+  return std::strstr(architectures, "90a") != nullptr || std::strstr(architectures, "9.0a") != nullptr;
+}
+
+bool is_on_hopper() {
+  return device_attribute(cudaDevAttrComputeCapabilityMajor) == 9 &&
+         device_attribute(cudaDevAttrComputeCapabilityMinor) == 0;
+}
+
 bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
 void check_params(const GroupedMlpHopperParams& params) {
   const GroupedMlpParams& mlp = params.mlp;
-  ZEXPERT_CHECK(runs_grouped_mlp_hopper(), "grouped_mlp_hopper must run on a GPU of compute capability 9.0, got ",
+  ZEXPERT_CHECK(is_on_hopper(), "grouped_mlp_hopper must run on a GPU of compute capability 9.0, got ",
                 device_attribute(cudaDevAttrComputeCapabilityMajor), ".",
                 device_attribute(cudaDevAttrComputeCapabilityMinor));
+  ZEXPERT_CHECK(is_compiled(), "grouped_mlp_hopper must be compiled for the architecture 9.0a, got ",
+                zexpert_cuda_architectures());
   ZEXPERT_CHECK(mlp.data_type == ScalarType::kBFloat16 || mlp.data_type == ScalarType::kFloat16,
                 "rows must be bfloat16 or float16, got ", name(mlp.data_type));
   ZEXPERT_CHECK(mlp.num_experts <= kHopperMaxExperts, "the number of experts must be at most ", kHopperMaxExperts,
@@ -170,10 +186,7 @@ void check_params(const GroupedMlpHopperParams& params) {
 }  // namespace
 }  // namespace cuda
 
-bool runs_grouped_mlp_hopper() {
-  return cuda::device_attribute(cudaDevAttrComputeCapabilityMajor) == 9 &&
-         cuda::device_attribute(cudaDevAttrComputeCapabilityMinor) == 0;
-}
+bool runs_grouped_mlp_hopper() { return cuda::is_compiled() && cuda::is_on_hopper(); }
 
 int64_t grouped_mlp_hopper_workspace_bytes(const GroupedMlpHopperParams& params) {
   return cuda::workspace_parts(params.mlp, cuda::tile_rows_of(params), cuda::num_multiprocessors()).num_bytes;

@@ -357,7 +357,7 @@ __global__ void __launch_bounds__(kProductThreads, 1)
     }
   }
 #else
-  __trap();  // wgmma is in code for sm_90a alone, and the launcher asks for such a device
+  __trap();  // wgmma is in code for sm_90a alone, and the launcher asks whether that is there
 #endif
 }
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 from typing import TypedDict
 
 import torch
 
 from zexpert import _C
 from zexpert._C import KernelPlan
-from zexpert._loader import CORE_LIBRARY, CUDA_LIBRARY, load_libraries
+from zexpert._loader import CORE_LIBRARY, CUDA_LIBRARY, cuda_library_info, load_libraries
 from zexpert.experts.hopper import is_hopper
 
 
@@ -45,7 +44,7 @@ def build_info() -> BuildInfo:
     """What this zexpert was built from and what it runs on."""
     libraries = load_libraries()
     module = _C.build_info()
-    toolkit, archs = _cuda_library_info() if libraries.cuda_loaded else (None, module["cuda_archs"])
+    toolkit, archs = cuda_library_info() if libraries.cuda_loaded else (None, module["cuda_archs"])
     return {
         "version": module["version"],
         "git_revision": module["git_revision"],
@@ -59,16 +58,6 @@ def build_info() -> BuildInfo:
         "cuda_toolkit": toolkit,
         "libraries": [str(CORE_LIBRARY), *([str(CUDA_LIBRARY)] if libraries.cuda_loaded else [])],
     }
-
-
-def _cuda_library_info() -> tuple[str, list[str]]:
-    """Toolkit version and architectures as the loaded library states them."""
-    library = ctypes.CDLL(str(CUDA_LIBRARY))
-    library.zexpert_cuda_toolkit_version.restype = ctypes.c_int
-    library.zexpert_cuda_architectures.restype = ctypes.c_char_p
-    version: int = library.zexpert_cuda_toolkit_version()  # 1000 * major + 10 * minor
-    architectures: bytes = library.zexpert_cuda_architectures()
-    return f"{version // 1000}.{version % 1000 // 10}", architectures.decode().replace(";", " ").split()
 
 
 def kernel_plan(
@@ -100,8 +89,9 @@ def kernel_plan(
         top_k: K.
         hidden_size: H.
         intermediate_size: F.
-        experts_backend: for ``grouped_mlp`` on CUDA: "hopper" as on a Hopper GPU, whose kernels take most sizes; the
-            reason says why not. "auto" as on the current GPU.
+        experts_backend: for ``grouped_mlp`` on CUDA, which stands for the layer's experts where no gradients are
+            wanted: "hopper" as on a Hopper GPU, whose kernels take most sizes; the reason says why not. "auto" as on
+            the current GPU.
 
     Returns:
         ``op``, ``backend`` ("cpu" or "cuda" for zexpert's kernels, "torch" for PyTorch's matrix product), ``kernel``

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import struct
 import sysconfig
@@ -49,6 +50,17 @@ def load_libraries() -> LoadedLibraries:
         return LoadedLibraries(False, f"not loaded: PyTorch {torch.__version__} has no CUDA")
     _load(CUDA_LIBRARY, info)
     return LoadedLibraries(True, "loaded")
+
+
+@functools.cache
+def cuda_library_info() -> tuple[str, list[str]]:
+    """Toolkit version and architectures as the loaded CUDA library states them."""
+    library = ctypes.CDLL(str(CUDA_LIBRARY))
+    library.zexpert_cuda_toolkit_version.restype = ctypes.c_int
+    library.zexpert_cuda_architectures.restype = ctypes.c_char_p
+    version: int = library.zexpert_cuda_toolkit_version()  # 1000 * major + 10 * minor
+    architectures: bytes = library.zexpert_cuda_architectures()
+    return f"{version // 1000}.{version % 1000 // 10}", architectures.decode().replace(";", " ").split()
 
 
 def _module_build_info() -> _BuildInfo:

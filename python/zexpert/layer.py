@@ -82,7 +82,7 @@ class FusedMoE(nn.Module):
         drop_before_renormalize: weights of drop experts become 0 before renormalising (MoE++).
         routing_simulation: see RoutingSimulatorRouter.
         recompute: train in less memory: compute the experts again in the backward, instead of keeping what it needs of
-            them. About a third more work; the same gradients.
+            them. About a third more work; the same gradients. Scripted and traced layers keep what they need.
         experts_backend: "auto", "cpu", "grouped_mm", "hopper" or "torch"; see zexpert.experts.create_experts.
         device: where the parameters are made; None for torch's default device.
 
@@ -263,15 +263,16 @@ class FusedMoE(nn.Module):
 
     @property
     def experts_backend(self) -> str:
-        """Name of the experts backend for tokens on the parameters' device: "cpu", "grouped_mm", "hopper" or
-        "torch"."""
+        """Name of the experts backend that a call would take now, for tokens of the parameters' device and dtype:
+        "cpu", "grouped_mm", "hopper" or "torch". On a GPU it may be another under torch.no_grad()."""
         return self.runner.experts.backend_for(self.w13_weight, self.w2_weight)
 
     def forward(self, hidden_states: Tensor, router_logits: Tensor) -> Tensor:
         """The layer's output.
 
         Where hidden states or experts' weights want gradients, the CPU backend takes torch.ops.zexpert.fused_moe, which
-        keeps little for the backward; the last bits of its results may differ from those without gradients.
+        keeps little for the backward, and "auto" another backend than "hopper"; the last bits of the results may differ
+        from those without gradients.
 
         Under torch.autocast hidden states and experts are converted to autocast's dtype. The routing is not: make the
         logits in float32.

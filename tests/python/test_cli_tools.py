@@ -230,6 +230,21 @@ def test_doctor_on_machines_with_gpus(
     assert (finding.remedy == "") == (level == "ok")
 
 
+@pytest.mark.parametrize("archs", [["9.0"], ["8.0+PTX"]], ids=str)
+def test_doctor_tells_of_a_build_without_the_experts_for_hopper(
+    archs: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = steps(zexpert={"cuda_library": "loaded", "cuda_archs": archs})
+    monkeypatch.setattr(doctor, "probe", lambda gpus=range(0): told)
+    right, note = doctor.check_cuda(told)
+    assert (right.level, note.level) == ("ok", "note")
+    assert note.what == (
+        f"zexpert was built for {archs[0]}, without its experts for cuda:0, NVIDIA H200, compute capability 9.0, "
+        "which need 9.0a"
+    )
+    assert "TORCH_CUDA_ARCH_LIST=9.0a " in note.remedy
+
+
 def test_doctor_names_a_missing_cuda_library() -> None:
     error = (
         "ImportError: libzexpert_cuda.so does not load: libcudart.so.13: cannot open shared object file: No such file"
@@ -304,6 +319,17 @@ def test_bench_in_tables(dtype: str) -> None:
     for part in ("tiny: layer, 5 tokens", "quartiles", "of floor", "plain PyTorch", "yes", "GB/s"):
         assert part in result.stdout
     assert "\x1b" not in result.stdout
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.usefixtures("small_machine")
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_bench_of_the_layer_on_a_gpu(dtype: str) -> None:
+    """Whether or not its experts wait for the host."""
+    result = run_here(
+        "bench", "--device", "cuda", "--repeats", "2", "--model", "small", "--tokens", "5", "--dtype", dtype
+    )
+    assert result.exit_code == 0, result.output
 
 
 @pytest.mark.usefixtures("small_machine")

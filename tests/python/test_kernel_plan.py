@@ -149,10 +149,18 @@ def test_cuda(op: str, sizes: dict[str, Any], backend: str, kernel: str) -> None
         ({"num_rows": 1024 * 12}, "grouped_mlp_hopper", r"^Tiles of up to 160 rows of an expert"),
         ({"num_rows": 2048 * 12}, "grouped_mlp_hopper", r"^Tiles of up to 288 rows of an expert"),
         ({"dtype": "float16"}, "grouped_mlp_hopper", r"^Tiles "),
-        ({"hidden_size": 72}, "grouped_mm", r"^a hidden size of 72 is no multiple of 64, which the kernels for Hopper"),
-        ({"intermediate_size": 96}, "grouped_mm", r"^an intermediate size of 96 is no multiple of 64, which"),
-        ({"num_experts": 1025}, "grouped_mm", r"^1025 experts are more than 1024, which"),
-        ({"dtype": "float32"}, "loop", r"^float32 is neither bfloat16 nor float16, which"),
+        (
+            {"hidden_size": 72},
+            "grouped_mm",
+            r"^The kernels for Hopper do not take a hidden size of 72, no multiple of 64: One",
+        ),
+        (
+            {"intermediate_size": 96},
+            "grouped_mm",
+            r"^The kernels .* take an intermediate size of 96, no multiple of 64: One",
+        ),
+        ({"num_experts": 1025}, "grouped_mm", r"^The kernels .* take 1025 experts, more than 1024: One"),
+        ({"dtype": "float32"}, "loop", r"^The kernels .* take float32, neither bfloat16 nor float16: Only"),
         ({"experts_backend": "auto"}, "grouped_mm", r"^One grouped matrix product"),
     ],
 )

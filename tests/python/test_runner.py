@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from layer_cases import HIDDEN, LAYERS, NUM_EXPERTS, SharedExperts, expected_output, make_inputs, make_layer
 from testing import FLOAT_DTYPES, assert_equal, assert_error_rule, weight_dtype
 from zexpert import DispatchPlan, FusedMoE, RoutingResult, ops
+from zexpert._loader import LoadedLibraries
 from zexpert.experts import (
     AutoExperts,
     CpuExperts,
@@ -21,6 +22,7 @@ from zexpert.experts import (
     TorchLoopExperts,
     create_experts,
 )
+from zexpert.experts.hopper import is_hopper
 from zexpert.router import FusedTopKRouter, ZeroExpertRouter
 from zexpert.runner import ChunkingMoERunner, DefaultMoERunner, MoERunner, MoERunnerBase
 
@@ -327,7 +329,7 @@ def test_auto_on_a_gpu(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("zexpert.experts.hopper.is_hopper", lambda index: on_hopper)
-    with FakeTensorMode():
+    with FakeTensorMode(), torch.no_grad():
         hidden_states = torch.empty(3, hidden_size, dtype=dtype, device="cuda")
         w2_weight = torch.empty(8, hidden_size, intermediate_size, dtype=dtype, device="cuda")
         assert create_experts().backend_for(hidden_states, w2_weight) == backend
@@ -343,6 +345,26 @@ def test_auto_on_a_gpu_for_training(dtype: torch.dtype, backend: str, monkeypatc
         assert create_experts().backend_for(hidden_states, w2_weight) == backend
         with torch.no_grad():
             assert create_experts().backend_for(hidden_states, w2_weight) == "hopper"
+
+
+@pytest.mark.parametrize(
+    ("archs", "capability", "runs"),
+    [
+        (["8.0", "9.0a", "10.0+PTX"], (9, 0), True),
+        (["9.0a"], (10, 0), False),
+        (["9.0"], (9, 0), False),
+        (["8.0+PTX"], (9, 0), False),
+        ([], (9, 0), False),
+    ],
+)
+def test_where_the_kernels_for_hopper_run(
+    archs: list[str], capability: tuple[int, int], runs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("zexpert.experts.hopper.load_libraries", lambda: LoadedLibraries(True, "loaded"))
+    monkeypatch.setattr("zexpert.experts.hopper.cuda_library_info", lambda: ("13.0", archs))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    assert is_hopper(0) is runs
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated:DeprecationWarning")

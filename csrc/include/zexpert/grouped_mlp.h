@@ -76,7 +76,7 @@ struct GroupedMlpHopperParams {
   void* workspace = nullptr;  ///< grouped_mlp_hopper_workspace_bytes of device memory, aligned to 256 bytes
 };
 
-/// Whether the current device is a GPU of compute capability 9.0.
+/// Whether the current device is a GPU of compute capability 9.0, and this library was compiled for sm_90a.
 bool runs_grouped_mlp_hopper();
 
 /// Bytes of device memory that grouped_mlp_hopper works in on the current device: the activation, [num_rows,

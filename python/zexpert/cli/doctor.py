@@ -203,12 +203,16 @@ def check_cuda(steps: Mapping[str, Any]) -> list[Finding]:
     again = probe(range(len(gpus)))
     for index, (name, major, minor) in enumerate(gpus):
         what = f"cuda:{index}, {name}, compute capability {major}.{minor}"
+        built = " ".join(archs)
+        arch = "9.0a" if (major, minor) == (9, 0) else f"{major}.{minor}"
+        remedy = f"build zexpert for it: TORCH_CUDA_ARCH_LIST={arch} pip install -e . --no-build-isolation"
         if not has_image(archs, major, minor):
-            remedy = f"build zexpert for it: TORCH_CUDA_ARCH_LIST={major}.{minor} pip install -e . --no-build-isolation"
-            built = " ".join(archs)
             findings.append(Finding("problem", f"no kernel image for {what}: zexpert was built for {built}", remedy))
         else:
             findings.append(check_layer(again, f"cuda:{index}", f"the layer on {what}"))
+            if arch == "9.0a" and not any(one.startswith(arch) for one in archs):
+                slower = f"zexpert was built for {built}, without its experts for {what}, which need 9.0a"
+                findings.append(Finding("note", slower, remedy))
     return findings
 
 

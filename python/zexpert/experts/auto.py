@@ -12,9 +12,8 @@ from zexpert.ops.types import DispatchPlan, RoutingResult
 
 class AutoExperts(MoEExperts):
     """Chooses at every call, so that the layer keeps working when it moves to another device or dtype: "cpu" for tokens
-    on the CPU (and on the meta device, where its operators give shapes), "hopper", or else
-    "grouped_mm", for those on a GPU that it
-    supports, "torch" for the rest.
+    on the CPU (and on the meta device, where its operators give shapes), "hopper", or else "grouped_mm", for those on a
+    GPU that it supports, "torch" for the rest. "hopper" supports none where gradients are wanted.
     """
 
     def __init__(self) -> None:

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from zexpert._loader import cuda_library_info, load_libraries
 from zexpert.experts.grouped_mm import GroupedMMExperts
 from zexpert.experts.interface import MoEExperts
 from zexpert.ops.types import DispatchPlan, RoutingResult
@@ -10,7 +11,9 @@ from zexpert.ops.types import DispatchPlan, RoutingResult
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def is_hopper(device_index: int) -> bool:
-    """Whether grouped_mlp_hopper runs on that GPU."""
+    """Whether grouped_mlp_hopper runs on that GPU: one of compute capability 9.0, with code for 9.0a."""
+    if not load_libraries().cuda_loaded or not any(arch.startswith("9.0a") for arch in cuda_library_info()[1]):
+        return False
     return torch.cuda.is_available() and torch.cuda.get_device_capability(device_index) == (9, 0)
 
 
@@ -38,6 +41,8 @@ class HopperExperts(MoEExperts):
             return False
         if self.wants_gradient(hidden_states, w2_weight):
             return False
+        if hidden_states.dtype == torch.float16 and torch.is_grad_enabled():
+            return False  # w13 may want one, and grouped_mm does not take float16
         if torch.jit.is_scripting():
             runs: bool = torch.ops.zexpert.is_hopper(hidden_states)
             return runs
