@@ -153,6 +153,8 @@ class FusedMoE(nn.Module):
             raise ValueError(f'zero_expert_num is required with zero_expert_type "{kind_name(zero_expert_type)}"')
         if params_dtype is not None and not (isinstance(params_dtype, torch.dtype) and params_dtype.is_floating_point):
             raise ValueError(f"params_dtype must be a floating-point dtype, got {params_dtype!r}")
+        if not isinstance(cast(object, recompute), bool):
+            raise ValueError(f"recompute must be True or False, got {recompute!r}")
         if shared_experts is not None and not isinstance(shared_experts, nn.Module):
             raise ValueError(f"shared_experts must be a torch.nn.Module, got {type(shared_experts).__name__}")
 
@@ -324,6 +326,7 @@ class FusedMoE(nn.Module):
         return (
             f"num_experts={self.num_experts}, hidden_size={self.hidden_size}, "
             f"intermediate_size={self.intermediate_size}, dtype={self.w13_weight.dtype}"
+            + (", recompute=True" if self.runner.recompute else "")
         )
 
 

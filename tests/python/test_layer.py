@@ -245,6 +245,7 @@ def test_custom_routing_function_and_simulation() -> None:
         ({"params_dtype": torch.int8}, r"^params_dtype must be a floating-point dtype, got torch.int8$"),
         ({"shared_experts": len}, r"^shared_experts must be a torch.nn.Module, got builtin_function_or_method$"),
         ({"chunk_size": 0}, r"^chunk_size must be an integer of at least 1, got 0$"),
+        ({"recompute": "no"}, r"^recompute must be True or False, got 'no'$"),
         ({"expert_parallel_group": object()}, r"^expert_parallel_group needs torch.distributed.init_process_group .*$"),
         ({"use_grouped_topk": True}, r"^num_expert_group and topk_group are required when use_grouped_topk is set"),
         ({"num_expert_group": 4}, r"^num_expert_group and topk_group must be None or 1 when .*, got 4 and None$"),

@@ -79,6 +79,17 @@ def results(blocks: nn.ModuleList, hidden_states: Tensor, gradient: Tensor) -> d
     return {"out": out.detach(), **gradients}
 
 
+@pytest.mark.parametrize("name", BLOCKS)
+def test_recompute(name: str) -> None:
+    torch.manual_seed(1)
+    hidden_states, gradient = torch.randn(2, 30, HIDDEN, dtype=torch.float64)
+    expected = results(make_blocks(name), hidden_states, gradient)
+    blocks = make_blocks(name, recompute=True)
+    assert "recompute=True" in repr(blocks)
+    for key, value in results(blocks, hidden_states, gradient).items():
+        assert_equal(value, expected[key], key)
+
+
 def as_one_process(group: Any, name: str, kind: str) -> None:
     num_ranks = dist.get_world_size(group)
     one = make_blocks(name)

@@ -52,6 +52,7 @@ def patch(
     *,
     free_unused_weights: bool = False,
     chunk_size: int | None = None,
+    recompute: bool = False,
     experts_backend: str = "auto",
 ) -> nn.Module:
     """Makes every LongcatFlashMoE in `model` run on zexpert, in place: routing, experts and epilogue.
@@ -68,8 +69,7 @@ def patch(
             n_routed_experts + zero_expert_num, which transformers allocates and never reads. The parameter keeps its
             identity and loses its gradient; state dicts have the rows, as zeros, all the same. Free them before an
             optimiser takes its first step, whose state has the parameter's shape.
-        chunk_size: see FusedMoE.
-        experts_backend: see FusedMoE.
+        chunk_size, recompute, experts_backend: see FusedMoE.
 
     Returns:
         `model`.
@@ -91,6 +91,7 @@ def patch(
         check_layer(name, layer)
     runners = [make_runner(layer, chunk_size, experts_backend) for layer in layers.values()]
     for layer, runner in zip(layers.values(), runners, strict=True):
+        runner.recompute = recompute
         layer.runner = runner.train(layer.training)
         change_class(layer, PatchedMoE)
         change_class(layer.router, PatchedRouter)

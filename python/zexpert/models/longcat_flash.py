@@ -102,7 +102,7 @@ class LongcatFlashMoE(CheckpointBlock):
         config: the sizes.
         params_dtype: dtype of the experts, and so of hidden_states; None for torch's default dtype. The classifier and
             the selection bias are float32.
-        chunk_size, experts_backend, expert_parallel_group, tensor_parallel_group, device: see FusedMoE.
+        chunk_size, recompute, experts_backend, expert_parallel_group, tensor_parallel_group, device: see FusedMoE.
 
     Raises:
         ValueError: if config is no LongcatFlashConfig, or a size is out of range.
@@ -117,6 +117,7 @@ class LongcatFlashMoE(CheckpointBlock):
         *,
         params_dtype: torch.dtype | None = None,
         chunk_size: int | None = None,
+        recompute: bool = False,
         experts_backend: str = "auto",
         expert_parallel_group: "dist.ProcessGroup | DeviceMesh | None" = None,
         tensor_parallel_group: "dist.ProcessGroup | DeviceMesh | None" = None,
@@ -140,6 +141,7 @@ class LongcatFlashMoE(CheckpointBlock):
             routed_scaling_factor=config.routed_scaling_factor,
             params_dtype=params_dtype,
             chunk_size=chunk_size,
+            recompute=recompute,
             experts_backend=experts_backend,
             expert_parallel_group=expert_parallel_group,
             tensor_parallel_group=tensor_parallel_group,

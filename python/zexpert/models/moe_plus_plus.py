@@ -134,7 +134,7 @@ class MoEPlusPlusBlock(CheckpointBlock):
     Args:
         config: sizes and switches.
         params_dtype: dtype of the experts, and so of hidden_states; None for torch's default dtype. Gates are float32.
-        chunk_size, experts_backend, expert_parallel_group, tensor_parallel_group, device: see FusedMoE.
+        chunk_size, recompute, experts_backend, expert_parallel_group, tensor_parallel_group, device: see FusedMoE.
 
     Raises:
         ValueError: if config is no MoEPlusPlusConfig, or a size is out of range.
@@ -148,6 +148,7 @@ class MoEPlusPlusBlock(CheckpointBlock):
         *,
         params_dtype: torch.dtype | None = None,
         chunk_size: int | None = None,
+        recompute: bool = False,
         experts_backend: str = "auto",
         expert_parallel_group: "dist.ProcessGroup | DeviceMesh | None" = None,
         tensor_parallel_group: "dist.ProcessGroup | DeviceMesh | None" = None,
@@ -175,6 +176,7 @@ class MoEPlusPlusBlock(CheckpointBlock):
             drop_before_renormalize=config.drop_before_renormalize,
             params_dtype=params_dtype,
             chunk_size=chunk_size,
+            recompute=recompute,
             experts_backend=experts_backend,
             expert_parallel_group=expert_parallel_group,
             tensor_parallel_group=tensor_parallel_group,

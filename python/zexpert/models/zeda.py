@@ -120,7 +120,7 @@ class ZedaQwen3MoE(CheckpointBlock):
     Args:
         config: the sizes.
         params_dtype: dtype of all parameters, and so of hidden_states; None for torch's default dtype.
-        chunk_size, experts_backend, expert_parallel_group, tensor_parallel_group, device: see FusedMoE.
+        chunk_size, recompute, experts_backend, expert_parallel_group, tensor_parallel_group, device: see FusedMoE.
 
     Raises:
         ValueError: if config is no ZedaQwen3Config, or a size is out of range.
@@ -134,6 +134,7 @@ class ZedaQwen3MoE(CheckpointBlock):
         *,
         params_dtype: torch.dtype | None = None,
         chunk_size: int | None = None,
+        recompute: bool = False,
         experts_backend: str = "auto",
         expert_parallel_group: "dist.ProcessGroup | DeviceMesh | None" = None,
         tensor_parallel_group: "dist.ProcessGroup | DeviceMesh | None" = None,
@@ -155,6 +156,7 @@ class ZedaQwen3MoE(CheckpointBlock):
             renormalize=config.norm_topk_prob,
             params_dtype=params_dtype,
             chunk_size=chunk_size,
+            recompute=recompute,
             experts_backend=experts_backend,
             expert_parallel_group=expert_parallel_group,
             tensor_parallel_group=tensor_parallel_group,
@@ -207,7 +209,7 @@ class ZedaGlm4MoE(CheckpointBlock):
         config: the sizes.
         params_dtype: dtype of the experts, and so of hidden_states; None for torch's default dtype. The gate and the
             selection bias are float32.
-        chunk_size, experts_backend, expert_parallel_group, tensor_parallel_group, device: see FusedMoE.
+        chunk_size, recompute, experts_backend, expert_parallel_group, tensor_parallel_group, device: see FusedMoE.
 
     Raises:
         ValueError: if config is no ZedaGlm4Config, or a size is out of range.
@@ -222,6 +224,7 @@ class ZedaGlm4MoE(CheckpointBlock):
         *,
         params_dtype: torch.dtype | None = None,
         chunk_size: int | None = None,
+        recompute: bool = False,
         experts_backend: str = "auto",
         expert_parallel_group: "dist.ProcessGroup | DeviceMesh | None" = None,
         tensor_parallel_group: "dist.ProcessGroup | DeviceMesh | None" = None,
@@ -253,6 +256,7 @@ class ZedaGlm4MoE(CheckpointBlock):
             params_dtype=params_dtype,
             shared_experts=shared_experts,
             chunk_size=chunk_size,
+            recompute=recompute,
             experts_backend=experts_backend,
             expert_parallel_group=expert_parallel_group,
             tensor_parallel_group=tensor_parallel_group,
