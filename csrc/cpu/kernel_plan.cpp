@@ -65,8 +65,6 @@ ScalarType floating_type(std::string_view name_of_type) {
 
 /// The rows of all experts together, from whichever sizes say it.
 int64_t total_rows(const KernelQuery& query) {
-  ZEXPERT_CHECK(query.num_experts.has_value(),
-                "grouped_mlp chooses its kernel by rows per expert: num_experts must be given");
   if (query.num_rows) {
     return *query.num_rows;
   }
@@ -76,6 +74,8 @@ int64_t total_rows(const KernelQuery& query) {
 }
 
 KernelPlan plan_grouped_mlp(const KernelQuery& query, const char* isa) {
+  ZEXPERT_CHECK(query.num_experts.has_value(),
+                "grouped_mlp chooses its kernel by rows per expert: num_experts must be given");
   const int64_t rows = total_rows(query);
   const int64_t mean = (rows + *query.num_experts - 1) / *query.num_experts;
   const std::string about = std::to_string(rows) + " rows for " + std::to_string(*query.num_experts) +
@@ -115,10 +115,12 @@ KernelPlan plan_grouped_mlp_on_cuda(const KernelQuery& query) {
   if (query.experts_backend == "hopper") {
     obstacle = obstacle_to_hopper(query);
     if (obstacle.empty()) {
-      const std::string rows = std::to_string(hopper_tile_rows(total_rows(query), *query.num_experts));
+      const bool knows_rows = query.num_experts && (query.num_rows || (query.num_tokens && query.top_k));
+      const std::string limit =
+          knows_rows ? "of up to " + std::to_string(hopper_tile_rows(total_rows(query), *query.num_experts)) + " rows"
+                     : "by the rows";
       return {query.op, "cuda", "grouped_mlp_hopper",
-              "Tiles of up to " + rows +
-                  " rows of an expert: few rows are bound by reading weights, many by the products."};
+              "Tiles " + limit + " of an expert: few rows are bound by reading weights, many by the products."};
     }
     obstacle = "The kernels for Hopper do not take " + obstacle + ": ";
   }

@@ -104,7 +104,7 @@ def kernel_plan(
         experts_backend = "hopper"
     return _C.kernel_plan(
         op,
-        device=device.type if isinstance(device, torch.device) else device,
+        device=device.type if isinstance(device, torch.device) else device.partition(":")[0],
         dtype=str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype,
         num_tokens=num_tokens,
         num_rows=num_rows,

@@ -93,6 +93,7 @@ def test_num_tokens_and_top_k_stand_for_num_rows() -> None:
 
 def test_torch_types_are_taken_as_well_as_names() -> None:
     plan = zexpert.kernel_plan("silu_and_mul", device=torch.device("cpu"), dtype=torch.bfloat16)
+    assert zexpert.kernel_plan("moe_plan", device="cuda:1").backend == "cuda"
     assert plan.kernel == zexpert.kernel_plan("silu_and_mul", device="cpu", dtype="bfloat16").kernel
     assert zexpert.kernel_plan("moe_plan", dtype=torch.int64).backend == "cpu"
 
@@ -149,6 +150,8 @@ def test_cuda(op: str, sizes: dict[str, Any], backend: str, kernel: str) -> None
         ({"num_rows": 1024 * 12}, "grouped_mlp_hopper", r"^Tiles of up to 160 rows of an expert"),
         ({"num_rows": 2048 * 12}, "grouped_mlp_hopper", r"^Tiles of up to 288 rows of an expert"),
         ({"dtype": "float16"}, "grouped_mlp_hopper", r"^Tiles "),
+        ({"num_rows": None}, "grouped_mlp_hopper", r"^Tiles by the rows of an expert: "),
+        ({"num_experts": None}, "grouped_mlp_hopper", r"^Tiles by the rows of an expert: "),
         (
             {"hidden_size": 72},
             "grouped_mm",
