@@ -19,7 +19,7 @@ namespace zexpert {
 namespace cuda {
 namespace {
 
-static_assert(kMaxExperts == kHopperMaxExperts);
+constexpr int kMaxExperts = static_cast<int>(kHopperMaxExperts);
 
 struct TilePlanArguments {
   const int32_t* given_offsets;
@@ -39,8 +39,6 @@ __global__ void __launch_bounds__(kMaxExperts) plan_tiles(const TilePlanArgument
   wait_for_previous_kernels();
   let_next_kernel_start();
   const int expert = static_cast<int>(threadIdx.x);
-  const int lane = expert % kWarpSize;
-  const int warp = expert / kWarpSize;
   for (int i = expert; i < arguments.num_arrivals; i += kMaxExperts) arguments.arrivals[i] = 0;
 
   const auto offset = [&](int e) {
@@ -49,17 +47,7 @@ __global__ void __launch_bounds__(kMaxExperts) plan_tiles(const TilePlanArgument
   const int begin = offset(expert);
   const int num_rows = expert < arguments.num_experts ? offset(expert + 1) - begin : 0;
   const int num_tiles = split_segment(num_rows, arguments.max_rows_per_tile).num_tiles;
-  int sum = num_tiles;
-#pragma unroll
-  for (int distance = 1; distance < kWarpSize; distance *= 2) {
-    const int before = __shfl_up_sync(kFullMask, sum, distance);
-    sum += lane >= distance ? before : 0;
-  }
-  if (lane == kWarpSize - 1)
-    warp_sums[warp] = sum;
-  __syncthreads();
-  int start = sum - num_tiles;
-  for (int other = 0; other < warp; ++other) start += warp_sums[other];
+  const int start = block_exclusive_sum(num_tiles, warp_sums);
   if (expert < arguments.num_experts) {
     arguments.expert_offsets[expert] = begin;
     arguments.row_tile_starts[expert] = start;

@@ -30,7 +30,6 @@
 
 namespace zexpert::cuda {
 
-inline constexpr int kMaxExperts = 1024;
 inline constexpr int kConsumerWarps = kWarpgroups * kWarpsPerWarpgroup;
 inline constexpr int kConsumers = kConsumerWarps * kWarpSize;
 inline constexpr int kProductThreads = kConsumers + kWarpsPerWarpgroup * kWarpSize;

@@ -50,41 +50,10 @@ __device__ __forceinline__ bool barrier_try_wait(uint32_t barrier, uint32_t pari
   return is_over != 0;
 }
 
-#ifdef ZEXPERT_WATCHDOG
-/// For debugging: the first wait that did not end, after which no wait lasts and results are wrong. Read it with
-/// cudaMemcpyFromSymbol.
-struct Watchdog {
-  int num_expired;
-  unsigned block;
-  unsigned thread;
-  uint32_t barrier;
-  uint32_t parity;
-  unsigned long long state;  ///< of the barrier, opaque
-};
-__device__ Watchdog watchdog;
-#endif
-
 /// Until the phase of this parity is over.
 __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
-#ifdef ZEXPERT_WATCHDOG
-  for (int tries = 0; !barrier_try_wait(barrier, parity); ++tries) {
-    if (tries == 1 << 16 || (tries > 0 && *static_cast<volatile int*>(&watchdog.num_expired) > 0)) {
-      if (atomicAdd(&watchdog.num_expired, 1) == 0) {
-        unsigned long long state;
-        asm volatile("ld.shared::cta.u64 %0, [%1];" : "=l"(state) : "r"(barrier));
-        watchdog.block = blockIdx.x;
-        watchdog.thread = threadIdx.x;
-        watchdog.barrier = barrier;
-        watchdog.parity = parity;
-        watchdog.state = state;
-      }
-      return;
-    }
-  }
-#else
   while (!barrier_try_wait(barrier, parity)) {
   }
-#endif
 }
 
 /// The first `num_threads` threads' barrier number `id`, 1 to 15.

@@ -53,6 +53,25 @@ __device__ __forceinline__ T warp_sum(T value) {
   return value;
 }
 
+/// The sum of the values of the block's threads before this one. All of them call it; `warp_sums` is shared memory for
+/// a number per warp.
+__device__ __forceinline__ int block_exclusive_sum(int value, int* warp_sums) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
+  int sum = value;
+#pragma unroll
+  for (int offset = 1; offset < kWarpSize; offset *= 2) {
+    const int before = __shfl_up_sync(kFullMask, sum, offset);
+    sum += lane >= offset ? before : 0;
+  }
+  if (lane == kWarpSize - 1)
+    warp_sums[warp] = sum;
+  __syncthreads();
+  int base = 0;
+  for (int other = 0; other < warp; ++other) base += warp_sums[other];
+  return base + sum - value;
+}
+
 /// Starts `kernel` on `stream`; throws Error, naming `name`, if that fails. Safe while the stream is being captured.
 template <typename... Parameters>
 void launch(const char* name, void (*kernel)(Parameters...), int64_t num_blocks, int num_threads,

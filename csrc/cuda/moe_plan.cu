@@ -59,24 +59,6 @@ __device__ __forceinline__ int expert_of(const PlanArguments& arguments, int64_t
   return id >= 0 && id < arguments.num_experts ? static_cast<int>(id) : -1;
 }
 
-/// Sum of the values of threads before this one. Every thread of the block calls it.
-__device__ __forceinline__ int block_exclusive_sum(int value, int* warp_sums) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
-  const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
-  int sum = value;
-#pragma unroll
-  for (int offset = 1; offset < kWarpSize; offset *= 2) {
-    const int before = __shfl_up_sync(kFullMask, sum, offset);
-    sum += lane >= offset ? before : 0;
-  }
-  if (lane == kWarpSize - 1)
-    warp_sums[warp] = sum;
-  __syncthreads();
-  int base = 0;
-  for (int other = 0; other < warp; ++other) base += warp_sums[other];
-  return base + sum - value;
-}
-
 /// block_counts[block, e] = slots of expert e in the block's run. Shared memory: [num_experts].
 template <typename Id>
 __global__ void __launch_bounds__(kMaxWarps* kWarpSize) moe_plan_count(const PlanArguments arguments) {

@@ -275,7 +275,7 @@ def grouped_mlp(
     rows: Tensor, expert_offsets: Tensor, w13_weight: Tensor, w2_weight: Tensor, *, dtype: torch.dtype = torch.float64
 ) -> Tensor:
     """[M, H]: expert e's network over its segment of rows; rows past the last offset are 0 here."""
-    out = torch.zeros(rows.shape, dtype=dtype)
+    out = rows.new_zeros(rows.shape, dtype=dtype)
     offsets = expert_offsets.tolist()
     for expert in range(w13_weight.shape[0]):
         segment = slice(offsets[expert], offsets[expert + 1])

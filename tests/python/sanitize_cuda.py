@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zexpert.experts.hopper import is_hopper
 from zexpert.ops import (
     biased_topk,
     grouped_mlp_hopper,
@@ -76,7 +77,7 @@ def main() -> None:
         zero_expert_accumulate(hidden_states[:, 1:], weight)
         for hidden_size in (24, 1000, 1001):
             take_tokens_through(dtype, hidden_size)
-    if torch.cuda.get_device_capability() == (9, 0):
+    if is_hopper(torch.cuda.current_device()):
         multiply_experts()
     for num_tokens in (1, 100, 2000):
         moe_plan(torch.randint(-1, 100, (num_tokens, 6), device="cuda"), 100)

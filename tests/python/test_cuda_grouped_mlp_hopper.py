@@ -8,8 +8,8 @@ import random
 import pytest
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+import reference
 from layer_cases import expected_output
 from testing import assert_equal, assert_error_rule, unchanged
 from zexpert import FusedMoE
@@ -49,20 +49,10 @@ def weights(num_experts: int, hidden_size: int, intermediate_size: int, dtype: t
     return w13_weight.to(dtype), w2_weight.to(dtype)
 
 
-def expert_loop(
-    rows: Tensor, expert_offsets: Tensor, w13_weight: Tensor, w2_weight: Tensor, dtype: torch.dtype
-) -> Tensor:
-    out = torch.zeros(rows.shape, dtype=dtype, device="cuda")
-    for expert, (begin, end) in enumerate(itertools.pairwise(expert_offsets.tolist())):
-        gate, up = F.linear(rows[begin:end].to(dtype), w13_weight[expert].to(dtype)).chunk(2, dim=1)
-        out[begin:end] = F.linear(F.silu(gate) * up, w2_weight[expert].to(dtype))
-    return out
-
-
 def assert_agrees(result: Tensor, rows: Tensor, expert_offsets: Tensor, w13_weight: Tensor, w2_weight: Tensor) -> None:
     """By the error rule, expert by expert: a mistake with one must not hide behind the errors of another."""
     given = (rows, expert_offsets, w13_weight, w2_weight)
-    plain, expected = expert_loop(*given, rows.dtype), expert_loop(*given, torch.float64)
+    plain, expected = (reference.grouped_mlp(*given, dtype=dtype) for dtype in (rows.dtype, torch.float64))
     offsets = expert_offsets.tolist()
     worst = (plain.double() - expected)[: offsets[-1]].abs()
     for expert, (begin, end) in enumerate(itertools.pairwise(offsets)):

@@ -22,7 +22,7 @@ from zexpert.experts import (
     TorchLoopExperts,
     create_experts,
 )
-from zexpert.experts.hopper import is_hopper
+from zexpert.experts.hopper import find_out_is_hopper, is_hopper
 from zexpert.router import FusedTopKRouter, ZeroExpertRouter
 from zexpert.runner import ChunkingMoERunner, DefaultMoERunner, MoERunner, MoERunnerBase
 
@@ -360,11 +360,15 @@ def test_auto_on_a_gpu_for_training(dtype: torch.dtype, backend: str, monkeypatc
 def test_where_the_kernels_for_hopper_run(
     archs: list[str], capability: tuple[int, int], runs: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    find_out_is_hopper.cache_clear()
     monkeypatch.setattr("zexpert.experts.hopper.load_libraries", lambda: LoadedLibraries(True, "loaded"))
     monkeypatch.setattr("zexpert.experts.hopper.cuda_library_info", lambda: ("13.0", archs))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
-    assert is_hopper(0) is runs
+    try:
+        assert is_hopper(0) is runs
+    finally:
+        find_out_is_hopper.cache_clear()
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated:DeprecationWarning")

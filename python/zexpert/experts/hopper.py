@@ -1,5 +1,7 @@
 """Experts on zexpert's own kernels for Hopper GPUs."""
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,11 @@ from zexpert.ops.types import DispatchPlan, RoutingResult
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def is_hopper(device_index: int) -> bool:
     """Whether grouped_mlp_hopper runs on that GPU: one of compute capability 9.0, with code for 9.0a."""
+    return find_out_is_hopper(device_index)
+
+
+@functools.cache  # every call of a layer asks
+def find_out_is_hopper(device_index: int) -> bool:
     if not load_libraries().cuda_loaded or not any(arch.startswith("9.0a") for arch in cuda_library_info()[1]):
         return False
     return torch.cuda.is_available() and torch.cuda.get_device_capability(device_index) == (9, 0)
