@@ -120,7 +120,7 @@ Workspace workspace_parts(const GroupedMlpParams& mlp, int64_t tile_rows, int64_
   parts.activation = add(mlp.num_rows * mlp.intermediate_size * kElementBytes);
   // Room for the largest tiles of the kernel that takes these.
   const int64_t most_columns = tile_rows <= kHopperFewTileRows ? kHopperFewTileRows : kHopperTallTileRows;
-  parts.partial_sums = add(num_blocks * most_columns * kConsumers * int64_t{sizeof(float)});
+  parts.partial_sums = add(kPartsOfBlock * num_blocks * most_columns * kConsumers * int64_t{sizeof(float)});
   parts.arrivals = add(2 * num_blocks * int64_t{sizeof(int32_t)});
   parts.expert_offsets = add((mlp.num_experts + 1) * int64_t{sizeof(int32_t)});
   parts.row_tile_starts = add((mlp.num_experts + 1) * int64_t{sizeof(int32_t)});

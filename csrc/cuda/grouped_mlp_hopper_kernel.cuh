@@ -10,7 +10,7 @@
 // many needs its weights once: blocks with two tiles of the same weights drift apart, and what one has brought into the
 // L2 cache is gone when the other asks for it.
 //
-// A tile whose depth is split (see choose_num_splits) is summed by whichever of its blocks is the last to finish,
+// A tile whose depth is divided (see Schedule) is summed by whichever of its blocks is the last to finish,
 // always in the order of the parts: the result does not depend on which block that is. Nobody waits for another block.
 #pragma once
 
@@ -27,6 +27,7 @@
 #include "cuda/hopper_ptx.cuh"
 #include "cuda/hopper_wgmma.cuh"
 #include "cuda/launch.cuh"
+#include "zexpert/grouped_mlp.h"
 
 namespace zexpert::cuda {
 
@@ -38,7 +39,9 @@ inline constexpr int kProductThreads = kConsumers + kWarpsPerWarpgroup * kWarpSi
 inline constexpr int kConsumerRegisters = 232;
 inline constexpr int kProducerRegisters = 40;
 inline constexpr int kConsumersBarrier = 1;
-inline constexpr int kStagingPlaces = 4;
+inline constexpr int kStagingPlaces = 3;
+/// A block has parts of two tiles at most, the first and the last of its own.
+inline constexpr int kPartsOfBlock = 2;
 
 struct ProductArguments {
   CUtensorMap weights;
@@ -46,14 +49,17 @@ struct ProductArguments {
   const int32_t* expert_offsets;   ///< [num_experts + 1], within the rows there are
   const int32_t* row_tile_starts;  ///< [num_experts + 1]
   void* out;                       ///< [rows, num_channels]
-  float* partial_sums;             ///< [blocks, kMostColumns, kConsumers], of split tiles
-  int32_t* arrivals;               ///< [blocks], zeros: blocks that have written their part of a split tile
+  float* partial_sums;             ///< [kPartsOfBlock * blocks, kMostColumns, kConsumers], of divided tiles
+  int32_t* arrivals;               ///< [blocks], zeros: parts written of the divided tile that begins in a block
   int64_t out_row_stride;
   int num_experts;
   int num_channels;
   int num_steps;
   int max_rows_per_tile;  ///< at most kMaxRows
 };
+
+// Where weights are all that counts, blocks should end at the same time; where products count, tiles should be whole.
+inline constexpr int kRoundsToDivide = 8;
 
 /// `kMaxRows` is the most rows that a tile's stage has room for, a multiple of kRowStep.
 template <Tiles kTiles, int kMaxRows, int kStages>
@@ -67,6 +73,7 @@ struct ProductMemory {
   alignas(kSwizzleBytes) uint8_t stages[kStages][kStageBytes];  // two halves of the weights, then the rows
   alignas(16) uint8_t staging[kConsumerWarps][kStagingPlaces][kStagingBytes];
   WorkItem items[kStages];  // the item whose first step the stage holds
+  int32_t row_tile_starts[kHopperMaxExperts + 1];
   uint64_t full[kStages];
   uint64_t empty[kStages];
   int32_t num_arrived;
@@ -96,14 +103,12 @@ template <Product kProduct, Tiles kTiles, int kMaxRows, int kStages>
 __device__ __forceinline__ void load_tiles(const ProductArguments& arguments, const Schedule& schedule,
                                            ProductMemory<kTiles, kMaxRows, kStages>& memory) {
   constexpr int kWeightBytes = weight_bytes(kTiles);
-  const int num_splits = schedule.num_splits();
-  const int num_items = schedule.num_tiles() * num_splits;
   RingPosition<kStages> ring;
   const auto wait_for_stage = [&] {
     ptx::barrier_wait(ptx::shared_address(&memory.empty[ring.stage]), ring.parity ^ 1U);
   };
-  for (int index = static_cast<int>(blockIdx.x); index < num_items; index += schedule.num_blocks) {
-    const WorkItem work = schedule.item(index, num_splits);
+  BlockWork items(schedule, static_cast<int>(blockIdx.x));
+  for (WorkItem work; items.next(work);) {
     const int num_lines = round_up(work.num_rows, kRowStep);
     for (int step = work.first_step; step < work.last_step; ++step) {
       const uint32_t full = ptx::shared_address(&memory.full[ring.stage]);
@@ -175,26 +180,27 @@ __device__ __forceinline__ void multiply(float (&sums)[kHalves][kColumns / 2], i
   }
 }
 
-/// Writes this block's part of a split tile; true, with the sums of all parts, in the block that comes last.
+/// Writes this block's part of a divided tile; true, with the sums of all parts, in the block that comes last.
 template <Tiles kTiles, int kMaxRows, int kStages, int kSums>
 __device__ __forceinline__ bool add_parts(float (&sums)[kHalves][kSums], const ProductArguments& arguments,
                                           const WorkItem& work, ProductMemory<kTiles, kMaxRows, kStages>& memory) {
-  const int first_part = work.tile * work.num_splits;
+  // The first part of a tile is the last that its block has, any other the first.
   const auto at = [&](int part, int half, int i) {
     constexpr int kMostColumns = ProductMemory<kTiles, kMaxRows, kStages>::kMostColumns;
-    return arguments.partial_sums + (int64_t{part} * kMostColumns + half * kSums + i) * kConsumers + threadIdx.x;
+    const int64_t place = int64_t{kPartsOfBlock} * (work.first_block + part) + (part == 0 ? 1 : 0);
+    return arguments.partial_sums + (place * kMostColumns + half * kSums + i) * kConsumers + threadIdx.x;
   };
 #pragma unroll
   for (int half = 0; half < kHalves; ++half) {
 #pragma unroll
-    for (int i = 0; i < kSums; ++i) *at(first_part + work.split, half, i) = sums[half][i];
+    for (int i = 0; i < kSums; ++i) *at(work.part, half, i) = sums[half][i];
   }
   __threadfence();
   ptx::named_barrier_sync(kConsumersBarrier, kConsumers);
   if (threadIdx.x == 0)
-    memory.num_arrived = atomicAdd(arguments.arrivals + work.tile, 1) + 1;
+    memory.num_arrived = atomicAdd(arguments.arrivals + work.first_block, 1) + 1;
   ptx::named_barrier_sync(kConsumersBarrier, kConsumers);
-  if (memory.num_arrived != work.num_splits)
+  if (memory.num_arrived != work.num_parts)
     return false;
   __threadfence();
 #pragma unroll
@@ -203,7 +209,7 @@ __device__ __forceinline__ bool add_parts(float (&sums)[kHalves][kSums], const P
     for (float& sum : sums[half]) sum = 0.0F;
   }
 #pragma unroll 1
-  for (int part = first_part; part < first_part + work.num_splits; ++part) {
+  for (int part = 0; part < work.num_parts; ++part) {
 #pragma unroll
     for (int half = 0; half < kHalves; ++half) {
 #pragma unroll
@@ -273,7 +279,7 @@ __device__ __forceinline__ void compute_tile(const ProductArguments& arguments, 
   const int first_weight = warpgroup % weight_parts(kTiles) * kInstructionRows;
   float sums[kHalves][kColumns / 2] = {};
   multiply<T, kColumns>(sums, work.last_step - work.first_step, first_weight, rows.first_row, memory, ring);
-  if (work.num_splits > 1 && !add_parts(sums, arguments, work, memory))
+  if (work.num_parts > 1 && !add_parts(sums, arguments, work, memory))
     return;
   const int channel = first_channel(kProduct, kTiles, work.weight_tile, warpgroup, warp % kWarpsPerWarpgroup);
   if (channel < arguments.num_channels) {
@@ -302,6 +308,7 @@ __device__ __forceinline__ void compute_tiles(const ProductArguments& arguments,
   while (true) {
     ptx::barrier_wait(ptx::shared_address(&memory.full[ring.stage]), ring.parity);
     const WorkItem work = memory.items[ring.stage];
+    __syncwarp();  // one lane says that the warp is done with the stage
     if (work.num_rows == 0)
       return;
     const PartRows rows = rows_of_part(work.num_rows, part, row_parts(kTiles));
@@ -334,6 +341,9 @@ __global__ void __launch_bounds__(kProductThreads, 1)
   }
   wait_for_previous_kernels();
   let_next_kernel_start();
+  for (int i = static_cast<int>(threadIdx.x); i <= arguments.num_experts; i += kProductThreads) {
+    memory.row_tile_starts[i] = arguments.row_tile_starts[i];
+  }
   __syncthreads();
 
   if (threadIdx.x < kConsumers) {
@@ -345,12 +355,13 @@ __global__ void __launch_bounds__(kProductThreads, 1)
       constexpr int kChannels = tile_channels(kProduct, kTiles);
       Schedule schedule{};
       schedule.expert_offsets = arguments.expert_offsets;
-      schedule.row_tile_starts = arguments.row_tile_starts;
+      schedule.row_tile_starts = memory.row_tile_starts;  // searched in, so near at hand
       schedule.num_experts = arguments.num_experts;
       schedule.max_rows_per_tile = arguments.max_rows_per_tile;
       schedule.num_weight_tiles = (arguments.num_channels + kChannels - 1) / kChannels;
       schedule.num_steps = arguments.num_steps;
       schedule.num_blocks = static_cast<int>(gridDim.x);
+      schedule.rounds_to_divide = kMaxRows <= kHopperFewTileRows ? kRoundsToDivide : 1;
       ptx::fence_async_proxy();  // the kernel before wrote the rows by ordinary stores
       load_tiles<kProduct>(arguments, schedule, memory);
     }

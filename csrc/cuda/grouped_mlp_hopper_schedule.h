@@ -19,8 +19,8 @@ inline constexpr int kRowStep = 8;  ///< a row tile is computed as if it had a m
 /// Neighbouring blocks take the row tiles of one weight tile, so that its weights leave device memory once; no more
 /// than these, so that the rows of one pass over the weights stay in the L2 cache where one expert has nearly all rows.
 inline constexpr int kRowTilesAtOnce = 8;
-inline constexpr int kMaxSplits = 8;
-inline constexpr int kLeastStepsOfSplit = 4;  ///< less would not fill the pipeline
+inline constexpr int kMaxParts = 8;          ///< of a tile's depth, on average
+inline constexpr int kLeastStepsOfPart = 4;  ///< on average; less would not fill the pipeline
 
 ZEXPERT_HOST_DEVICE int round_up(int value, int step) { return (value + step - 1) / step * step; }
 
@@ -40,26 +40,17 @@ ZEXPERT_HOST_DEVICE SegmentTiles split_segment(int num_rows, int max_rows_per_ti
   return {(num_rows + rows_per_tile - 1) / rows_per_tile, rows_per_tile};
 }
 
-/// Parts that the depth of every tile is split into, so that few tiles keep all blocks busy. More than one only where
-/// every part gets a block of its own.
-ZEXPERT_HOST_DEVICE int choose_num_splits(int num_tiles, int num_blocks, int num_steps) {
-  const int blocks_per_tile = num_tiles > 0 ? num_blocks / num_tiles : 1;
-  const int most = num_steps / kLeastStepsOfSplit < kMaxSplits ? num_steps / kLeastStepsOfSplit : kMaxSplits;
-  const int num_splits = blocks_per_tile < most ? blocks_per_tile : most;
-  return num_splits > 1 ? num_splits : 1;
-}
-
-/// One item of the work list.
+/// A tile, or a part of one's depth.
 struct WorkItem {
-  int tile;        ///< of all experts' tiles
-  int split;       ///< part of its depth
-  int num_splits;  ///< of every tile
   int expert;
   int weight_tile;  ///< of the expert
   int first_row;    ///< of all rows
   int num_rows;     ///< none: there is no more work
   int first_step;   ///< of the depth
   int last_step;    ///< exclusive; more than first_step
+  int part;         ///< of the tile
+  int num_parts;    ///< of the tile; part i belongs to block first_block + i
+  int first_block;
 };
 
 /// Rows of a tile that one warpgroup computes.
@@ -79,7 +70,10 @@ ZEXPERT_HOST_DEVICE PartRows rows_of_part(int num_rows, int part, int num_parts)
   return {first_columns, rest > 0 ? rest : 0, rest > 0 ? round_up(rest, kRowStep) : kRowStep};
 }
 
-/// The work list of one product, computed from the experts' offsets.
+/// The work of one product, computed from the experts' offsets. Either block b takes tiles b, b + num_blocks, ..., or,
+/// where these are few and the last round of them would leave most blocks idle, the steps of all tiles together are
+/// divided equally among the blocks: then a block may have the end of one tile, whole ones, and the beginning of
+/// another.
 struct Schedule {
   const int* expert_offsets;   ///< [num_experts + 1]
   const int* row_tile_starts;  ///< [num_experts + 1]: row tiles of the experts before
@@ -88,32 +82,25 @@ struct Schedule {
   int num_weight_tiles;  ///< of an expert
   int num_steps;         ///< of a tile
   int num_blocks;
+  int rounds_to_divide;  ///< steps are divided if there are fewer rounds of tiles than this
 
   ZEXPERT_HOST_DEVICE int num_tiles() const { return row_tile_starts[num_experts] * num_weight_tiles; }
-  ZEXPERT_HOST_DEVICE int num_splits() const { return choose_num_splits(num_tiles(), num_blocks, num_steps); }
-  ZEXPERT_HOST_DEVICE int num_items() const { return num_tiles() * num_splits(); }
 
-  /// Block b computes items b, b + num_blocks, ... below num_items(). Divisions take long: the usual case needs two.
-  ZEXPERT_HOST_DEVICE WorkItem item(int index, int num_splits) const {
+  /// The tile's expert, weight tile and rows. Divisions take long: the usual case needs two.
+  ZEXPERT_HOST_DEVICE WorkItem whole_tile(int tile) const {
     WorkItem work;
-    work.tile = index;
-    work.split = 0;
-    work.num_splits = num_splits;
     work.first_step = 0;
     work.last_step = num_steps;
-    if (num_splits > 1) {
-      work.tile = index / num_splits;
-      work.split = index % num_splits;
-      work.first_step = work.split * num_steps / num_splits;
-      work.last_step = (work.split + 1) * num_steps / num_splits;
-    }
+    work.part = 0;
+    work.num_parts = 1;
+    work.first_block = 0;
 
     // The last expert whose tiles begin at or before this one: those without rows begin where the next one does.
     int low = 0;
     int high = num_experts;
     while (high - low > 1) {
       const int middle = (low + high) / 2;
-      const bool before = row_tile_starts[middle] * num_weight_tiles <= work.tile;
+      const bool before = row_tile_starts[middle] * num_weight_tiles <= tile;
       low = before ? middle : low;
       high = before ? high : middle;
     }
@@ -123,7 +110,7 @@ struct Schedule {
     const int segment_rows = expert_offsets[low + 1] - segment_begin;
     const int num_row_tiles = row_tile_starts[low + 1] - row_tile_starts[low];
     const int rows_per_tile = round_up((segment_rows + num_row_tiles - 1) / num_row_tiles, kRowStep);
-    int index_in_group = work.tile - row_tile_starts[low] * num_weight_tiles;
+    int index_in_group = tile - row_tile_starts[low] * num_weight_tiles;
     int first_row_tile = 0;
     int group_size = num_row_tiles;
     if (num_row_tiles > kRowTilesAtOnce) {
@@ -140,6 +127,59 @@ struct Schedule {
     work.num_rows = rows_left < rows_per_tile ? rows_left : rows_per_tile;
     return work;
   }
+};
+
+/// The items of block `block`, one after another. Steps of all tiles are counted through.
+class BlockWork {
+ public:
+  ZEXPERT_HOST_DEVICE BlockWork(const Schedule& schedule, int block) : schedule_(schedule) {
+    const int num_tiles = schedule.num_tiles();
+    all_steps_ = int64_t{num_tiles} * schedule.num_steps;
+    if (num_tiles < schedule.rounds_to_divide * schedule.num_blocks) {
+      num_blocks_ =
+          at_most(schedule.num_blocks, at_most(all_steps_ / kLeastStepsOfPart, int64_t{num_tiles} * kMaxParts));
+      num_blocks_ = num_tiles > 0 && num_blocks_ == 0 ? 1 : num_blocks_;
+      position_ = block < num_blocks_ ? first_step_of(block) : 0;
+      end_ = block < num_blocks_ ? first_step_of(block + 1) : 0;
+    } else {
+      stride_ = int64_t{schedule.num_blocks} * schedule.num_steps;
+      position_ = int64_t{block} * schedule.num_steps;
+      end_ = all_steps_;
+    }
+  }
+
+  /// False if there is no more.
+  ZEXPERT_HOST_DEVICE bool next(WorkItem& work) {
+    if (position_ >= end_)
+      return false;
+    const auto tile = static_cast<int>(position_ / schedule_.num_steps);
+    const int64_t tile_begin = int64_t{tile} * schedule_.num_steps;
+    work = schedule_.whole_tile(tile);
+    work.first_step = static_cast<int>(position_ - tile_begin);
+    work.last_step = static_cast<int>(at_most(end_ - tile_begin, schedule_.num_steps));
+    if (work.last_step - work.first_step < schedule_.num_steps) {
+      const int block = block_of(position_);
+      work.first_block = block_of(tile_begin);
+      work.part = block - work.first_block;
+      work.num_parts = block_of(tile_begin + schedule_.num_steps - 1) - work.first_block + 1;
+    }
+    position_ = stride_ > 0 ? position_ + stride_ : tile_begin + work.last_step;
+    return true;
+  }
+
+ private:
+  ZEXPERT_HOST_DEVICE static int64_t at_most(int64_t value, int64_t most) { return value < most ? value : most; }
+  ZEXPERT_HOST_DEVICE int64_t first_step_of(int64_t block) const { return block * all_steps_ / num_blocks_; }
+  ZEXPERT_HOST_DEVICE int block_of(int64_t step) const {
+    return static_cast<int>(((step + 1) * num_blocks_ - 1) / all_steps_);
+  }
+
+  const Schedule& schedule_;
+  int64_t all_steps_;
+  int64_t num_blocks_ = 0;  ///< that the steps are divided among
+  int64_t stride_ = 0;      ///< between the tiles of a block; none where steps are divided
+  int64_t position_;
+  int64_t end_;
 };
 
 /// Place in the ring of stages. The consumers of a stage wait for the end of its full barrier's phase of this parity,

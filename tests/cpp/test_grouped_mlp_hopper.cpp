@@ -194,20 +194,24 @@ template <Product kProduct, Tiles kTiles>
 Output grouped_product(const Elements& rows, int num_rows, int depth, const Elements& weights, int num_channels,
                        const std::vector<int>& segments, int max_rows, int num_blocks) {
   constexpr int kWeightBytes = weight_bytes(kTiles);
+  constexpr int kRounds = 2;  // fewer rounds of tiles than this have their steps divided
   const std::vector<int> offsets = ascending(segments);
   const std::vector<int> starts = row_tile_starts(segments, max_rows);
   const auto num_experts = static_cast<int>(segments.size());
   const int weight_tiles = (num_channels + tile_channels(kProduct, kTiles) - 1) / tile_channels(kProduct, kTiles);
   const Schedule schedule{offsets.data(), starts.data(),      num_experts, max_rows,
-                          weight_tiles,   depth / kStepDepth, num_blocks};
+                          weight_tiles,   depth / kStepDepth, num_blocks,  kRounds};
   const TensorMapShape weights_shape = weights_map(kProduct, kTiles, num_channels, depth, num_experts,
                                                    int64_t{num_matrices(kProduct)} * num_channels * depth);
-  const int num_splits = schedule.num_splits();
   Output out{Elements(static_cast<size_t>(num_rows * num_channels), NAN),
              std::vector<int>(static_cast<size_t>(num_rows * num_channels))};
-  std::map<int, std::array<std::vector<Sums>, kWarpgroups>> parts;  // of split tiles: [warpgroup][half]
-  for (int i = 0; i < schedule.num_items(); ++i) {
-    const WorkItem work = schedule.item(i, num_splits);
+  std::map<int, std::array<std::vector<Sums>, kWarpgroups>> parts;  // of divided tiles: [warpgroup][half]
+  std::vector<WorkItem> items;
+  for (int block = 0; block < num_blocks; ++block) {
+    BlockWork own(schedule, block);
+    for (WorkItem work; own.next(work);) items.push_back(work);
+  }
+  for (const WorkItem& work : items) {
     const int num_lines = round_up(work.num_rows, kRowStep);
     std::array<PartRows, kWarpgroups> own_rows{};
     std::array<std::vector<Sums>, kWarpgroups> sums;
@@ -245,10 +249,10 @@ Output grouped_product(const Elements& rows, int num_rows, int depth, const Elem
         }
       }
     }
-    if (num_splits > 1) {
-      auto& total = parts[work.tile];
+    if (work.num_parts > 1) {
+      auto& total = parts[work.first_block];
       for (size_t w = 0; w < kWarpgroups; ++w) {
-        if (work.first_step == 0) {
+        if (work.part == 0) {
           total[w] = sums[w];
           continue;
         }
@@ -258,7 +262,7 @@ Output grouped_product(const Elements& rows, int num_rows, int depth, const Elem
           }
         }
       }
-      if (work.last_step < schedule.num_steps)
+      if (work.part < work.num_parts - 1)
         continue;
       sums = total;
     }
@@ -343,7 +347,7 @@ TEST_P(GroupedMlpHopperProduct, Down) {
 }
 
 // Sizes that fill no tile, one, and one and a part; tiles of few and of many rows, tall and wide; tiles whose depth is
-// split.
+// divided.
 INSTANTIATE_TEST_SUITE_P(Cases, GroupedMlpHopperProduct,
                          ::testing::Values(Case{{3, 0, 9, 1}, 64, 64, 64, 1}, Case{{17, 30}, 128, 64, 24, 132},
                                            Case{{5, 0, 0, 12}, 192, 512, 64, 132}, Case{{165}, 320, 64, 160, 3},

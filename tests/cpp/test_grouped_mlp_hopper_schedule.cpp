@@ -5,9 +5,11 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <map>
 #include <numeric>
 #include <random>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "cuda/grouped_mlp_hopper_layout.h"
@@ -80,41 +82,32 @@ TEST(GroupedMlpHopperSchedule, WarpgroupsShareATilesRows) {
   }
 }
 
-TEST(GroupedMlpHopperSchedule, DepthIsSplitOnlyWhereEveryPartGetsABlock) {
-  for (int blocks : {1, 2, 114, 132}) {
-    for (int tiles = 0; tiles <= 300; ++tiles) {
-      for (int steps : {1, 3, 7, 8, 12, 32, 96}) {
-        const int splits = choose_num_splits(tiles, blocks, steps);
-        ASSERT_GE(splits, 1);
-        ASSERT_LE(splits, kMaxSplits);
-        if (splits > 1) {
-          ASSERT_LE(splits * tiles, blocks);
-          ASSERT_GE(steps / splits, kLeastStepsOfSplit);
-        }
-      }
-    }
-  }
-  EXPECT_EQ(choose_num_splits(32, 132, 32), 4);
-  EXPECT_EQ(choose_num_splits(128, 132, 96), 1);
-}
-
-/// Every element of every product is computed exactly once, over its whole depth.
+/// Every element of every product is computed exactly once, over its whole depth, and blocks have equal shares where
+/// steps are divided.
 TEST(GroupedMlpHopperSchedule, EveryTileOnce) {
   std::mt19937 random(1);
-  for (const auto& [num_experts, weight_tiles, steps, mean] :
-       {std::tuple{512, 16, 96, 4}, {256, 12, 16, 40}, {128, 6, 32, 170}, {5, 24, 32, 900}, {1, 1, 1, 5}}) {
+  for (const auto& [num_experts, weight_tiles, steps, mean] : {std::tuple{512, 16, 96, 4},
+                                                               {256, 12, 16, 40},
+                                                               {128, 6, 32, 170},
+                                                               {5, 24, 32, 900},
+                                                               {1, 1, 1, 5},
+                                                               {3, 1, 7, 1}}) {
     for (const std::vector<int>& segments : segment_profiles(num_experts, mean, random)) {
       for (const int max_rows : {8, 64, 160, 288}) {
         const std::vector<int> offsets = ascending(segments);
         const std::vector<int> starts = row_tile_starts(segments, max_rows);
-        for (const int blocks : {7, 132}) {
-          const Schedule schedule{offsets.data(), starts.data(), num_experts, max_rows, weight_tiles, steps, blocks};
-          const int num_splits = schedule.num_splits();
+        for (const auto& [blocks, rounds] : {std::pair{7, 1}, {7, 8}, {132, 1}, {132, 8}, {132, 100000}}) {
+          const Schedule schedule{offsets.data(), starts.data(), num_experts, max_rows,
+                                  weight_tiles,   steps,         blocks,      rounds};
+          const bool divided = schedule.num_tiles() < rounds * blocks;
           std::vector<int> steps_done(static_cast<size_t>(offsets.back() * weight_tiles));
-          std::vector<int> items_of_tile(static_cast<size_t>(schedule.num_tiles()));
+          std::map<int, std::vector<int>> parts_of_tile;  // by first_block: a block begins one divided tile at most
+          std::vector<int> steps_of_block;
           for (int block = 0; block < blocks; ++block) {
-            for (int index = block; index < schedule.num_items(); index += blocks) {
-              const WorkItem work = schedule.item(index, num_splits);
+            BlockWork items(schedule, block);
+            int num_steps = 0;
+            int num_parts = 0;
+            for (WorkItem work; items.next(work);) {
               const auto expert = static_cast<size_t>(work.expert);
               ASSERT_GE(work.num_rows, 1);
               ASSERT_LE(work.num_rows, max_rows);
@@ -122,15 +115,37 @@ TEST(GroupedMlpHopperSchedule, EveryTileOnce) {
               ASSERT_LE(work.first_row + work.num_rows, offsets[expert + 1]);
               ASSERT_LT(work.weight_tile, weight_tiles);
               ASSERT_LT(work.first_step, work.last_step);
-              ++items_of_tile[static_cast<size_t>(work.tile)];
+              ASSERT_LE(work.last_step, steps);
+              num_steps += work.last_step - work.first_step;
+              ASSERT_EQ(work.num_parts > 1, work.last_step - work.first_step < steps);
+              if (work.num_parts > 1) {
+                ASSERT_TRUE(divided);
+                ASSERT_EQ(work.first_block + work.part, block);
+                ASSERT_EQ(work.part == 0, work.first_step == 0);
+                ASSERT_EQ(work.part == work.num_parts - 1, work.last_step == steps);
+                ASSERT_LE(++num_parts, 2);
+                std::vector<int>& seen = parts_of_tile[work.first_block];
+                ASSERT_EQ(static_cast<int>(seen.size()), work.part);
+                seen.push_back(work.num_parts);
+              }
               for (int row = work.first_row; row < work.first_row + work.num_rows; ++row) {
                 steps_done[static_cast<size_t>(row * weight_tiles + work.weight_tile)] +=
                     work.last_step - work.first_step;
               }
             }
+            if (divided && num_steps > 0)
+              steps_of_block.push_back(num_steps);
           }
-          ASSERT_TRUE(std::all_of(steps_done.begin(), steps_done.end(), [&](int done) { return done == steps; }));
-          ASSERT_TRUE(std::all_of(items_of_tile.begin(), items_of_tile.end(), [&](int n) { return n == num_splits; }));
+          ASSERT_TRUE(
+              std::all_of(steps_done.begin(), steps_done.end(), [&, all = steps](int done) { return done == all; }));
+          for (const auto& [first_block, seen] : parts_of_tile) {
+            ASSERT_EQ(seen, std::vector<int>(seen.size(), static_cast<int>(seen.size())));
+          }
+          if (!steps_of_block.empty()) {
+            const auto [least, most] = std::minmax_element(steps_of_block.begin(), steps_of_block.end());
+            ASSERT_LE(*most - *least, 1);
+            ASSERT_GE(*least, std::min(kLeastStepsOfPart, steps * schedule.num_tiles()));
+          }
         }
       }
     }
