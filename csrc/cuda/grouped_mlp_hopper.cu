@@ -25,21 +25,21 @@ struct TilePlanArguments {
   const int32_t* given_offsets;
   int32_t* expert_offsets;
   int32_t* row_tile_starts;
-  int32_t* arrivals;
-  int num_arrivals;
+  int32_t* counters;
+  int num_counters;
   int num_experts;
   int num_rows;
   int max_rows_per_tile;
 };
 
-/// row_tile_starts[e] = row tiles of the experts before e; a thread per expert. Also clears `arrivals`, and copies the
+/// row_tile_starts[e] = row tiles of the experts before e; a thread per expert. Also clears `counters`, and copies the
 /// offsets into the range that there are rows for, whatever was given.
 __global__ void __launch_bounds__(kMaxExperts) plan_tiles(const TilePlanArguments arguments) {
   __shared__ int warp_sums[kMaxExperts / kWarpSize];
   wait_for_previous_kernels();
   let_next_kernel_start();
   const int expert = static_cast<int>(threadIdx.x);
-  for (int i = expert; i < arguments.num_arrivals; i += kMaxExperts) arguments.arrivals[i] = 0;
+  for (int i = expert; i < arguments.num_counters; i += kMaxExperts) arguments.counters[i] = 0;
 
   const auto offset = [&](int e) {
     return e <= arguments.num_experts ? min(max(arguments.given_offsets[e], 0), arguments.num_rows) : 0;
@@ -102,11 +102,14 @@ CUtensorMap encode(const TensorMapShape& shape, ScalarType data_type, const void
 struct Workspace {
   int64_t activation;
   int64_t partial_sums;
-  int64_t arrivals;  // of the gate and up product, then of the down product
+  int64_t counters;  // of the gate and up product, then of the down product: arrivals, and tickets
   int64_t expert_offsets;
   int64_t row_tile_starts;
   int64_t num_bytes;
 };
+
+/// Of one product: the blocks' arrivals, and the tickets.
+int64_t num_counters(int64_t num_blocks) { return num_blocks + 1; }
 
 Workspace workspace_parts(const GroupedMlpParams& mlp, int64_t tile_rows, int64_t num_blocks) {
   constexpr int64_t kAlignment = 256;
@@ -121,7 +124,7 @@ Workspace workspace_parts(const GroupedMlpParams& mlp, int64_t tile_rows, int64_
   // Room for the largest tiles of the kernel that takes these.
   const int64_t most_columns = tile_rows <= kHopperFewTileRows ? kHopperFewTileRows : kHopperTallTileRows;
   parts.partial_sums = add(kPartsOfBlock * num_blocks * most_columns * kConsumers * int64_t{sizeof(float)});
-  parts.arrivals = add(2 * num_blocks * int64_t{sizeof(int32_t)});
+  parts.counters = add(2 * num_counters(num_blocks) * int64_t{sizeof(int32_t)});
   parts.expert_offsets = add((mlp.num_experts + 1) * int64_t{sizeof(int32_t)});
   parts.row_tile_starts = add((mlp.num_experts + 1) * int64_t{sizeof(int32_t)});
   parts.num_bytes = end;
@@ -193,15 +196,15 @@ void grouped_mlp_hopper(const GroupedMlpHopperParams& params, cudaStream_t strea
   const int64_t tile_rows = cuda::tile_rows_of(params);
   const cuda::Workspace parts = cuda::workspace_parts(mlp, tile_rows, num_blocks);
   auto* const workspace = static_cast<char*>(params.workspace);
-  auto* const arrivals = reinterpret_cast<int32_t*>(workspace + parts.arrivals);
+  auto* const counters = reinterpret_cast<int32_t*>(workspace + parts.counters);
   void* const activation = workspace + parts.activation;
 
   cuda::TilePlanArguments plan{};
   plan.given_offsets = mlp.expert_offsets;
   plan.expert_offsets = reinterpret_cast<int32_t*>(workspace + parts.expert_offsets);
   plan.row_tile_starts = reinterpret_cast<int32_t*>(workspace + parts.row_tile_starts);
-  plan.arrivals = arrivals;
-  plan.num_arrivals = 2 * num_blocks;
+  plan.counters = counters;
+  plan.num_counters = static_cast<int>(2 * cuda::num_counters(num_blocks));
   plan.num_experts = static_cast<int>(mlp.num_experts);
   plan.num_rows = static_cast<int>(mlp.num_rows);
   plan.max_rows_per_tile = static_cast<int>(tile_rows);
@@ -221,7 +224,8 @@ void grouped_mlp_hopper(const GroupedMlpHopperParams& params, cudaStream_t strea
     arguments.row_tile_starts = plan.row_tile_starts;
     arguments.out = out;
     arguments.partial_sums = reinterpret_cast<float*>(workspace + parts.partial_sums);
-    arguments.arrivals = arrivals + (product == Product::kGateUp ? 0 : num_blocks);
+    arguments.arrivals = counters + (product == Product::kGateUp ? 0 : cuda::num_counters(num_blocks));
+    arguments.tickets = arguments.arrivals + num_blocks;
     arguments.out_row_stride = out_row_stride;
     arguments.num_experts = plan.num_experts;
     arguments.num_channels = static_cast<int>(num_channels);

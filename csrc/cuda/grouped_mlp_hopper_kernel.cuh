@@ -36,8 +36,8 @@ inline constexpr int kConsumers = kConsumerWarps * kWarpSize;
 inline constexpr int kProductThreads = kConsumers + kWarpsPerWarpgroup * kWarpSize;
 // A multiprocessor's quarter has 512 registers for each lane of its three warps, two of which consume. They are moved
 // by whole warpgroups, so the producer is one, with a single thread at work.
-inline constexpr int kConsumerRegisters = 232;
-inline constexpr int kProducerRegisters = 40;
+inline constexpr int kConsumerRegisters = 224;
+inline constexpr int kProducerRegisters = 56;
 inline constexpr int kConsumersBarrier = 1;
 inline constexpr int kStagingPlaces = 3;
 /// A block has parts of two tiles at most, the first and the last of its own.
@@ -51,6 +51,7 @@ struct ProductArguments {
   void* out;                       ///< [rows, num_channels]
   float* partial_sums;             ///< [kPartsOfBlock * blocks, kMostColumns, kConsumers], of divided tiles
   int32_t* arrivals;               ///< [blocks], zeros: parts written of the divided tile that begins in a block
+  int32_t* tickets;                ///< 0: tiles that blocks have taken beyond the first of each
   int64_t out_row_stride;
   int num_experts;
   int num_channels;
@@ -58,8 +59,12 @@ struct ProductArguments {
   int max_rows_per_tile;  ///< at most kMaxRows
 };
 
-// Where weights are all that counts, blocks should end at the same time; where products count, tiles should be whole.
+// With few rows of an expert, weights are all that counts: blocks should end at the same time. Else products count, and
+// tiles should be whole.
+ZEXPERT_HOST_DEVICE constexpr bool are_few(int max_rows) { return max_rows <= kHopperFewTileRows; }
 inline constexpr int kRoundsToDivide = 8;
+/// Items on their way from the producer to the consumers.
+inline constexpr int kItemPlaces = 2;
 
 /// `kMaxRows` is the most rows that a tile's stage has room for, a multiple of kRowStep.
 template <Tiles kTiles, int kMaxRows, int kStages>
@@ -72,10 +77,12 @@ struct ProductMemory {
 
   alignas(kSwizzleBytes) uint8_t stages[kStages][kStageBytes];  // two halves of the weights, then the rows
   alignas(16) uint8_t staging[kConsumerWarps][kStagingPlaces][kStagingBytes];
-  WorkItem items[kStages];  // the item whose first step the stage holds
+  WorkItem items[kItemPlaces];
   int32_t row_tile_starts[kHopperMaxExperts + 1];
   uint64_t full[kStages];
   uint64_t empty[kStages];
+  uint64_t item_full[kItemPlaces];
+  uint64_t item_empty[kItemPlaces];
   int32_t num_arrived;
 };
 
@@ -104,17 +111,26 @@ __device__ __forceinline__ void load_tiles(const ProductArguments& arguments, co
                                            ProductMemory<kTiles, kMaxRows, kStages>& memory) {
   constexpr int kWeightBytes = weight_bytes(kTiles);
   RingPosition<kStages> ring;
-  const auto wait_for_stage = [&] {
-    ptx::barrier_wait(ptx::shared_address(&memory.empty[ring.stage]), ring.parity ^ 1U);
+  RingPosition<kItemPlaces> place;
+  const auto hand_over = [&](const WorkItem& work) {
+    ptx::barrier_wait(ptx::shared_address(&memory.item_empty[place.stage]), place.parity ^ 1U);
+    memory.items[place.stage] = work;
+    ptx::barrier_arrive(ptx::shared_address(&memory.item_full[place.stage]));
+    place.advance();
   };
-  BlockWork items(schedule, static_cast<int>(blockIdx.x));
-  for (WorkItem work; items.next(work);) {
+  // Rows are read by the blocks of all weight tiles: the weights that pass through the L2 cache are to leave them
+  // there.
+  const uint64_t rows_policy = are_few(kMaxRows) ? ptx::evict_normal() : ptx::evict_last();
+  // Tiles differ in rows, and so in time. Taken in turn, those that share rows or weights are worked off together,
+  // while the L2 cache has what they share; where every block has a series of its own, blocks drift apart.
+  constexpr bool kInTurn = !are_few(kMaxRows);
+  const auto take_ticket = [&] { return atomicAdd(arguments.tickets, 1); };
+  for_each_item<kInTurn>(schedule, static_cast<int>(blockIdx.x), take_ticket, [&](const WorkItem& work) {
+    hand_over(work);
     const int num_lines = round_up(work.num_rows, kRowStep);
     for (int step = work.first_step; step < work.last_step; ++step) {
       const uint32_t full = ptx::shared_address(&memory.full[ring.stage]);
-      wait_for_stage();
-      if (step == work.first_step)
-        memory.items[ring.stage] = work;
+      ptx::barrier_wait(ptx::shared_address(&memory.empty[ring.stage]), ring.parity ^ 1U);
       ptx::barrier_arrive_and_expect(full, static_cast<uint32_t>(kWeightBytes + num_lines * kLineBytes));
       const uint32_t stage = ptx::shared_address(memory.stages[ring.stage]);
 #pragma unroll
@@ -126,14 +142,12 @@ __device__ __forceinline__ void load_tiles(const ProductArguments& arguments, co
       }
       for_each_row_box(num_lines, [&](int box, int line) {
         ptx::load_box_2d(stage + static_cast<uint32_t>(kWeightBytes + line * kLineBytes), arguments.rows[box], full,
-                         step * kStepDepth, work.first_row + line);
+                         rows_policy, step * kStepDepth, work.first_row + line);
       });
       ring.advance();
     }
-  }
-  wait_for_stage();
-  memory.items[ring.stage].num_rows = 0;
-  ptx::barrier_arrive(ptx::shared_address(&memory.full[ring.stage]));
+  });
+  hand_over(WorkItem{});
 }
 
 /// A warp is done with the stage that `empty` belongs to.
@@ -305,10 +319,12 @@ __device__ __forceinline__ void compute_tiles(const ProductArguments& arguments,
   const int warpgroup = static_cast<int>(threadIdx.x) / (kWarpsPerWarpgroup * kWarpSize);
   const int part = warpgroup / weight_parts(kTiles);
   RingPosition<kStages> ring;
+  RingPosition<kItemPlaces> place;
   while (true) {
-    ptx::barrier_wait(ptx::shared_address(&memory.full[ring.stage]), ring.parity);
-    const WorkItem work = memory.items[ring.stage];
-    __syncwarp();  // one lane says that the warp is done with the stage
+    ptx::barrier_wait(ptx::shared_address(&memory.item_full[place.stage]), place.parity);
+    const WorkItem work = memory.items[place.stage];
+    ptx::barrier_arrive(ptx::shared_address(&memory.item_empty[place.stage]));
+    place.advance();
     if (work.num_rows == 0)
       return;
     const PartRows rows = rows_of_part(work.num_rows, part, row_parts(kTiles));
@@ -332,6 +348,10 @@ __global__ void __launch_bounds__(kProductThreads, 1)
     for (int stage = 0; stage < kStages; ++stage) {
       ptx::barrier_init(ptx::shared_address(&memory.full[stage]), 1);
       ptx::barrier_init(ptx::shared_address(&memory.empty[stage]), kConsumerWarps);
+    }
+    for (int place = 0; place < kItemPlaces; ++place) {
+      ptx::barrier_init(ptx::shared_address(&memory.item_full[place]), 1);
+      ptx::barrier_init(ptx::shared_address(&memory.item_empty[place]), kConsumers);
     }
     ptx::fence_barrier_init();
   }
@@ -361,7 +381,7 @@ __global__ void __launch_bounds__(kProductThreads, 1)
       schedule.num_weight_tiles = (arguments.num_channels + kChannels - 1) / kChannels;
       schedule.num_steps = arguments.num_steps;
       schedule.num_blocks = static_cast<int>(gridDim.x);
-      schedule.rounds_to_divide = kMaxRows <= kHopperFewTileRows ? kRoundsToDivide : 1;
+      schedule.rounds_to_divide = are_few(kMaxRows) ? kRoundsToDivide : 1;
       ptx::fence_async_proxy();  // the kernel before wrote the rows by ordinary stores
       load_tiles<kProduct>(arguments, schedule, memory);
     }

@@ -70,10 +70,9 @@ ZEXPERT_HOST_DEVICE PartRows rows_of_part(int num_rows, int part, int num_parts)
   return {first_columns, rest > 0 ? rest : 0, rest > 0 ? round_up(rest, kRowStep) : kRowStep};
 }
 
-/// The work of one product, computed from the experts' offsets. Either block b takes tiles b, b + num_blocks, ..., or,
-/// where these are few and the last round of them would leave most blocks idle, the steps of all tiles together are
-/// divided equally among the blocks: then a block may have the end of one tile, whole ones, and the beginning of
-/// another.
+/// The work of one product, computed from the experts' offsets. Either blocks have whole tiles, or, where these are few
+/// and the last round of them would leave most blocks idle, the steps of all tiles together are divided equally among
+/// the blocks: then a block may have the end of one tile, whole ones, and the beginning of another.
 struct Schedule {
   const int* expert_offsets;   ///< [num_experts + 1]
   const int* row_tile_starts;  ///< [num_experts + 1]: row tiles of the experts before
@@ -129,58 +128,58 @@ struct Schedule {
   }
 };
 
-/// The items of block `block`, one after another. Steps of all tiles are counted through.
-class BlockWork {
- public:
-  ZEXPERT_HOST_DEVICE BlockWork(const Schedule& schedule, int block) : schedule_(schedule) {
-    const int num_tiles = schedule.num_tiles();
-    all_steps_ = int64_t{num_tiles} * schedule.num_steps;
-    if (num_tiles < schedule.rounds_to_divide * schedule.num_blocks) {
-      num_blocks_ =
-          at_most(schedule.num_blocks, at_most(all_steps_ / kLeastStepsOfPart, int64_t{num_tiles} * kMaxParts));
-      num_blocks_ = num_tiles > 0 && num_blocks_ == 0 ? 1 : num_blocks_;
-      position_ = block < num_blocks_ ? first_step_of(block) : 0;
-      end_ = block < num_blocks_ ? first_step_of(block + 1) : 0;
-    } else {
-      stride_ = int64_t{schedule.num_blocks} * schedule.num_steps;
-      position_ = int64_t{block} * schedule.num_steps;
-      end_ = all_steps_;
-    }
-  }
+/// The value, of which the compiler then knows that it is the warp's only one. The copy engine takes its arguments from
+/// a warp's registers: for a value that might differ between threads it costs a loop over them. One thread calls this,
+/// its warp's first.
+ZEXPERT_HOST_DEVICE int lone_thread_value(int value) {
+#ifdef __CUDA_ARCH__
+  return __shfl_sync(1U, value, 0);
+#else
+  return value;
+#endif
+}
 
-  /// False if there is no more.
-  ZEXPERT_HOST_DEVICE bool next(WorkItem& work) {
-    if (position_ >= end_)
-      return false;
-    const auto tile = static_cast<int>(position_ / schedule_.num_steps);
-    const int64_t tile_begin = int64_t{tile} * schedule_.num_steps;
-    work = schedule_.whole_tile(tile);
-    work.first_step = static_cast<int>(position_ - tile_begin);
-    work.last_step = static_cast<int>(at_most(end_ - tile_begin, schedule_.num_steps));
-    if (work.last_step - work.first_step < schedule_.num_steps) {
-      const int block = block_of(position_);
+/// Calls fn(work) for the items of block `block`, one after another. Whole tiles are every num_blocks-th one, or in
+/// turn as take_ticket() says, which counts 0, 1, 2, ... over all blocks; it is asked early, since the answer takes
+/// time. Where steps are divided, those of all tiles are counted through.
+template <bool kInTurn, typename TakeTicket, typename Fn>
+ZEXPERT_HOST_DEVICE void for_each_item(const Schedule& schedule, int block, const TakeTicket& take_ticket,
+                                       const Fn& fn) {
+  const int num_tiles = schedule.num_tiles();
+  if (num_tiles >= schedule.rounds_to_divide * schedule.num_blocks) {
+    for (int tile = block; tile < num_tiles;) {
+      int previous = tile;
+      if constexpr (kInTurn)
+        previous = take_ticket();
+      fn(schedule.whole_tile(tile));
+      tile = schedule.num_blocks + lone_thread_value(previous);
+    }
+    return;
+  }
+  const int64_t num_steps = schedule.num_steps;
+  const int64_t all_steps = num_tiles * num_steps;
+  const auto at_most = [](int64_t value, int64_t most) { return value < most ? value : most; };
+  int64_t num_blocks =
+      at_most(schedule.num_blocks, at_most(all_steps / kLeastStepsOfPart, int64_t{num_tiles} * kMaxParts));
+  num_blocks = num_tiles > 0 && num_blocks == 0 ? 1 : num_blocks;
+  if (block >= num_blocks)
+    return;
+  const auto block_of = [&](int64_t step) { return static_cast<int>(((step + 1) * num_blocks - 1) / all_steps); };
+  const int64_t end = (block + 1) * all_steps / num_blocks;
+  for (int64_t step = block * all_steps / num_blocks; step < end;) {
+    const int64_t tile_begin = step / num_steps * num_steps;
+    WorkItem work = schedule.whole_tile(lone_thread_value(static_cast<int>(step / num_steps)));
+    work.first_step = lone_thread_value(static_cast<int>(step - tile_begin));
+    work.last_step = lone_thread_value(static_cast<int>(at_most(end - tile_begin, num_steps)));
+    if (work.last_step - work.first_step < num_steps) {
       work.first_block = block_of(tile_begin);
       work.part = block - work.first_block;
-      work.num_parts = block_of(tile_begin + schedule_.num_steps - 1) - work.first_block + 1;
+      work.num_parts = block_of(tile_begin + num_steps - 1) - work.first_block + 1;
     }
-    position_ = stride_ > 0 ? position_ + stride_ : tile_begin + work.last_step;
-    return true;
+    fn(work);
+    step = tile_begin + work.last_step;
   }
-
- private:
-  ZEXPERT_HOST_DEVICE static int64_t at_most(int64_t value, int64_t most) { return value < most ? value : most; }
-  ZEXPERT_HOST_DEVICE int64_t first_step_of(int64_t block) const { return block * all_steps_ / num_blocks_; }
-  ZEXPERT_HOST_DEVICE int block_of(int64_t step) const {
-    return static_cast<int>(((step + 1) * num_blocks_ - 1) / all_steps_);
-  }
-
-  const Schedule& schedule_;
-  int64_t all_steps_;
-  int64_t num_blocks_ = 0;  ///< that the steps are divided among
-  int64_t stride_ = 0;      ///< between the tiles of a block; none where steps are divided
-  int64_t position_;
-  int64_t end_;
-};
+}
 
 /// Place in the ring of stages. The consumers of a stage wait for the end of its full barrier's phase of this parity,
 /// the producer for the end of its empty barrier's phase of the other.

@@ -207,10 +207,10 @@ Output grouped_product(const Elements& rows, int num_rows, int depth, const Elem
              std::vector<int>(static_cast<size_t>(num_rows * num_channels))};
   std::map<int, std::array<std::vector<Sums>, kWarpgroups>> parts;  // of divided tiles: [warpgroup][half]
   std::vector<WorkItem> items;
-  for (int block = 0; block < num_blocks; ++block) {
-    BlockWork own(schedule, block);
-    for (WorkItem work; own.next(work);) items.push_back(work);
-  }
+  int num_tickets = 0;
+  const auto take_ticket = [&] { return num_tickets++; };
+  for (int block = 0; block < num_blocks; ++block)
+    for_each_item<true>(schedule, block, take_ticket, [&](const WorkItem& work) { items.push_back(work); });
   for (const WorkItem& work : items) {
     const int num_lines = round_up(work.num_rows, kRowStep);
     std::array<PartRows, kWarpgroups> own_rows{};

@@ -9,7 +9,6 @@
 #include <numeric>
 #include <random>
 #include <tuple>
-#include <utility>
 #include <vector>
 
 #include "cuda/grouped_mlp_hopper_layout.h"
@@ -96,18 +95,31 @@ TEST(GroupedMlpHopperSchedule, EveryTileOnce) {
       for (const int max_rows : {8, 64, 160, 288}) {
         const std::vector<int> offsets = ascending(segments);
         const std::vector<int> starts = row_tile_starts(segments, max_rows);
-        for (const auto& [blocks, rounds] : {std::pair{7, 1}, {7, 8}, {132, 1}, {132, 8}, {132, 100000}}) {
+        for (const auto& [blocks, rounds, in_turn] : {std::tuple{7, 1, false},
+                                                      {7, 8, false},
+                                                      {132, 1, false},
+                                                      {132, 1, true},
+                                                      {132, 8, true},
+                                                      {132, 100000, false}}) {
           const Schedule schedule{offsets.data(), starts.data(), num_experts, max_rows,
                                   weight_tiles,   steps,         blocks,      rounds};
           const bool divided = schedule.num_tiles() < rounds * blocks;
           std::vector<int> steps_done(static_cast<size_t>(offsets.back() * weight_tiles));
           std::map<int, std::vector<int>> parts_of_tile;  // by first_block: a block begins one divided tile at most
           std::vector<int> steps_of_block;
+          int num_tickets = 0;
+          const auto take_ticket = [&] { return num_tickets++; };
           for (int block = 0; block < blocks; ++block) {
-            BlockWork items(schedule, block);
             int num_steps = 0;
             int num_parts = 0;
-            for (WorkItem work; items.next(work);) {
+            std::vector<WorkItem> items;
+            const auto collect = [&](const WorkItem& work) { items.push_back(work); };
+            if (in_turn) {
+              for_each_item<true>(schedule, block, take_ticket, collect);
+            } else {
+              for_each_item<false>(schedule, block, take_ticket, collect);
+            }
+            for (const WorkItem& work : items) {
               const auto expert = static_cast<size_t>(work.expert);
               ASSERT_GE(work.num_rows, 1);
               ASSERT_LE(work.num_rows, max_rows);

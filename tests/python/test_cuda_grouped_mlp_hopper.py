@@ -76,6 +76,18 @@ def test_segments(profile: str, tile_rows: int, dtype: torch.dtype) -> None:
     assert_agrees(result, rows, expert_offsets, w13_weight, w2_weight)
 
 
+@pytest.mark.parametrize("tile_rows", [0, 64, 160, 288])
+def test_long_segments(tile_rows: int) -> None:
+    """So many rows for an expert that blocks take tiles in turn."""
+    expert_offsets = offsets_of([900, 1100, 0, 1300, 700, 2001])
+    rows = torch.randn(6001, 2048, device="cuda").bfloat16()
+    w13_weight, w2_weight = weights(6, 2048, 768, torch.bfloat16)
+    result = grouped_mlp_hopper(rows, expert_offsets, w13_weight, w2_weight, tile_rows=tile_rows)
+    assert_agrees(result, rows, expert_offsets, w13_weight, w2_weight)
+    for _ in range(5):
+        assert_equal(grouped_mlp_hopper(rows, expert_offsets, w13_weight, w2_weight, tile_rows=tile_rows), result)
+
+
 # Less than a weight tile, one and a part, many; depths of one step, fewer than the pipeline's, and many.
 SIZES = [(64, 64), (128, 320), (320, 64), (192, 1024), (2048, 768), (6144, 2048)]
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import zexpert
+from zexpert.experts.hopper import is_hopper
 
 OPS = [
     "biased_topk",
@@ -134,7 +135,6 @@ def test_bad_questions_get_a_sentence(op: str, arguments: dict[str, Any], messag
         ("silu_and_mul", {}, "cuda", "silu_and_mul"),
         ("moe_finalize", {}, "cuda", "moe_finalize"),
         ("grouped_mlp", {}, "torch", "loop"),
-        ("grouped_mlp", {"dtype": "bfloat16", "hidden_size": 64}, "torch", "grouped_mm"),
         ("grouped_mlp", {"dtype": "bfloat16", "intermediate_size": 20}, "torch", "loop"),
     ],
 )
@@ -149,6 +149,7 @@ def test_cuda(op: str, sizes: dict[str, Any], backend: str, kernel: str) -> None
         ({}, "grouped_mlp_hopper", r"^Tiles of up to 64 rows of an expert"),
         ({"num_rows": 1024 * 12}, "grouped_mlp_hopper", r"^Tiles of up to 160 rows of an expert"),
         ({"num_rows": 2048 * 12}, "grouped_mlp_hopper", r"^Tiles of up to 288 rows of an expert"),
+        ({"num_rows": 4096 * 12}, "grouped_mlp_hopper", r"^Tiles of up to 160 rows of an expert"),
         ({"dtype": "float16"}, "grouped_mlp_hopper", r"^Tiles "),
         ({"num_rows": None}, "grouped_mlp_hopper", r"^Tiles by the rows of an expert: "),
         ({"num_experts": None}, "grouped_mlp_hopper", r"^Tiles by the rows of an expert: "),
@@ -164,7 +165,6 @@ def test_cuda(op: str, sizes: dict[str, Any], backend: str, kernel: str) -> None
         ),
         ({"num_experts": 1025}, "grouped_mm", r"^The kernels .* take 1025 experts, more than 1024: One"),
         ({"dtype": "float32"}, "loop", r"^The kernels .* take float32, neither bfloat16 nor float16: Only"),
-        ({"experts_backend": "auto"}, "grouped_mm", r"^One grouped matrix product"),
     ],
 )
 def test_hopper(more: dict[str, Any], kernel: str, reason: str) -> None:
@@ -173,3 +173,9 @@ def test_hopper(more: dict[str, Any], kernel: str, reason: str) -> None:
     assert plan.kernel == kernel
     assert re.match(reason, plan.reason), plan.reason
     assert plan.reason.count(". ") == 0
+
+
+def test_hopper_is_chosen_where_it_runs() -> None:
+    plan = zexpert.kernel_plan("grouped_mlp", device="cuda", dtype="bfloat16", hidden_size=64)
+    runs = torch.cuda.is_available() and is_hopper(torch.cuda.current_device())
+    assert (plan.backend, plan.kernel) == (("cuda", "grouped_mlp_hopper") if runs else ("torch", "grouped_mm"))

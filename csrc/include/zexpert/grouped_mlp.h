@@ -57,14 +57,17 @@ inline constexpr int64_t kHopperTallTileRows = 160;  ///< with 256 weight rows
 inline constexpr int64_t kHopperMaxTileRows = 288;   ///< with 128 weight rows
 
 /// The most rows of a tile. Few rows per expert are bound by reading the weights, many by the products; either way a
-/// segment should be one tile, whose weights are then read once. `num_rows` counts the rows that do no work too, since
-/// the host does not know how many do.
+/// segment should be one tile, whose weights are then read once. Segments too long for that have tall tiles again,
+/// which need fewer bytes for their products. `num_rows` counts the rows that do no work too, since the host does not
+/// know how many do.
 inline int64_t hopper_tile_rows(int64_t num_rows, int64_t num_experts) {
   constexpr int64_t kFewRows = 48;
   constexpr int64_t kManyRows = 200;
+  constexpr int64_t kTooManyRows = 560;
   if (num_rows <= kFewRows * num_experts)
     return kHopperFewTileRows;
-  return num_rows <= kManyRows * num_experts ? kHopperTallTileRows : kHopperMaxTileRows;
+  const bool fits_wide = num_rows > kManyRows * num_experts && num_rows <= kTooManyRows * num_experts;
+  return fits_wide ? kHopperMaxTileRows : kHopperTallTileRows;
 }
 
 /// What grouped_mlp_hopper computes from, and where.
