@@ -42,11 +42,11 @@ __global__ void __launch_bounds__(kThreads, InFlight<kAllAtOnce>::kBlocksPerMult
   Words<T, kVector> own_words{};
   Words<T, kVector> residual_words{};
   if (active) {
-    own_words = *reinterpret_cast<const Words<T, kVector>*>(static_cast<const T*>(params.hidden_states) +
-                                                            token * params.hidden_row_stride + column);
+    own_words =
+        load_once<T, kVector>(static_cast<const T*>(params.hidden_states) + token * params.hidden_row_stride + column);
     if (params.residual != nullptr) {
-      residual_words = *reinterpret_cast<const Words<T, kVector>*>(static_cast<const T*>(params.residual) +
-                                                                   token * params.residual_row_stride + column);
+      residual_words =
+          load_once<T, kVector>(static_cast<const T*>(params.residual) + token * params.residual_row_stride + column);
     }
   }
   constexpr int kRowsAtOnce = InFlight<kAllAtOnce>::kRows * int{sizeof(float)} / int{sizeof(A)};
@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(kThreads, InFlight<kAllAtOnce>::kBlocksPerMult
   for (int v = 0; v < kVector; ++v) {
     own.values[v] = Computed<T>::to(sums[v] + static_cast<A>(Computed<T>::from(residual.values[v])));
   }
-  *reinterpret_cast<Elements*>(static_cast<T*>(params.out) + token * params.hidden_size + column) = own;
+  store_once<T, kVector>(static_cast<T*>(params.out) + token * params.hidden_size + column, to_words<T, kVector>(own));
 }
 
 }  // namespace

@@ -32,13 +32,43 @@ __global__ void __launch_bounds__(kThreads) moe_permute(const MoePermuteParams p
   }
 }
 
+/// A thread per vector of a token, which is read once and written to all of the token's rows.
+template <typename T, int kVector>
+__global__ void __launch_bounds__(kThreads)
+    moe_permute_by_token(const MoePermuteParams params, const int blocks_per_token) {
+  wait_for_previous_kernels();
+  let_next_kernel_start();
+  const int64_t token = blockIdx.x / static_cast<unsigned>(blocks_per_token);
+  const int64_t block_of_token = blockIdx.x % static_cast<unsigned>(blocks_per_token);
+  const int64_t column = (block_of_token * blockDim.x + threadIdx.x) * kVector;
+  if (column >= params.hidden_size)
+    return;
+  const Words<T, kVector> words =
+      load_once<T, kVector>(static_cast<const T*>(params.hidden_states) + token * params.hidden_row_stride + column);
+  T* const target = static_cast<T*>(params.rows) + column;
+  const int32_t* const own_rows = params.slot_rows + token * params.top_k;
+#pragma unroll 4
+  for (int64_t k = 0; k < params.top_k; ++k) {
+    const int64_t row = own_rows[k];
+    if (row >= 0 && row < params.num_rows)
+      *reinterpret_cast<Words<T, kVector>*>(target + row * params.hidden_size) = words;
+  }
+}
+
 template <typename T>
 void launch_moe_permute(const MoePermuteParams& params, const int32_t* last_offset, cudaStream_t stream) {
   const bool fits = fits_vectors(params.hidden_states, params.hidden_row_stride, sizeof(T)) &&
                     fits_vectors(params.rows, params.hidden_size, sizeof(T));
   visit_vector<T>(fits, params.hidden_size, [&](auto vector) {
-    launch("moe_permute", &moe_permute<T, vector.value>, params.num_rows,
-           threads_for_row<vector.value>(params.hidden_size, kThreads), 0, stream, params, last_offset);
+    const int threads = threads_for_row<vector.value>(params.hidden_size, kThreads);
+    if (params.slot_rows == nullptr) {
+      launch("moe_permute", &moe_permute<T, vector.value>, params.num_rows, threads, 0, stream, params, last_offset);
+      return;
+    }
+    const int64_t columns_per_block = int64_t{threads} * vector.value;
+    const int64_t blocks_per_token = (params.hidden_size + columns_per_block - 1) / columns_per_block;
+    launch("moe_permute", &moe_permute_by_token<T, vector.value>, params.num_tokens * blocks_per_token, threads, 0,
+           stream, params, static_cast<int>(blocks_per_token));
   });
 }
 

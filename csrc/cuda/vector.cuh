@@ -28,6 +28,33 @@ __device__ __forceinline__ Vector<T, kVector> to_vector(const Words<T, kVector>&
   return vector;
 }
 
+template <typename T, int kVector>
+__device__ __forceinline__ Words<T, kVector> to_words(const Vector<T, kVector>& vector) {
+  Words<T, kVector> words;
+  memcpy(&words, &vector, sizeof(words));
+  return words;
+}
+
+// Of what is read or written once, so that it displaces nothing that is needed again.
+
+template <typename T, int kVector>
+__device__ __forceinline__ Words<T, kVector> load_once(const T* source) {
+  if constexpr (std::is_same_v<Words<T, kVector>, uint4>) {
+    return __ldcs(reinterpret_cast<const uint4*>(source));
+  } else {
+    return *reinterpret_cast<const Words<T, kVector>*>(source);
+  }
+}
+
+template <typename T, int kVector>
+__device__ __forceinline__ void store_once(T* target, const Words<T, kVector>& words) {
+  if constexpr (std::is_same_v<Words<T, kVector>, uint4>) {
+    __stcs(reinterpret_cast<uint4*>(target), words);
+  } else {
+    *reinterpret_cast<Words<T, kVector>*>(target) = words;
+  }
+}
+
 /// Whether every row begins where the widest access may.
 inline bool fits_vectors(const void* data, int64_t row_stride, int64_t element_size) {
   return reinterpret_cast<uintptr_t>(data) % kWidestAccess == 0 && row_stride * element_size % kWidestAccess == 0;

@@ -39,7 +39,7 @@ __device__ __forceinline__ void add_weighted_rows(const T* rows, int64_t row_str
           const int64_t row = __shfl_sync(kFullMask, own_index, holder);
           factors[i] = __shfl_sync(kFullMask, own_weight, holder);
           if (active)
-            words[i] = *reinterpret_cast<const Words<T, kVector>*>(rows + row * row_stride);
+            words[i] = load_once<T, kVector>(rows + row * row_stride);
           num_taken = i + 1;
         }
       }

@@ -16,7 +16,7 @@ namespace {
 
 std::tuple<Tensor, Tensor> run_experts(const FusedMoeTensors& args) {
   const Tensor rows = moe_permute(args.hidden_states, args.row_slots, args.expert_offsets, args.topk_weights.size(1),
-                                  [](MoePermuteParams params, const Tensor& offsets) {
+                                  std::nullopt, [](MoePermuteParams params, const Tensor& offsets) {
                                     params.num_rows = last_offset(offsets, params.num_rows);
                                     moe_permute_cpu(params);
                                   });

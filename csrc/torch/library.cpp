@@ -22,12 +22,21 @@ STABLE_TORCH_LIBRARY(zexpert, m) {
       "bool drop_before_renormalize=False, float routed_scaling_factor=1.0, int num_expert_group=1, "
       "int topk_group=1, ScalarType? indices_dtype=None) "
       "-> (Tensor topk_weights, Tensor topk_ids, Tensor zero_weight, Tensor constant_weight)");
+  m.def(
+      "biased_topk_and_plan(Tensor logits, Tensor? bias, int top_k, *, int num_real_experts, "
+      "int? num_identity_experts=None, int num_constant_experts=0, str scoring_func=\"softmax\", "
+      "bool renormalize=False, bool drop_before_renormalize=False, float routed_scaling_factor=1.0, "
+      "int num_expert_group=1, int topk_group=1, ScalarType? indices_dtype=None) "
+      "-> (Tensor topk_weights, Tensor topk_ids, Tensor zero_weight, Tensor constant_weight, "
+      "Tensor expert_offsets, Tensor row_slots, Tensor slot_rows)");
   m.def("zero_expert_accumulate(Tensor hidden_states, Tensor zero_weight) -> Tensor");
   m.def("zero_expert_accumulate.out(Tensor hidden_states, Tensor zero_weight, *, Tensor(a!) out) -> ()");
   m.def(
       "moe_plan(Tensor topk_ids, int num_experts) "
       "-> (Tensor expert_offsets, Tensor row_slots, Tensor slot_rows)");
-  m.def("moe_permute(Tensor hidden_states, Tensor row_slots, Tensor expert_offsets, int top_k) -> Tensor");
+  m.def(
+      "moe_permute(Tensor hidden_states, Tensor row_slots, Tensor expert_offsets, int top_k, Tensor? slot_rows=None) "
+      "-> Tensor");
   m.def("silu_and_mul(Tensor gate_up, Tensor? expert_offsets=None) -> Tensor");
   m.def("grouped_mlp(Tensor rows, Tensor expert_offsets, Tensor w13_weight, Tensor w2_weight) -> Tensor");
   m.def(

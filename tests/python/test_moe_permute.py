@@ -19,12 +19,15 @@ def plan_of(num_tokens: int, top_k: int, num_experts: int = 5, lowest: int = -1)
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
 @pytest.mark.parametrize("hidden_size", [0, 1, 200, 257])
 @pytest.mark.parametrize("num_tokens", [0, 1, 7])
-def test_against_reference(num_tokens: int, hidden_size: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("by_token", [False, True], ids=["by row", "by token"])
+def test_against_reference(by_token: bool, num_tokens: int, hidden_size: int, dtype: torch.dtype) -> None:
     hidden_states = torch.randn(num_tokens, hidden_size).to(dtype)
     plan = plan_of(num_tokens, 3)
     num_rows = int(plan.expert_offsets[-1])
     with unchanged(hidden_states, *plan):
-        rows = moe_permute(hidden_states, plan.row_slots, plan.expert_offsets, 3)
+        rows = moe_permute(
+            hidden_states, plan.row_slots, plan.expert_offsets, 3, slot_rows=plan.slot_rows if by_token else None
+        )
     assert rows.shape == (num_tokens * 3, hidden_size)
     expected = reference.moe_permute(hidden_states, plan.row_slots, plan.expert_offsets, 3)
     assert_equal(rows[:num_rows], expected[:num_rows])
@@ -37,8 +40,9 @@ def test_layouts(dtype: torch.dtype) -> None:
     plan = plan_of(7, 3, lowest=0)
     expected = moe_permute(hidden_states, plan.row_slots, plan.expert_offsets, 3)
     for name, given in {**layouts(hidden_states), "expanded": hidden_states[:1].expand(7, 57)}.items():
-        rows = moe_permute(given, plan.row_slots, plan.expert_offsets, 3)
-        assert_equal(rows, expected[:1].expand_as(rows) if name == "expanded" else expected, name)
+        for slot_rows in (None, plan.slot_rows, plan.slot_rows.t().contiguous().t()):
+            rows = moe_permute(given, plan.row_slots, plan.expert_offsets, 3, slot_rows)
+            assert_equal(rows, expected[:1].expand_as(rows) if name == "expanded" else expected, name)
 
 
 @pytest.mark.every_device("moe_permute")
@@ -56,6 +60,8 @@ def test_many_rows() -> None:
     plan = plan_of(1000, 4)
     num_rows = int(plan.expert_offsets[-1])
     rows = moe_permute(hidden_states, plan.row_slots, plan.expert_offsets, 4)
+    assert_equal(rows[:num_rows], hidden_states[plan.row_slots[:num_rows].long() // 4])
+    rows = moe_permute(hidden_states, plan.row_slots, plan.expert_offsets, 4, plan.slot_rows)
     assert_equal(rows[:num_rows], hidden_states[plan.row_slots[:num_rows].long() // 4])
 
 
@@ -119,6 +125,11 @@ BAD_INPUT = {
     "slot of no token": (
         {"row_slots": torch.tensor([3, 6, 1, 5, -1, -1]).int()},
         r"^row_slots must lie in \[0, 6\) below the last offset, got 6$",
+    ),
+    "wide slot_rows": ({"slot_rows": torch.zeros(3, 2).long()}, r"^slot_rows must be int32, got int64$"),
+    "slot_rows of another shape": (
+        {"slot_rows": torch.zeros(2, 3).int()},
+        r"^slot_rows must have shape \[3, 2\] \[tokens, top_k\], got \[2, 3\]$",
     ),
     "no top_k": ({"top_k": 0}, r"^top_k must be at least 1, got 0$"),
     "elsewhere": (

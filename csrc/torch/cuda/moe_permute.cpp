@@ -2,6 +2,8 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <optional>
+
 #include "torch/cuda/stream.h"
 #include "torch/moe_permute_backward.h"
 
@@ -9,9 +11,9 @@ HIDDEN_NAMESPACE_BEGIN(zexpert, ops)
 namespace {
 
 Tensor moe_permute_on_cuda(const Tensor& hidden_states, const Tensor& row_slots, const Tensor& expert_offsets,
-                           int64_t top_k) {
+                           int64_t top_k, const std::optional<Tensor>& slot_rows) {
   const CurrentDevice device(hidden_states);
-  return moe_permute(hidden_states, row_slots, expert_offsets, top_k,
+  return moe_permute(hidden_states, row_slots, expert_offsets, top_k, slot_rows,
                      [&](const MoePermuteParams& params, const Tensor& offsets) {
                        moe_permute_cuda(params, last_offset_pointer(offsets), device.stream());
                      });

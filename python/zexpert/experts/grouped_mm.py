@@ -27,7 +27,7 @@ class GroupedMMExperts(MoEExperts):
     ) -> Tensor:
         """[T * K, H] in the plan's order; rows past the last offset are unspecified."""
         top_k = routing.topk_ids.size(1)
-        rows = torch.ops.zexpert.moe_permute(hidden_states, plan.row_slots, plan.expert_offsets, top_k)
+        rows = torch.ops.zexpert.moe_permute(hidden_states, plan.row_slots, plan.expert_offsets, top_k, plan.slot_rows)
         segment_ends = plan.expert_offsets[1:]
         gate_up = torch._grouped_mm(rows, w13_weight.transpose(1, 2), segment_ends)
         activation = torch.ops.zexpert.silu_and_mul(gate_up, plan.expert_offsets)

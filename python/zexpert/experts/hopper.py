@@ -67,7 +67,7 @@ class HopperExperts(MoEExperts):
             trained: Tensor = self.training_experts(hidden_states, routing, plan, w13_weight, w2_weight)
             return trained
         top_k = routing.topk_ids.size(1)
-        rows = torch.ops.zexpert.moe_permute(hidden_states, plan.row_slots, plan.expert_offsets, top_k)
+        rows = torch.ops.zexpert.moe_permute(hidden_states, plan.row_slots, plan.expert_offsets, top_k, plan.slot_rows)
         output: Tensor = torch.ops.zexpert.grouped_mlp_hopper(
             rows, plan.expert_offsets, w13_weight, w2_weight, tile_rows=self.tile_rows
         )
