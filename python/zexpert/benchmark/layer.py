@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -215,6 +215,7 @@ def run_case(
     repeats: int,
     training: bool = False,
     router_projection: bool = True,
+    peers: Mapping[str, Callable[..., nn.Module]] | None = None,
     target: harness.Target | None = None,
     say: Callable[[str], object] = print,
 ) -> LayerResult:
@@ -223,10 +224,13 @@ def run_case(
 
     Calls rotate over `weights`, whose dtype and device are those of the case. The floor is the larger of the products
     at the rate of a large matrix product and the bytes of the weights used at the rate of the memory; a training step
-    has three times the products, and reads the weights twice and writes their gradients.
+    has three times the products, and reads the weights twice and writes their gradients. `peers` make further
+    contenders, called as PlainLayer is.
     """
     with torch.inference_mode(not training):
-        return run_contenders(shape, num_tokens, weights, limits, repeats, training, router_projection, target, say)
+        return run_contenders(
+            shape, num_tokens, weights, limits, repeats, training, router_projection, peers or {}, target, say
+        )
 
 
 def run_contenders(
@@ -237,6 +241,7 @@ def run_contenders(
     repeats: int,
     training: bool,
     router_projection: bool,
+    peers: Mapping[str, Callable[..., nn.Module]],
     target: harness.Target | None,
     say: Callable[[str], object],
 ) -> LayerResult:
@@ -261,6 +266,7 @@ def run_contenders(
         in_turns["plain PyTorch"] = contender(PlainLayer)
     elif dtype == torch.bfloat16:
         in_turns["torch grouped_mm"] = contender(GroupedMMLayer)
+    in_turns |= {name: contender(make) for name, make in peers.items()}
     apart: dict[str, Callable[[int], Tensor]] = {}  # what waits for the host is in no CUDA graph
     if router_projection and transformers_has(shape.routing):
         try:
