@@ -54,7 +54,7 @@ def build_info() -> BuildInfo:
         "torch_version": str(torch.__version__),
         "cpu_capability": module["cpu_capability"],
         "cuda_library": libraries.cuda_state,
-        "cuda_archs": archs,
+        "cuda_archs": list(archs),
         "cuda_toolkit": toolkit,
         "libraries": [str(CORE_LIBRARY), *([str(CUDA_LIBRARY)] if libraries.cuda_loaded else [])],
     }
