@@ -5,7 +5,8 @@ Usage: python benchmarks/gpu_routing.py [--tokens 1,8192] [--cases 768,384] [--j
 
 Every contender runs in CUDA graphs of many calls, over inputs that together exceed the L2 cache wherever one token more
 than a few makes that possible, so that neither launching nor the cache is measured in place of the kernel. "with the
-plan" adds moe_plan. The floor is the time to read the logits and to write the results at the speed of a device copy.
+plan" is biased_topk_and_plan. The floor is the time to read the logits and to write the results, as fast as a device
+copy.
 """
 
 from __future__ import annotations

@@ -181,33 +181,20 @@ __global__ void __launch_bounds__(kWarpsPerBlock* kWarpSize, kBlocksPerMultiproc
   route_token<true, Layout, Logit>(arguments, outputs, bias, token, lane, scratch, row_keys);
 }
 
-template <typename Logit, int kWidth, typename Outputs>
-void launch_biased_topk_warp(const RoutingArguments& arguments, const Outputs& outputs, cudaStream_t stream) {
+/// Floats of dynamic shared memory that the warps of a block route in.
+inline int64_t routing_memory_floats(const RoutingArguments& arguments, int width, int64_t num_warps) {
   const bool has_groups = arguments.topk_group < arguments.num_expert_group;
   const bool converts_bias = arguments.bias != nullptr && !arguments.bias_fits_vectors;
-  int64_t dynamic_floats = converts_bias || has_groups ? kWidth : 0;
-  if (has_groups) {
-    dynamic_floats += int64_t{kWarpsPerBlock} * (arguments.num_experts + arguments.num_expert_group);
-  }
-  launch("biased_topk", &biased_topk_warp<Logit, kWidth, Outputs>,
-         (arguments.num_tokens + kWarpsPerBlock - 1) / kWarpsPerBlock, kWarpsPerBlock * kWarpSize,
-         sizeof(float) * static_cast<size_t>(dynamic_floats), stream, arguments, outputs);
+  const int64_t floats = converts_bias || has_groups ? width : 0;
+  return has_groups ? floats + num_warps * (arguments.num_experts + arguments.num_expert_group) : floats;
 }
 
-/// Defined by the file of the width, which instantiates the kernel for every type of logits.
-template <int kWidth, typename Outputs>
-void launch_biased_topk_width(const RoutingArguments& arguments, const Outputs& outputs, cudaStream_t stream);
-
-#define ZEXPERT_DEFINE_BIASED_TOPK_WIDTH(width)                                                                   \
-  namespace zexpert::cuda {                                                                                       \
-  template <int kWidth, typename Outputs>                                                                         \
-  void launch_biased_topk_width(const RoutingArguments& arguments, const Outputs& outputs, cudaStream_t stream) { \
-    visit_data_type(arguments.logits_type, [&](auto logit) {                                                      \
-      launch_biased_topk_warp<decltype(logit), kWidth>(arguments, outputs, stream);                               \
-    });                                                                                                           \
-  }                                                                                                               \
-  template void launch_biased_topk_width<width>(const RoutingArguments&, const RoutingOutputs&, cudaStream_t);    \
-  template void launch_biased_topk_width<width>(const RoutingArguments&, const RoutingGradients&, cudaStream_t);  \
-  }
+template <typename Logit, int kWidth, typename Outputs>
+void launch_biased_topk_warp(const RoutingArguments& arguments, const Outputs& outputs, cudaStream_t stream) {
+  launch("biased_topk", &biased_topk_warp<Logit, kWidth, Outputs>,
+         (arguments.num_tokens + kWarpsPerBlock - 1) / kWarpsPerBlock, kWarpsPerBlock * kWarpSize,
+         sizeof(float) * static_cast<size_t>(routing_memory_floats(arguments, kWidth, kWarpsPerBlock)), stream,
+         arguments, outputs);
+}
 
 }  // namespace zexpert::cuda

@@ -1,3 +1,3 @@
-#include "cuda/biased_topk_warp.cuh"
+#include "cuda/biased_topk_widths.cuh"
 
 ZEXPERT_DEFINE_BIASED_TOPK_WIDTH(256)

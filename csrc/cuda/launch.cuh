@@ -72,28 +72,55 @@ __device__ __forceinline__ int block_exclusive_sum(int value, int* warp_sums) {
   return base + sum - value;
 }
 
-/// Starts `kernel` on `stream`; throws Error, naming `name`, if that fails. Safe while the stream is being captured.
+/// Starts `kernel` on `stream`, its blocks in clusters of `cluster_size`; throws Error, naming `name`, if that fails.
+/// Returns false, and starts nothing, if the device has no room for a cluster of a size that not every GPU with
+/// clusters takes, as a part of a GPU may not. Safe while the stream is being captured.
 template <typename... Parameters>
-void launch(const char* name, void (*kernel)(Parameters...), int64_t num_blocks, int num_threads,
-            size_t shared_memory_bytes, cudaStream_t stream, Parameters... arguments) {
+bool launch_clusters(const char* name, void (*kernel)(Parameters...), int64_t num_blocks, int cluster_size,
+                     int num_threads, size_t shared_memory_bytes, cudaStream_t stream, Parameters... arguments) {
   constexpr size_t kSharedMemoryWithoutAsking = 32 * 1024;  // of 48 KB; the rest is for the kernel's static memory
   if (shared_memory_bytes > kSharedMemoryWithoutAsking) {
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                static_cast<int>(shared_memory_bytes)),
           name);
   }
-  cudaLaunchAttribute dependent_launch{};
-  dependent_launch.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  dependent_launch.val.programmaticStreamSerializationAllowed = 1;
-
+  cudaLaunchAttribute attributes[2] = {};
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(num_blocks));
   config.blockDim = dim3(static_cast<unsigned>(num_threads));
   config.dynamicSmemBytes = shared_memory_bytes;
   config.stream = stream;
-  config.attrs = &dependent_launch;
-  config.numAttrs = device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9 ? 1 : 0;
+  config.attrs = attributes;
+  if (cluster_size > 1) {
+    cudaLaunchAttribute& cluster = attributes[config.numAttrs++];
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim.x = static_cast<unsigned>(cluster_size);
+    cluster.val.clusterDim.y = 1;
+    cluster.val.clusterDim.z = 1;
+  }
+  constexpr int kClusterWithoutAsking = 8;
+  if (cluster_size > kClusterWithoutAsking) {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), name);
+    int num_clusters = 0;
+    if (cudaOccupancyMaxActiveClusters(&num_clusters, kernel, &config) != cudaSuccess || num_clusters == 0) {
+      (void)cudaGetLastError();  // so that the next check does not see it
+      return false;
+    }
+  }
+  if (device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9) {
+    cudaLaunchAttribute& dependent_launch = attributes[config.numAttrs++];
+    dependent_launch.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    dependent_launch.val.programmaticStreamSerializationAllowed = 1;
+  }
   check(cudaLaunchKernelEx(&config, kernel, arguments...), name);
+  return true;
+}
+
+/// The same without clusters.
+template <typename... Parameters>
+void launch(const char* name, void (*kernel)(Parameters...), int64_t num_blocks, int num_threads,
+            size_t shared_memory_bytes, cudaStream_t stream, Parameters... arguments) {
+  launch_clusters(name, kernel, num_blocks, 1, num_threads, shared_memory_bytes, stream, arguments...);
 }
 
 }  // namespace zexpert::cuda

@@ -5,15 +5,16 @@
 HIDDEN_NAMESPACE_BEGIN(zexpert, ops)
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> biased_topk_on_cpu(
-    const Tensor& logits, const std::optional<Tensor>& bias, int64_t top_k, int64_t num_real_experts,
-    std::optional<int64_t> num_identity_experts, int64_t num_constant_experts, const std::string& scoring_func,
-    bool renormalize, bool drop_before_renormalize, double routed_scaling_factor, int64_t num_expert_group,
-    int64_t topk_group, std::optional<DType> indices_dtype) {
+RoutingTensors biased_topk_on_cpu(const Tensor& logits, const std::optional<Tensor>& bias, int64_t top_k,
+                                  int64_t num_real_experts, std::optional<int64_t> num_identity_experts,
+                                  int64_t num_constant_experts, const std::string& scoring_func, bool renormalize,
+                                  bool drop_before_renormalize, double routed_scaling_factor, int64_t num_expert_group,
+                                  int64_t topk_group, std::optional<DType> indices_dtype) {
   const RoutingSpec spec =
       routing_spec(top_k, num_real_experts, num_identity_experts, num_constant_experts, scoring_func, renormalize,
                    drop_before_renormalize, routed_scaling_factor, num_expert_group, topk_group);
-  return biased_topk(logits, bias, spec, indices_dtype, &biased_topk_cpu);
+  return biased_topk(logits, bias, spec, indices_dtype,
+                     [](const BiasedTopKParams& params, const Tensor&) { biased_topk_cpu(params); });
 }
 
 }  // namespace

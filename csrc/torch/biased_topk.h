@@ -11,11 +11,13 @@
 
 HIDDEN_NAMESPACE_BEGIN(zexpert, ops)
 
-/// Calls launch(params) unless there are no tokens; returns (topk_weights, topk_ids, zero_weight, constant_weight).
+/// topk_weights, topk_ids, zero_weight, constant_weight
+using RoutingTensors = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+/// Calls launch(params, topk_ids) unless there are no tokens.
 template <typename Launch>
-std::tuple<Tensor, Tensor, Tensor, Tensor> biased_topk(const Tensor& logits, const std::optional<Tensor>& bias,
-                                                       const RoutingSpec& spec, std::optional<DType> indices_dtype,
-                                                       const Launch& launch) {
+RoutingTensors biased_topk(const Tensor& logits, const std::optional<Tensor>& bias, const RoutingSpec& spec,
+                           std::optional<DType> indices_dtype, const Launch& launch) {
   if (bias) {
     check_device(*bias, "bias", logits, "logits");
   }
@@ -57,7 +59,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> biased_topk(const Tensor& logits, con
     params.ids_type = element_type(topk_ids);
     params.zero_weight = zero_weight.mutable_data_ptr();
     params.constant_weight = constant_weight.mutable_data_ptr();
-    launch(params);
+    launch(params, topk_ids);
   }
   return {topk_weights, topk_ids, zero_weight, constant_weight};
 }

@@ -5,7 +5,7 @@
 HIDDEN_NAMESPACE_BEGIN(zexpert, ops)
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor> moe_plan_on_cpu(const Tensor& topk_ids, int64_t num_experts) {
+PlanTensors moe_plan_on_cpu(const Tensor& topk_ids, int64_t num_experts) {
   return moe_plan(topk_ids, num_experts, &moe_plan_cpu);
 }
 

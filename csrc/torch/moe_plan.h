@@ -11,9 +11,12 @@
 
 HIDDEN_NAMESPACE_BEGIN(zexpert, ops)
 
-/// Calls launch(params) unless there are no slots; returns (expert_offsets, row_slots, slot_rows).
+/// expert_offsets, row_slots, slot_rows
+using PlanTensors = std::tuple<Tensor, Tensor, Tensor>;
+
+/// Calls launch(params) unless there are no slots.
 template <typename Launch>
-std::tuple<Tensor, Tensor, Tensor> moe_plan(const Tensor& topk_ids, int64_t num_experts, const Launch& launch) {
+PlanTensors moe_plan(const Tensor& topk_ids, int64_t num_experts, const Launch& launch) {
   constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
   const DType ids_dtype = topk_ids.scalar_type();
   ZEXPERT_CHECK(ids_dtype == DType::Int || ids_dtype == DType::Long, "topk_ids must be int32 or int64, got ",

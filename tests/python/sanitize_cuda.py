@@ -10,6 +10,7 @@ from torch import Tensor
 from zexpert.experts.hopper import is_hopper
 from zexpert.ops import (
     biased_topk,
+    biased_topk_and_plan,
     grouped_mlp_hopper,
     moe_finalize,
     moe_permute,
@@ -67,6 +68,10 @@ def main() -> None:
             biased_topk(logits, bias, 12, num_real_experts=64, num_constant_experts=2, renormalize=True)
             biased_topk(logits, bias.to(dtype), 8, num_real_experts=64, num_expert_group=8, topk_group=3)
             differentiate_routing(logits, bias, 12, num_real_experts=64, num_constant_experts=2)
+            for num_tokens in (3, 9, 200):  # a block, a cluster of blocks, one that not every GPU takes
+                repeated = logits.repeat(23, 1)[:num_tokens]
+                biased_topk_and_plan(repeated, bias, 12, num_real_experts=64, num_constant_experts=2)
+                biased_topk_and_plan(repeated, bias.to(dtype), 8, num_real_experts=64, num_expert_group=8, topk_group=3)
         for width, top_k in ((5, 3), (200, 40), (1500, 12)):
             logits = torch.randn(9, width, device="cuda").to(dtype)
             biased_topk(logits, None, top_k, num_real_experts=width, scoring_func="sigmoid", indices_dtype=torch.int64)

@@ -49,6 +49,7 @@ def call_of(op: str, num_tokens: int = T, *, requires_grad: bool = True) -> tupl
     logits = data(num_tokens, R + 5)
     calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
         "biased_topk": ((logits, torch.rand(R + 5), K), ROUTING),
+        "biased_topk_and_plan": ((logits, torch.rand(R + 5), K), ROUTING),
         "biased_topk_backward": ((*gradients, logits, torch.rand(R + 5), K), ROUTING),
         "zero_expert_accumulate": ((data(num_tokens, H), data(num_tokens)), {}),
         "zero_expert_accumulate_backward": ((data(num_tokens, H), data(num_tokens, H), data(num_tokens)), {}),
@@ -72,6 +73,7 @@ def call_of(op: str, num_tokens: int = T, *, requires_grad: bool = True) -> tupl
 
 FORWARD = [
     "biased_topk",
+    "biased_topk_and_plan",
     "zero_expert_accumulate",
     "moe_permute",
     "silu_and_mul",
@@ -80,7 +82,7 @@ FORWARD = [
     "moe_finalize",
     "fused_moe",
 ]
-BACKWARD = [f"{op}_backward" for op in FORWARD if op != "grouped_mlp_with_gate_up"]
+BACKWARD = [f"{op}_backward" for op in FORWARD if op not in ("biased_topk_and_plan", "grouped_mlp_with_gate_up")]
 
 
 def packet(op: str) -> Callable[..., Any]:
@@ -235,7 +237,7 @@ def test_what_is_kept_for_the_backward(op: str) -> None:
         outputs = as_tuple(packet(op)(*arguments, **keywords))
     inputs = {value.data_ptr() for value in (*arguments, *keywords.values()) if isinstance(value, Tensor)}
     new = [tensor for tensor in kept if tensor.data_ptr() not in inputs]
-    if op == "biased_topk":
+    if op.startswith("biased_topk"):
         assert [tensor.shape for tensor in new] == [(R + 5,)]
     elif op in ("grouped_mlp_with_gate_up", "fused_moe"):
         assert [tensor.data_ptr() for tensor in new] == [outputs[1].data_ptr()]

@@ -9,13 +9,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import reference
 from layer_cases import reference_arguments
 from testing import FLOAT_DTYPES, assert_equal, assert_error_rule, weight_dtype
 from zexpert import RoutingMethodType, RoutingResult, RoutingSpec
+from zexpert.ops import moe_plan
 from zexpert.router import (
     BaseRouter,
+    CustomRoutingRouter,
     FusedMoERouter,
     FusedTopKBiasRouter,
     FusedTopKRouter,
@@ -331,3 +334,115 @@ def test_capture_callback_sees_every_choice(kind: str) -> None:
     for actual_tensor, expected_tensor in zip(captured, expected, strict=True):
         assert_equal(actual_tensor, expected_tensor)
     assert bool((captured.topk_ids < 0).any()) == kind.startswith("zero")
+
+
+# --- Routing and plan
+
+
+class RecordOperators(TorchDispatchMode):
+    """Notes which operators of zexpert are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "zexpert":
+            self.names.append(func._opname)
+        return func(*args, **(kwargs or {}))
+
+
+def assert_plans_its_choice(router: FusedMoERouter, inputs: tuple[Tensor, Tensor], num_experts: int) -> list[str]:
+    """Passes if select_experts_and_plan gives what select_experts and moe_plan give; returns its operators."""
+    expected = router.select_experts(*inputs)
+    with RecordOperators() as operators:
+        routing, plan = router.select_experts_and_plan(*inputs, num_experts)
+    assert isinstance(routing, RoutingResult)
+    for field, actual, tensor in zip(RoutingResult._fields, routing, expected, strict=True):
+        assert_equal(actual, tensor, field)
+    for field, actual, tensor in zip(plan._fields, plan, moe_plan(expected.topk_ids, num_experts), strict=True):
+        assert_equal(actual, tensor, field)
+    return operators.names
+
+
+@pytest.mark.parametrize("indices_dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("kind", KINDS)
+def test_routing_and_plan_are_one_operator(kind: str, indices_dtype: torch.dtype) -> None:
+    router = make_router(kind, indices_dtype=indices_dtype)
+    for num_tokens in (0, 1, 33):
+        inputs = make_inputs(router, num_tokens)
+        assert assert_plans_its_choice(router, inputs, NUM_REAL) == ["biased_topk_and_plan"]
+
+
+def test_plan_of_physical_experts() -> None:
+    """Of an expert map's, and where there are weights for more experts than the router chooses among."""
+    router = make_router("zero")
+    inputs = make_inputs(router)
+    assert assert_plans_its_choice(router, inputs, NUM_REAL + 3) == ["biased_topk", "moe_plan"]
+    expert_map = torch.arange(NUM_REAL).flip(0)[:, None] + 1
+    expert_load = torch.zeros(NUM_REAL + 1, dtype=torch.int64)
+    router.set_expert_map(expert_map, expert_load)
+    assert assert_plans_its_choice(router, inputs, NUM_REAL + 1) == ["biased_topk", "moe_plan"]
+    assert int(expert_load.sum()) == 2 * int((router.select_experts(*inputs).topk_ids >= 0).sum())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_capture_callback_sees_a_choice_with_plan(kind: str) -> None:
+    router = make_router(kind)
+    inputs = make_inputs(router)
+    expected = router.select_experts(*inputs)
+    seen: list[RoutingResult] = []
+    router.set_capture_fn(seen.append)
+    router.select_experts_and_plan(*inputs, NUM_REAL)
+    (captured,) = seen
+    for actual_tensor, expected_tensor in zip(captured, expected, strict=True):
+        assert_equal(actual_tensor, expected_tensor)
+
+
+def test_inputs_are_checked_before_a_plan() -> None:
+    router = make_router("bias")
+    hidden_states, router_logits = make_inputs(router, 7)
+    with pytest.raises(ValueError, match=r"^router_logits must have one column per expert \(8\), got 7$"):
+        router.select_experts_and_plan(hidden_states, router_logits[:, :7], NUM_REAL)
+
+
+def first_experts(router_logits: Tensor) -> RoutingResult:
+    """A choice that biased_topk would not make."""
+    num_tokens = router_logits.size(0)
+    ids = torch.arange(3, dtype=torch.int32).repeat(num_tokens, 1)
+    return RoutingResult(ids + 0.5, ids, torch.zeros(num_tokens), torch.zeros(num_tokens, 1))
+
+
+class SelectsFirst(ZeroExpertRouter):
+    def select_experts(self, hidden_states: Tensor, router_logits: Tensor) -> RoutingResult:
+        return first_experts(router_logits)
+
+
+class ComputesFirst(ZeroExpertRouter):
+    def _compute_routing(self, hidden_states: Tensor, router_logits: Tensor) -> RoutingResult:
+        return first_experts(router_logits)
+
+
+class OnlySelects(FusedMoERouter):
+    def select_experts(self, hidden_states: Tensor, router_logits: Tensor) -> RoutingResult:
+        return first_experts(router_logits)
+
+
+@pytest.mark.parametrize("way", ["select_experts", "_compute_routing", "interface", "function", "instance"])
+def test_plan_is_of_a_choice_of_ones_own(way: str) -> None:
+    arguments = (3, NUM_REAL, {"identity": 2, "constant": 1, "drop": 1})
+    router: FusedMoERouter
+    if way == "select_experts":
+        router = SelectsFirst(*arguments)
+    elif way == "_compute_routing":
+        router = ComputesFirst(*arguments)
+    elif way == "interface":
+        router = OnlySelects()
+    elif way == "function":
+        router = CustomRoutingRouter(3, 12, lambda gating_output, **_: first_experts(gating_output)[:2])
+    else:
+        router = ZeroExpertRouter(*arguments)
+        router._compute_routing = lambda _, router_logits: first_experts(router_logits)  # type: ignore[method-assign]
+    inputs = make_inputs(make_router("zero"))
+    assert assert_plans_its_choice(router, inputs, NUM_REAL) == ["moe_plan"]
+    assert router.select_experts_and_plan(*inputs, NUM_REAL)[0].topk_ids[0].tolist() == [0, 1, 2]

@@ -148,6 +148,10 @@ def test_zero_expert_output_belongs_to_the_last_routing() -> None:
     output = router.zero_expert_output
     assert output is not None
     assert output.tolist() == [[0.0, 0.0, 0.0]]
+    router.select_experts_and_plan(2 * ones, torch.tensor([[-50.0, 50.0]]), 1)
+    output = router.zero_expert_output
+    assert output is not None
+    assert output.tolist() == [[2.0, 2.0, 2.0]]
 
 
 def test_copies_do_not_carry_the_last_routing() -> None:

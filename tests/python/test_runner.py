@@ -23,7 +23,7 @@ from zexpert.experts import (
     create_experts,
 )
 from zexpert.experts.hopper import find_out_is_hopper, is_hopper
-from zexpert.router import FusedTopKRouter, ZeroExpertRouter
+from zexpert.router import FusedMoERouter, FusedTopKRouter, ZeroExpertRouter
 from zexpert.runner import ChunkingMoERunner, DefaultMoERunner, MoERunner, MoERunnerBase
 
 BACKENDS = ("cpu", "torch")
@@ -87,6 +87,28 @@ class NoExperts(MoEExperts):
     ) -> Tensor:
         rows = hidden_states.size(0) if self.reduces else routing.topk_ids.numel()
         return hidden_states.new_zeros(rows, hidden_states.size(1))
+
+
+class RouterOfAnotherKind(FusedMoERouter):
+    """Leaves the choice to a router, and the plan to the interface."""
+
+    def __init__(self, router: FusedMoERouter) -> None:
+        super().__init__()
+        self.router = router
+        self.has_zero_experts = router.has_zero_experts
+
+    def select_experts(self, hidden_states: Tensor, router_logits: Tensor) -> RoutingResult:
+        return self.router.select_experts(hidden_states, router_logits)
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 7])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_plan_made_with_the_routing_changes_nothing(kind: str, num_tokens: int) -> None:
+    layer = make_layer(kind)
+    inputs = make_inputs(kind, num_tokens)
+    expected = layer(*inputs)
+    layer.runner.router = RouterOfAnotherKind(layer.runner.router)
+    assert_equal(layer(*inputs).detach(), expected.detach())
 
 
 @pytest.mark.parametrize("num_tokens", [0, 1, 7])

@@ -131,7 +131,10 @@ def on_device(op: Callable[..., Any], device: str) -> Callable[..., Any]:
             moved.append((value, tensor))
             return tensor
 
-        def back(value: Tensor) -> Tensor:
+        def back(value: Any) -> Any:
+            if isinstance(value, tuple):
+                parts = map(back, value)
+                return tuple(parts) if type(value) is tuple else type(value)(*parts)
             given = [original for original, tensor in moved if tensor is value]
             return given[0] if given else value.cpu()
 
@@ -144,10 +147,7 @@ def on_device(op: Callable[..., Any], device: str) -> Callable[..., Any]:
         for memory, copy in memories.values():
             if not torch.equal(memory.view(torch.uint8), copy.cpu().view(torch.uint8)):
                 memory.copy_(copy)
-        if isinstance(result, Tensor):
-            return back(result)
-        results = map(back, result)
-        return tuple(results) if type(result) is tuple else type(result)(*results)
+        return back(result)
 
     return run
 

@@ -7,7 +7,7 @@
 HIDDEN_NAMESPACE_BEGIN(zexpert, ops)
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor> moe_plan_on_cuda(const Tensor& topk_ids, int64_t num_experts) {
+PlanTensors moe_plan_on_cuda(const Tensor& topk_ids, int64_t num_experts) {
   const CurrentDevice device(topk_ids);
   return moe_plan(topk_ids, num_experts, [&](MoePlanParams params) {
     const int64_t workspace_bytes = moe_plan_cuda_workspace_bytes(params.num_slots, params.num_experts);

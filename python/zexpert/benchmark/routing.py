@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -24,19 +24,22 @@ class Route(Protocol):
     def __call__(self, logits: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
+def routing_arguments(case: RoutingCase) -> dict[str, Any]:
+    """Of zexpert's routing, but for logits and bias."""
+    return {
+        "top_k": case.top_k,
+        "num_real_experts": case.num_real_experts,
+        "num_identity_experts": case.num_identity_experts,
+        "scoring_func": case.scoring_func,
+        "renormalize": case.renormalize,
+        "routed_scaling_factor": case.routed_scaling_factor,
+        "num_expert_group": case.num_expert_group,
+        "topk_group": case.topk_group,
+    }
+
+
 def zexpert_route(logits: Tensor, bias: Tensor | None, case: RoutingCase) -> tuple[Tensor, Tensor, Tensor]:
-    routing = ops.biased_topk(
-        logits,
-        bias,
-        case.top_k,
-        num_real_experts=case.num_real_experts,
-        num_identity_experts=case.num_identity_experts,
-        scoring_func=case.scoring_func,
-        renormalize=case.renormalize,
-        routed_scaling_factor=case.routed_scaling_factor,
-        num_expert_group=case.num_expert_group,
-        topk_group=case.topk_group,
-    )
+    routing = ops.biased_topk(logits, bias, **routing_arguments(case))
     return routing.topk_weights, routing.topk_ids, routing.zero_weight
 
 
@@ -55,12 +58,12 @@ def compiled(case: RoutingCase) -> Route:
 
 
 def with_plan(case: RoutingCase) -> Route:
-    """zexpert's routing and moe_plan after it."""
+    """zexpert's routing together with its plan."""
+    arguments = routing_arguments(case)
 
     def route(logits: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        weights, ids, zero_weight = zexpert_route(logits, bias, case)
-        ops.moe_plan(ids, case.num_real_experts)
-        return weights, ids, zero_weight
+        routing, _ = ops.biased_topk_and_plan(logits, bias, **arguments)
+        return routing.topk_weights, routing.topk_ids, routing.zero_weight
 
     return route
 

@@ -6,13 +6,14 @@ import torch
 from torch import Tensor
 
 from zexpert.experts.factory import create_experts
+from zexpert.ops.moe_plan import moe_plan
 from zexpert.ops.types import RoutingResult
 from zexpert.router.fused_moe_router import FusedMoERouter
 from zexpert.runner.moe_runner_base import MoERunnerBase
 
 
 class GivenRoutingRunner(MoERunnerBase):
-    """The runner's path after routing."""
+    """The runner's path from the plan on."""
 
     def run(
         self, hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor, w13_weight: Tensor, w2_weight: Tensor
@@ -29,7 +30,8 @@ class GivenRoutingRunner(MoERunnerBase):
         weights = topk_weights.to(torch.float64 if hidden_states.dtype == torch.float64 else torch.float32)
         num_tokens = hidden_states.size(0)
         routing = RoutingResult(weights, topk_ids, weights.new_zeros(num_tokens), weights.new_zeros(num_tokens, 0))
-        return self._run(hidden_states, routing, w13_weight, w2_weight, None, None)
+        plan = moe_plan(topk_ids, w13_weight.size(0))
+        return self._run(hidden_states, routing, plan, w13_weight, w2_weight, None, None)
 
 
 RUNNER = GivenRoutingRunner(FusedMoERouter(), create_experts())

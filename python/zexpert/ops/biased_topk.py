@@ -86,7 +86,7 @@ def biased_topk(
 
 
 @register_fake("biased_topk")
-def _biased_topk_fake(
+def biased_topk_fake(
     logits: Tensor,
     bias: Tensor | None,
     top_k: int,
@@ -113,7 +113,7 @@ def _biased_topk_fake(
     )
 
 
-def _setup_context(
+def setup_context(
     ctx: Context, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: tuple[Tensor, ...]
 ) -> None:
     logits, bias, ctx.top_k = inputs
@@ -122,13 +122,15 @@ def _setup_context(
     ctx.keywords = {name: value for name, value in keyword_only_inputs.items() if name != "indices_dtype"}
 
 
-def _backward(
+def backward(
     ctx: Context,
     grad_topk_weights: Tensor | None,
     _grad_topk_ids: None,
     grad_zero_weight: Tensor | None,
     grad_constant_weight: Tensor | None,
+    *_grad_plan: None,
 ) -> tuple[Tensor | None, None, None]:
+    """Also biased_topk_and_plan's, whose last outputs are integers."""
     if not ctx.needs_input_grad[0]:
         return None, None, None
     logits, bias = ctx.saved_tensors
@@ -166,5 +168,5 @@ def _biased_topk_backward_fake(
     return logits.new_empty(logits.shape)
 
 
-register_autograd("biased_topk", _setup_context, _backward)
+register_autograd("biased_topk", setup_context, backward)
 register_not_differentiable("biased_topk_backward")

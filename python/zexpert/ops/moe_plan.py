@@ -29,7 +29,7 @@ def moe_plan(topk_ids: Tensor, num_experts: int) -> DispatchPlan:
 
 
 @register_fake("moe_plan")
-def _moe_plan_fake(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+def moe_plan_fake(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     num_tokens, top_k = topk_ids.shape
     return (
         topk_ids.new_empty((num_experts + 1,), dtype=torch.int32),

@@ -115,9 +115,7 @@ class BaseRouter(FusedMoERouter):
         """
         self._check_inputs(hidden_states, router_logits)
         routing = self._compute_routing(hidden_states, router_logits)
-        if not torch.jit.is_scripting():
-            if self._capture_fn is not None:
-                self._capture_fn(routing)
+        self._observe(hidden_states, routing)
         expert_map = self.logical_to_physical_map
         if expert_map is not None:
             routing = self._map_to_physical(routing, expert_map)
@@ -127,6 +125,12 @@ class BaseRouter(FusedMoERouter):
         """The choice itself, in logical experts and with topk_ids of indices_dtype. Inputs are checked."""
         raise NotImplementedError
 
+    def _observe(self, hidden_states: Tensor, routing: RoutingResult) -> None:
+        """Shows a choice, in logical experts, to whoever looks on."""
+        if not torch.jit.is_scripting():
+            if self._capture_fn is not None:
+                self._capture_fn(routing)
+
     def _check_inputs(self, hidden_states: Tensor, router_logits: Tensor) -> None:
         check_tensor("hidden_states", hidden_states)
         check_tensor("router_logits", router_logits)
@@ -135,12 +139,14 @@ class BaseRouter(FusedMoERouter):
                 f"hidden_states must be on the device of router_logits ({router_logits.device}), "
                 f"got {hidden_states.device}"
             )
-        bias = self.e_score_correction_bias
-        if bias is not None and bias.device != router_logits.device:
-            raise ValueError(
-                f"e_score_correction_bias must be on the device of router_logits ({router_logits.device}), "
-                f"got {bias.device}"
-            )
+        # Freezing a script makes this device a constant: the operator checks it there, so that the script can move.
+        if not torch.jit.is_scripting():
+            bias = self.e_score_correction_bias
+            if bias is not None and bias.device != router_logits.device:
+                raise ValueError(
+                    f"e_score_correction_bias must be on the device of router_logits ({router_logits.device}), "
+                    f"got {bias.device}"
+                )
         if not router_logits.is_floating_point():
             raise ValueError(f"router_logits must be of a floating-point dtype, got {router_logits.dtype}")
         if hidden_states.dim() != 2:
@@ -161,34 +167,6 @@ class BaseRouter(FusedMoERouter):
             raise ValueError(
                 f"router_logits must have one column per expert ({num_experts}), got {router_logits.size(1)}"
             )
-
-    def _biased_topk(self, router_logits: Tensor) -> RoutingResult:
-        # int32 is the operator's default. Before PyTorch 2.12, AOTInductor hands over a dtype as another one: exported
-        # programs convert the indices.
-        indices_dtype: torch.dtype | None = None
-        if self.indices_dtype != torch.int32:
-            indices_dtype = self.indices_dtype
-            if not torch.jit.is_scripting():
-                if torch.compiler.is_exporting():
-                    indices_dtype = None
-        topk_weights, topk_ids, zero_weight, constant_weight = torch.ops.zexpert.biased_topk(
-            router_logits,
-            self.e_score_correction_bias,
-            self.top_k,
-            num_real_experts=self.num_real_experts,
-            num_identity_experts=self.num_identity_experts,
-            num_constant_experts=self.num_constant_experts,
-            scoring_func=self.scoring_func,
-            renormalize=self.renormalize,
-            drop_before_renormalize=self.drop_before_renormalize,
-            routed_scaling_factor=self.routed_scaling_factor,
-            num_expert_group=self.num_expert_group,
-            topk_group=self.topk_group,
-            indices_dtype=indices_dtype,
-        )
-        if topk_ids.dtype != self.indices_dtype:
-            topk_ids = topk_ids.to(self.indices_dtype)
-        return RoutingResult(topk_weights, topk_ids, zero_weight, constant_weight)
 
     def _map_to_physical(self, routing: RoutingResult, expert_map: Tensor) -> RoutingResult:
         logical = routing.topk_ids

@@ -3,7 +3,8 @@
 from torch import Tensor, nn
 
 from zexpert._C import RoutingMethodType
-from zexpert.ops.types import RoutingResult
+from zexpert.ops.moe_plan import moe_plan
+from zexpert.ops.types import DispatchPlan, RoutingResult
 
 
 class FusedMoERouter(nn.Module):
@@ -39,6 +40,21 @@ class FusedMoERouter(nn.Module):
             logits), topk_ids [T, K] with -1 for every slot that does no work.
         """
         raise NotImplementedError
+
+    def select_experts_and_plan(
+        self, hidden_states: Tensor, router_logits: Tensor, num_experts: int
+    ) -> tuple[RoutingResult, DispatchPlan]:
+        """select_experts, and moe_plan of its topk_ids.
+
+        Args:
+            hidden_states, router_logits: as in select_experts.
+            num_experts: R, the experts that there are weights for.
+
+        Returns:
+            What select_experts returns; expert_offsets [R + 1], row_slots [T * K] and slot_rows [T, K], all int32.
+        """
+        routing = self.select_experts(hidden_states, router_logits)
+        return routing, moe_plan(routing.topk_ids, num_experts)
 
     def forward(self, hidden_states: Tensor, router_logits: Tensor) -> RoutingResult:
         """The same as select_experts."""

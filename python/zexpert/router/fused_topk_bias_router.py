@@ -4,11 +4,10 @@ import torch
 from torch import Tensor
 
 from zexpert._C import RoutingMethodType, RoutingSpec, ScoringFunc
-from zexpert.ops.types import RoutingResult
-from zexpert.router.base_router import BaseRouter
+from zexpert.router.biased_topk_router import BiasedTopKRouter
 
 
-class FusedTopKBiasRouter(BaseRouter):
+class FusedTopKBiasRouter(BiasedTopKRouter):
     """Chooses the experts of the largest score + bias; the weights are the scores, without the bias.
     The bias balances load without a loss term (arXiv 2408.15664). There are no zero experts.
 
@@ -48,6 +47,3 @@ class FusedTopKBiasRouter(BaseRouter):
             routed_scaling_factor=routed_scaling_factor,
         )
         super().__init__(spec, e_score_correction_bias=e_score_correction_bias, indices_dtype=indices_dtype)
-
-    def _compute_routing(self, hidden_states: Tensor, router_logits: Tensor) -> RoutingResult:
-        return self._biased_topk(router_logits)

@@ -1,14 +1,12 @@
 """Plain top-k."""
 
 import torch
-from torch import Tensor
 
 from zexpert._C import RoutingMethodType, RoutingSpec, ScoringFunc
-from zexpert.ops.types import RoutingResult
-from zexpert.router.base_router import BaseRouter
+from zexpert.router.biased_topk_router import BiasedTopKRouter
 
 
-class FusedTopKRouter(BaseRouter):
+class FusedTopKRouter(BiasedTopKRouter):
     """Chooses the experts of the largest scores: no bias, no groups, no zero experts.
 
     Args:
@@ -43,6 +41,3 @@ class FusedTopKRouter(BaseRouter):
             routed_scaling_factor=routed_scaling_factor,
         )
         super().__init__(spec, indices_dtype=indices_dtype)
-
-    def _compute_routing(self, hidden_states: Tensor, router_logits: Tensor) -> RoutingResult:
-        return self._biased_topk(router_logits)

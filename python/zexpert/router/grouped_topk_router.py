@@ -4,11 +4,10 @@ import torch
 from torch import Tensor
 
 from zexpert._C import RoutingMethodType, RoutingSpec, ScoringFunc
-from zexpert.ops.types import RoutingResult
-from zexpert.router.base_router import BaseRouter
+from zexpert.router.biased_topk_router import BiasedTopKRouter
 
 
-class GroupedTopKRouter(BaseRouter):
+class GroupedTopKRouter(BiasedTopKRouter):
     """Chooses among the experts of the best groups: a group's score is the sum of its two largest keys, and only the
     topk_group best groups are eligible. DeepSeek-V3 (arXiv 2412.19437) routes so. There are no zero experts.
 
@@ -52,6 +51,3 @@ class GroupedTopKRouter(BaseRouter):
             topk_group=topk_group,
         )
         super().__init__(spec, e_score_correction_bias=e_score_correction_bias, indices_dtype=indices_dtype)
-
-    def _compute_routing(self, hidden_states: Tensor, router_logits: Tensor) -> RoutingResult:
-        return self._biased_topk(router_logits)

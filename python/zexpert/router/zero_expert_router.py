@@ -7,11 +7,11 @@ from torch import Tensor
 
 from zexpert._C import RoutingMethodType, ScoringFunc
 from zexpert.ops.types import RoutingResult
-from zexpert.router.base_router import BaseRouter
+from zexpert.router.biased_topk_router import BiasedTopKRouter
 from zexpert.router.zero_expert_spec import ZeroExperts, zero_expert_spec
 
 
-class ZeroExpertRouter(BaseRouter):
+class ZeroExpertRouter(BiasedTopKRouter):
     """Chooses among real experts and zero experts, which have no feed-forward network.
 
     A slot that chose a zero expert has id -1 and weight 0, so no expert computes for it; what its weight does is in
@@ -74,12 +74,12 @@ class ZeroExpertRouter(BaseRouter):
         self.stash_zero_expert_output = True
         self._last_routing: tuple[Tensor, Tensor] | None = None
 
-    def _compute_routing(self, hidden_states: Tensor, router_logits: Tensor) -> RoutingResult:
-        routing = self._biased_topk(router_logits)
+    def _observe(self, hidden_states: Tensor, routing: RoutingResult) -> None:
         if not torch.jit.is_scripting():
             if self.stash_zero_expert_output and not torch.compiler.is_compiling():
                 self._last_routing = (hidden_states, routing.zero_weight)
-        return routing
+            if self._capture_fn is not None:
+                self._capture_fn(routing)
 
     @property
     def zero_expert_output(self) -> Tensor | None:

@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from zexpert.experts.interface import MoEExperts
+from zexpert.ops.moe_plan import moe_plan
 from zexpert.ops.types import RoutingResult
 from zexpert.router.fused_moe_router import FusedMoERouter
 from zexpert.runner.moe_runner_base import MoERunnerBase
@@ -50,15 +51,21 @@ class ChunkingMoERunner(MoERunnerBase):
     ) -> Tensor:
         routing = self._route(hidden_states, router_logits, w13_weight)
         num_tokens = hidden_states.size(0)
+        num_experts = w13_weight.size(0)
         if num_tokens <= self.chunk_size:
-            return self._run(hidden_states, routing, w13_weight, w2_weight, constant_gate_weight, constant_vectors)
+            plan = moe_plan(routing.topk_ids, num_experts)
+            return self._run(
+                hidden_states, routing, plan, w13_weight, w2_weight, constant_gate_weight, constant_vectors
+            )
         out = hidden_states.new_empty(hidden_states.size())
         for chunk in range((num_tokens + self.chunk_size - 1) // self.chunk_size):
             begin = chunk * self.chunk_size
             end = min(begin + self.chunk_size, num_tokens)
+            routing_of_chunk = self._routing_of(routing, begin, end)
             out[begin:end] = self._run(
                 hidden_states[begin:end],
-                self._routing_of(routing, begin, end),
+                routing_of_chunk,
+                moe_plan(routing_of_chunk.topk_ids, num_experts),
                 w13_weight,
                 w2_weight,
                 constant_gate_weight,

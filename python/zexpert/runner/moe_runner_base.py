@@ -26,11 +26,17 @@ class MoERunnerBase(MoERunner):
         constant_gate_weight: Tensor | None = None,
         constant_vectors: Tensor | None = None,
     ) -> Tensor:
-        routing = self._route(hidden_states, router_logits, w13_weight)
-        return self._run(hidden_states, routing, w13_weight, w2_weight, constant_gate_weight, constant_vectors)
+        self._check_hidden_states(hidden_states, w13_weight)
+        routing, plan = self.router.select_experts_and_plan(hidden_states, router_logits, w13_weight.size(0))
+        routing = self._in_dtype_for(hidden_states, routing)
+        return self._run(hidden_states, routing, plan, w13_weight, w2_weight, constant_gate_weight, constant_vectors)
 
     def _route(self, hidden_states: Tensor, router_logits: Tensor, w13_weight: Tensor) -> RoutingResult:
-        """The router's choice, with weights in the dtype that the data's dtype goes with."""
+        """The router's choice alone, for a runner that makes plans of its own."""
+        self._check_hidden_states(hidden_states, w13_weight)
+        return self._in_dtype_for(hidden_states, self.router.select_experts(hidden_states, router_logits))
+
+    def _check_hidden_states(self, hidden_states: Tensor, w13_weight: Tensor) -> None:
         if hidden_states.dtype != w13_weight.dtype:
             raise ValueError(
                 f"hidden_states must be of the weights' dtype ({w13_weight.dtype}), got {hidden_states.dtype}"
@@ -39,7 +45,9 @@ class MoERunnerBase(MoERunner):
             raise ValueError(
                 f"hidden_states must have the weights' hidden size ({w13_weight.size(2)}), got {hidden_states.size(-1)}"
             )
-        routing = self.router.select_experts(hidden_states, router_logits)
+
+    def _in_dtype_for(self, hidden_states: Tensor, routing: RoutingResult) -> RoutingResult:
+        """The routing with weights in the dtype that the data's dtype goes with."""
         weight_dtype = torch.float64 if hidden_states.dtype == torch.float64 else torch.float32
         return RoutingResult(
             routing.topk_weights.to(weight_dtype),
@@ -52,18 +60,17 @@ class MoERunnerBase(MoERunner):
         self,
         hidden_states: Tensor,
         routing: RoutingResult,
+        plan: DispatchPlan,
         w13_weight: Tensor,
         w2_weight: Tensor,
         constant_gate_weight: Tensor | None,
         constant_vectors: Tensor | None,
     ) -> Tensor:
-        """Everything after routing: [T, H]."""
+        """Everything after routing and plan: [T, H]."""
         residual = self._shared_experts_output(hidden_states)
         routing = self._mix_constants(hidden_states, routing, constant_gate_weight, constant_vectors)
-        expert_offsets, row_slots, slot_rows = torch.ops.zexpert.moe_plan(routing.topk_ids, w13_weight.size(0))
         if self.routing_stats is not None:
-            self.routing_stats(routing.topk_ids, expert_offsets)
-        plan = DispatchPlan(expert_offsets, row_slots, slot_rows)
+            self.routing_stats(routing.topk_ids, plan.expert_offsets)
         return self._experts_and_epilogue(
             hidden_states, routing, plan, w13_weight, w2_weight, residual, constant_vectors
         )

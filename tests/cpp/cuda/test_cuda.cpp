@@ -10,6 +10,7 @@
 
 #include "../testing.h"
 #include "zexpert/biased_topk.h"
+#include "zexpert/biased_topk_and_plan.h"
 #include "zexpert/biased_topk_backward.h"
 #include "zexpert/moe_finalize.h"
 #include "zexpert/moe_finalize_backward.h"
@@ -194,6 +195,50 @@ TEST_F(Cuda, BiasedTopK) {
     }
     wait();
     expect_near(gradients[1], gradients[0]);
+  }
+}
+
+TEST_F(Cuda, BiasedTopKAndPlan) {
+  // A block, clusters, more than one launch takes.
+  for (const int64_t num_tokens : {1, 8, 9, 64, 100, 200, 256, 257}) {
+    for (const int64_t width : {7, 384, 1000, 2000}) {
+      const int64_t num_slots = num_tokens * 6;
+      RoutingSpec spec;
+      spec.top_k = 6;
+      spec.num_real_experts = width - 3;
+      const RoutingSpec resolved = spec.for_width(width);
+      const int64_t num_offsets = resolved.num_real_experts + 1;
+      Shared<float> logits(random.normal<float>(num_tokens * width));
+      Shared<float> bias(random.normal<float>(width, 0.01));
+      Shared<float> weights[2] = {Shared<float>(num_tokens * 7), Shared<float>(num_tokens * 7)};
+      Shared<int32_t> integers[2] = {Shared<int32_t>(num_offsets + 3 * num_slots),
+                                     Shared<int32_t>(num_offsets + 3 * num_slots)};
+      Shared<char> workspace(moe_plan_cuda_workspace_bytes(num_slots, resolved.num_real_experts));
+      for (const bool together : {false, true}) {
+        BiasedTopKAndPlanParams params;
+        params.routing.logits = logits.data();
+        params.routing.logits_row_stride = width;
+        params.routing.bias = bias.data();
+        params.routing.topk_weights = weights[together].data();
+        params.routing.zero_weight = weights[together].data() + num_slots;
+        params.routing.topk_ids = integers[together].data();
+        params.routing.num_tokens = num_tokens;
+        params.routing.spec = resolved;
+        params.row_slots = integers[together].data() + num_slots;
+        params.slot_rows = params.row_slots + num_slots;
+        params.expert_offsets = params.slot_rows + num_slots;
+        params.workspace = workspace.data();
+        if (together) {
+          biased_topk_and_plan_cuda(params, nullptr);
+        } else {
+          biased_topk_cuda(params.routing, nullptr);
+          moe_plan_cuda(params.plan(), nullptr);
+        }
+      }
+      wait();
+      expect_equal(weights[1], weights[0]);
+      expect_equal(integers[1], integers[0]);
+    }
   }
 }
 

@@ -1,0 +1,38 @@
+#include "torch/biased_topk_and_plan.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include "torch/cuda/biased_topk.h"
+#include "torch/cuda/stream.h"
+
+HIDDEN_NAMESPACE_BEGIN(zexpert, ops)
+namespace {
+
+PlannedRoutingTensors biased_topk_and_plan_on_cuda(const Tensor& logits, const std::optional<Tensor>& bias,
+                                                   int64_t top_k, int64_t num_real_experts,
+                                                   std::optional<int64_t> num_identity_experts,
+                                                   int64_t num_constant_experts, const std::string& scoring_func,
+                                                   bool renormalize, bool drop_before_renormalize,
+                                                   double routed_scaling_factor, int64_t num_expert_group,
+                                                   int64_t topk_group, std::optional<DType> indices_dtype) {
+  check_logits_type(logits);
+  const RoutingSpec spec =
+      routing_spec(top_k, num_real_experts, num_identity_experts, num_constant_experts, scoring_func, renormalize,
+                   drop_before_renormalize, routed_scaling_factor, num_expert_group, topk_group);
+  const CurrentDevice device(logits);
+  return biased_topk_and_plan(logits, bias, spec, indices_dtype, [&](BiasedTopKAndPlanParams params) {
+    const MoePlanParams plan = params.plan();
+    const int64_t workspace_bytes = moe_plan_cuda_workspace_bytes(plan.num_slots, plan.num_experts);
+    const Tensor workspace = empty({workspace_bytes}, DType::Byte, logits);
+    params.workspace = workspace.mutable_data_ptr();
+    biased_topk_and_plan_cuda(params, device.stream());
+  });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(zexpert, CUDA, m) {
+  m.impl("biased_topk_and_plan", TORCH_BOX(&biased_topk_and_plan_on_cuda));
+}
+
+HIDDEN_NAMESPACE_END(zexpert, ops)
