@@ -140,6 +140,10 @@ KernelPlan plan_on_cuda(const KernelQuery& query) {
   if (query.op == "grouped_mlp") {
     return plan_grouped_mlp_on_cuda(query);
   }
+  if (query.op == "moe_permute") {
+    return {query.op, "cuda", query.op,
+            "A block copies a row; with slot_rows, a thread its part of a token to all rows."};
+  }
   if (query.op != "biased_topk") {
     return {query.op, "cuda", query.op, "One kernel takes every size."};
   }

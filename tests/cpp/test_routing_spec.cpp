@@ -76,6 +76,12 @@ TEST(RoutingSpec, RefusesFieldsThatDisagree) {
               spec.num_experts = 6;
             }),
             "top_k must be at most the number of experts (6), got 12");
+  EXPECT_EQ(error_after([](RoutingSpec& spec) {
+              spec.num_identity_experts = std::numeric_limits<int64_t>::max();
+              spec.num_constant_experts = std::numeric_limits<int64_t>::max();
+            }),
+            "num_experts (the width of the logits) must be at least 9223372036854775807, the real, identity and "
+            "constant experts together, got 768");
 }
 
 TEST(RoutingSpec, WidthDecidesWhatIsLeftOpen) {

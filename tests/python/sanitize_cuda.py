@@ -34,7 +34,8 @@ def take_tokens_through(dtype: torch.dtype, hidden_size: int) -> None:
     hidden_states = torch.randn(9, hidden_size, device="cuda").to(dtype).requires_grad_()
     weights = torch.rand(9, 4, device="cuda", requires_grad=True)
     zero_weight = torch.rand(9, device="cuda", requires_grad=True)
-    rows = moe_permute(hidden_states, plan.row_slots, plan.expert_offsets, 4)
+    moe_permute(hidden_states, plan.row_slots, plan.expert_offsets, 4)
+    rows = moe_permute(hidden_states, plan.row_slots, plan.expert_offsets, 4, plan.slot_rows)
     gate_up = torch.zeros(36, 2 * hidden_size, device="cuda", dtype=dtype)
     gate_up[:, :hidden_size] = gate_up[:, hidden_size:] = 1.0
     gate_up.requires_grad_()

@@ -152,9 +152,10 @@ def test_exported_and_compiled_ahead_of_time(
                 assert_output(layer, run(*inputs), *inputs)
 
 
-def test_side_stream() -> None:
+@pytest.mark.parametrize("num_tokens", [50, 500])  # routing and plan in one launch, and not
+def test_side_stream(num_tokens: int) -> None:
     layer = wide_layer()
-    inputs = wide_inputs(500)
+    inputs = wide_inputs(num_tokens)
     expected = layer(*inputs)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -257,4 +258,6 @@ def test_indices_out_of_range_read_nothing() -> None:
     assert_equal(out, ops.moe_finalize(rows, valid, weights, hidden_states, zero_weight))
     offsets = torch.tensor([0, 6], dtype=torch.int32, device="cuda")
     ops.moe_permute(hidden_states, slot_rows.flatten(), offsets, 2)
+    permuted = ops.moe_permute(hidden_states, slot_rows.flatten(), offsets, 2, slot_rows)
+    assert_equal(permuted[[0, 1, 2]], hidden_states[[0, 1, 2]])
     torch.cuda.synchronize()

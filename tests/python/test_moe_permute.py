@@ -66,12 +66,15 @@ def test_many_rows() -> None:
 
 
 @pytest.mark.every_device("moe_permute")
-def test_row_slots_cut_behind_the_last_offset() -> None:
+@pytest.mark.parametrize("by_token", [False, True], ids=["by row", "by token"])
+def test_row_slots_cut_behind_the_last_offset(by_token: bool) -> None:
     hidden_states = torch.randn(7, 19, requires_grad=True)
     plan = plan_of(7, 3)
     num_rows = int(plan.expert_offsets[-1])
     assert 7 < num_rows < 21
-    rows = moe_permute(hidden_states, plan.row_slots[:num_rows], plan.expert_offsets, 3)
+    rows = moe_permute(
+        hidden_states, plan.row_slots[:num_rows], plan.expert_offsets, 3, plan.slot_rows if by_token else None
+    )
     tokens = plan.row_slots[:num_rows].long() // 3
     assert_equal(rows.detach(), hidden_states.detach()[tokens])
     (gradient,) = torch.autograd.grad(rows.sum(), hidden_states)

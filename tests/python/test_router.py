@@ -428,8 +428,8 @@ class OnlySelects(FusedMoERouter):
         return first_experts(router_logits)
 
 
-@pytest.mark.parametrize("way", ["select_experts", "_compute_routing", "interface", "function", "instance"])
-def test_plan_is_of_a_choice_of_ones_own(way: str) -> None:
+@pytest.mark.parametrize("way", ["select_experts", "_compute_routing", "interface", "function", "instance", "patch"])
+def test_plan_is_of_a_choice_of_ones_own(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = (3, NUM_REAL, {"identity": 2, "constant": 1, "drop": 1})
     router: FusedMoERouter
     if way == "select_experts":
@@ -440,6 +440,9 @@ def test_plan_is_of_a_choice_of_ones_own(way: str) -> None:
         router = OnlySelects()
     elif way == "function":
         router = CustomRoutingRouter(3, 12, lambda gating_output, **_: first_experts(gating_output)[:2])
+    elif way == "patch":
+        router = ZeroExpertRouter(*arguments)
+        monkeypatch.setattr(ZeroExpertRouter, "_compute_routing", lambda *inputs: first_experts(inputs[2]))
     else:
         router = ZeroExpertRouter(*arguments)
         router._compute_routing = lambda _, router_logits: first_experts(router_logits)  # type: ignore[method-assign]

@@ -404,6 +404,13 @@ def test_hopper_experts_script_and_give_shapes() -> None:
     assert torch.ops.zexpert.is_hopper(torch.empty(0)) is False  # what a scripted layer asks on a GPU
 
 
+def test_hopper_experts_refuse_the_cpu() -> None:
+    layer = FusedMoE(16, 6, 128, 64, params_dtype=torch.bfloat16, experts_backend="hopper")
+    sentence = r'^hidden_states must be on a GPU of compute capability 9.0 for experts_backend "hopper", got cpu$'
+    with torch.no_grad(), pytest.raises(ValueError, match=sentence):
+        layer(torch.zeros(5, 128, dtype=torch.bfloat16), torch.zeros(5, 16))
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated:DeprecationWarning")
 def test_grouped_mm_agrees_with_the_cpu_backend() -> None:
     """torch runs its grouped_mm on a CPU too."""

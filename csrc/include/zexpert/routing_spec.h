@@ -49,7 +49,11 @@ struct RoutingSpec {
                   "topk_group must be between 1 and num_expert_group (", num_expert_group, "), got ", topk_group);
     if (num_experts != kFromLogits) {
       const int64_t identity = num_identity_experts == kFromLogits ? 0 : num_identity_experts;
-      const int64_t counted = num_real_experts + identity + num_constant_experts;
+      const auto plus = [](int64_t a, int64_t b) {  // of counts that may be anything: the largest there is, at most
+        constexpr int64_t kMost = std::numeric_limits<int64_t>::max();
+        return a > kMost - b ? kMost : a + b;
+      };
+      const int64_t counted = plus(plus(num_real_experts, identity), num_constant_experts);
       ZEXPERT_CHECK(num_experts >= counted, "num_experts (the width of the logits) must be at least ", counted,
                     ", the real, identity and constant experts together, got ", num_experts);
       ZEXPERT_CHECK(top_k <= num_experts, "top_k must be at most the number of experts (", num_experts, "), got ",

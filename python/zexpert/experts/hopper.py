@@ -66,6 +66,11 @@ class HopperExperts(MoEExperts):
         if self.wants_gradient(hidden_states, w13_weight) or self.wants_gradient(hidden_states, w2_weight):
             trained: Tensor = self.training_experts(hidden_states, routing, plan, w13_weight, w2_weight)
             return trained
+        if hidden_states.is_cpu:
+            raise ValueError(
+                f'hidden_states must be on a GPU of compute capability 9.0 for experts_backend "hopper", '
+                f"got {hidden_states.device}"
+            )
         top_k = routing.topk_ids.size(1)
         rows = torch.ops.zexpert.moe_permute(hidden_states, plan.row_slots, plan.expert_offsets, top_k, plan.slot_rows)
         output: Tensor = torch.ops.zexpert.grouped_mlp_hopper(

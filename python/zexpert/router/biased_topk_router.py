@@ -24,22 +24,17 @@ class BiasedTopKRouter(BaseRouter):
         indices_dtype: torch.dtype = torch.int32,
     ) -> None:
         super().__init__(spec, e_score_correction_bias=e_score_correction_bias, indices_dtype=indices_dtype)
-        # Not where a subclass chooses in a way of its own.
-        self._is_biased_topk = (
-            type(self).select_experts is BaseRouter.select_experts
-            and type(self)._compute_routing is BiasedTopKRouter._compute_routing
-        )
+        self._is_biased_topk = self._chooses_by_biased_topk()  # what a script knows
 
     def select_experts_and_plan(
         self, hidden_states: Tensor, router_logits: Tensor, num_experts: int
     ) -> tuple[RoutingResult, DispatchPlan]:
         """See FusedMoERouter.select_experts_and_plan."""
-        has_map = self.logical_to_physical_map is not None
-        is_fused = self._is_biased_topk and not has_map and num_experts == self.num_real_experts
+        is_biased_topk = self._is_biased_topk
         if not torch.jit.is_scripting():
-            # Nor where somebody gave this router alone another way to choose.
-            is_fused = is_fused and "select_experts" not in self.__dict__ and "_compute_routing" not in self.__dict__
-        if not is_fused:
+            is_biased_topk = self._chooses_by_biased_topk()
+        has_map = self.logical_to_physical_map is not None
+        if not is_biased_topk or has_map or num_experts != self.num_real_experts:
             routing = self.select_experts(hidden_states, router_logits)
             return routing, moe_plan(routing.topk_ids, num_experts)
         self._check_inputs(hidden_states, router_logits)
@@ -65,6 +60,17 @@ class BiasedTopKRouter(BaseRouter):
         routing = RoutingResult(topk_weights, topk_ids, zero_weight, constant_weight)
         self._observe(hidden_states, routing)
         return routing, DispatchPlan(expert_offsets, row_slots, slot_rows)
+
+    @torch.jit.unused
+    def _chooses_by_biased_topk(self) -> bool:
+        """Not where a subclass, or somebody for this router alone, gave it another way to choose."""
+        of_class, own = type(self), self.__dict__
+        return (
+            of_class.select_experts is BaseRouter.select_experts
+            and of_class._compute_routing is BiasedTopKRouter._compute_routing
+            and "select_experts" not in own
+            and "_compute_routing" not in own
+        )
 
     def _compute_routing(self, hidden_states: Tensor, router_logits: Tensor) -> RoutingResult:
         topk_weights, topk_ids, zero_weight, constant_weight = torch.ops.zexpert.biased_topk(

@@ -289,6 +289,7 @@ TYPED_TEST(CudaTyped, MoePermute) {
     Plan plan = make_plan(this->random);
     Shared<T> tokens(this->random.template normal<T>(kTokens * hidden));
     Shared<T> rows[2] = {Shared<T>(kSlots * hidden), Shared<T>(kSlots * hidden)};
+    Shared<T> rows_by_token(kSlots * hidden);
     Shared<T> gradients[2] = {Shared<T>(kTokens * hidden), Shared<T>(kTokens * hidden)};
     Shared<int32_t> workspace(kSlots);
     const int32_t* last_offset = plan.offsets.end() - 1;
@@ -303,6 +304,11 @@ TYPED_TEST(CudaTyped, MoePermute) {
       params.top_k = kTopK;
       params.hidden_size = params.hidden_row_stride = hidden;
       on_device ? moe_permute_cuda(params, last_offset, nullptr) : moe_permute_cpu(params);
+      if (on_device) {
+        params.slot_rows = plan.slot_rows.data();
+        params.rows = rows_by_token.data();
+        moe_permute_cuda(params, last_offset, nullptr);
+      }
 
       MoePermuteBackwardParams backward;
       backward.grad_rows = rows[0].data();
@@ -318,6 +324,7 @@ TYPED_TEST(CudaTyped, MoePermute) {
       wait();
     }
     expect_equal(rows[1], rows[0]);
+    expect_equal(rows_by_token, rows[0]);
     expect_equal(gradients[1], gradients[0]);
   }
 }
