@@ -11,6 +11,7 @@
 #include <cstdint>
 
 #include "cuda/biased_topk_warp.cuh"
+#include "cuda/host_device.h"
 #include "cuda/launch.cuh"
 #include "zexpert/moe_plan.h"
 
@@ -20,7 +21,7 @@ inline constexpr int64_t kMaxPlannedTokens = 256;
 inline constexpr int64_t kMaxPlannedSlots = 4096;  // a slot, and a row, fits 16 bits
 inline constexpr int kMaxPlannedWarps = 16;        // per block
 inline constexpr int kTokensPerWord = 32;
-inline constexpr int kExpertsPerThread = 4;  // that a thread of the planning block sums up
+inline constexpr int kExpertsPerThread = 4;  // that a thread of the planning block sums up: a vector of sets
 
 /// Where biased_topk_and_plan writes.
 struct PlannedRouting {
@@ -47,8 +48,6 @@ struct PlanOutputs {
   int32_t* slot_rows;
   TokenOfSlot token_of_slot;
 };
-
-__host__ __device__ constexpr int round_up(int value, int step) { return (value + step - 1) / step * step; }
 
 /// Where things lie in the shared memory of the block that plans; offsets in bytes, all multiples of 16.
 struct PlanLayout {

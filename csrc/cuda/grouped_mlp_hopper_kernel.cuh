@@ -1,14 +1,14 @@
 // The two products of grouped_mlp_hopper, one kernel template.
 //
-// A block per multiprocessor works off its part of the schedule. One thread, the producer, fills a ring of stages in
-// shared memory through the copy engine: a stage is a tile's weight rows and token rows, 64 elements of depth of each.
-// Two warpgroups multiply them into registers and write the tile out, while the producer is ahead with the next one. A
-// stage's `full` barrier ends its phase when the stage's bytes are there, its `empty` barrier when all 8 warps are done
-// with them; both sides walk the ring in the same order, and the parity flips once per round.
+// A block per multiprocessor works off the schedule's items. One thread, the producer, finds them, hands each over to
+// the consumers, and fills a ring of stages in shared memory through the copy engine: a stage is a tile's weight rows
+// and token rows, 64 elements of depth of each. Two warpgroups, the consumers, multiply them into registers and write
+// the tile out, while the producer is ahead with the next one. A stage's `full` barrier ends its phase when the stage's
+// bytes are there, its `empty` barrier when all 8 warps are done with them; both sides walk the ring in the same order,
+// and the parity flips once per round. Items take the same way through a ring of their own.
 //
 // Tall tiles read the fewest bytes for up to 160 rows of an expert. Wide tiles hold up to 288, so that an expert of so
-// many needs its weights once: blocks with two tiles of the same weights drift apart, and what one has brought into the
-// L2 cache is gone when the other asks for it.
+// many needs its weights once. Longer segments need several tiles either way, tall ones then with fewer bytes.
 //
 // A tile whose depth is divided (see Schedule) is summed by whichever of its blocks is the last to finish,
 // always in the order of the parts: the result does not depend on which block that is. Nobody waits for another block.
@@ -377,7 +377,6 @@ __global__ void __launch_bounds__(kProductThreads, 1)
       schedule.expert_offsets = arguments.expert_offsets;
       schedule.row_tile_starts = memory.row_tile_starts;  // searched in, so near at hand
       schedule.num_experts = arguments.num_experts;
-      schedule.max_rows_per_tile = arguments.max_rows_per_tile;
       schedule.num_weight_tiles = (arguments.num_channels + kChannels - 1) / kChannels;
       schedule.num_steps = arguments.num_steps;
       schedule.num_blocks = static_cast<int>(gridDim.x);

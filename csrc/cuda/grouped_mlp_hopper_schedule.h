@@ -7,11 +7,7 @@
 
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define ZEXPERT_HOST_DEVICE __host__ __device__ __forceinline__
-#else
-#define ZEXPERT_HOST_DEVICE inline
-#endif
+#include "cuda/host_device.h"
 
 namespace zexpert::cuda {
 
@@ -21,8 +17,6 @@ inline constexpr int kRowStep = 8;  ///< a row tile is computed as if it had a m
 inline constexpr int kRowTilesAtOnce = 8;
 inline constexpr int kMaxParts = 8;          ///< of a tile's depth, on average
 inline constexpr int kLeastStepsOfPart = 4;  ///< on average; less would not fill the pipeline
-
-ZEXPERT_HOST_DEVICE int round_up(int value, int step) { return (value + step - 1) / step * step; }
 
 /// A segment's row tiles: as few as possible of at most `max_rows_per_tile` (a multiple of kRowStep), as equal as that
 /// step allows. None is empty.
@@ -71,13 +65,12 @@ ZEXPERT_HOST_DEVICE PartRows rows_of_part(int num_rows, int part, int num_parts)
 }
 
 /// The work of one product, computed from the experts' offsets. Either blocks have whole tiles, or, where these are few
-/// and the last round of them would leave most blocks idle, the steps of all tiles together are divided equally among
+/// and a last round of them could leave most blocks idle, the steps of all tiles together are divided equally among
 /// the blocks: then a block may have the end of one tile, whole ones, and the beginning of another.
 struct Schedule {
   const int* expert_offsets;   ///< [num_experts + 1]
   const int* row_tile_starts;  ///< [num_experts + 1]: row tiles of the experts before
   int num_experts;
-  int max_rows_per_tile;
   int num_weight_tiles;  ///< of an expert
   int num_steps;         ///< of a tile
   int num_blocks;

@@ -29,9 +29,10 @@ inline int device_attribute(cudaDeviceAttr attribute) {
 
 inline int num_multiprocessors() { return device_attribute(cudaDevAttrMultiProcessorCount); }
 
-/// First statement of every kernel that launch() starts: what earlier kernels of the stream wrote is visible after it.
-/// Every thread calls it, also one that has nothing to do, so that a kernel's end implies the end of all before it.
-/// Loads that may be hoisted above it or served from a stale read-only cache (__ldg) have no place in such kernels.
+/// Every kernel that launch() starts calls it before it touches device memory: what earlier kernels of the stream wrote
+/// is visible after it. Every thread calls it, also one that has nothing to do, so that a kernel's end implies the end
+/// of all before it. Loads that may be hoisted above it or served from a stale read-only cache (__ldg) have no place in
+/// such kernels.
 __device__ __forceinline__ void wait_for_previous_kernels() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -73,15 +74,18 @@ __device__ __forceinline__ int block_exclusive_sum(int value, int* warp_sums) {
 }
 
 /// Starts `kernel` on `stream`, its blocks in clusters of `cluster_size`; throws Error, naming `name`, if that fails.
-/// Returns false, and starts nothing, if the device has no room for a cluster of a size that not every GPU with
-/// clusters takes, as a part of a GPU may not. Safe while the stream is being captured.
+/// Returns false, and starts nothing, if the device has no room for a cluster, as a part of a GPU may not. Safe while
+/// the stream is being captured.
 template <typename... Parameters>
 bool launch_clusters(const char* name, void (*kernel)(Parameters...), int64_t num_blocks, int cluster_size,
                      int num_threads, size_t shared_memory_bytes, cudaStream_t stream, Parameters... arguments) {
   constexpr size_t kSharedMemoryWithoutAsking = 32 * 1024;  // of 48 KB; the rest is for the kernel's static memory
   if (shared_memory_bytes > kSharedMemoryWithoutAsking) {
+    // The same for every launch of the kernel, where it can be: another thread may launch it with another size.
+    constexpr size_t kStaticMemory = 16 * 1024;
+    const auto most = static_cast<size_t>(device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)) - kStaticMemory;
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(shared_memory_bytes)),
+                               static_cast<int>(shared_memory_bytes > most ? shared_memory_bytes : most)),
           name);
   }
   cudaLaunchAttribute attributes[2] = {};
@@ -112,7 +116,12 @@ bool launch_clusters(const char* name, void (*kernel)(Parameters...), int64_t nu
     dependent_launch.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     dependent_launch.val.programmaticStreamSerializationAllowed = 1;
   }
-  check(cudaLaunchKernelEx(&config, kernel, arguments...), name);
+  const cudaError_t status = cudaLaunchKernelEx(&config, kernel, arguments...);
+  if (cluster_size > 1 && (status == cudaErrorLaunchOutOfResources || status == cudaErrorInvalidClusterSize)) {
+    (void)cudaGetLastError();
+    return false;
+  }
+  check(status, name);
   return true;
 }
 

@@ -43,15 +43,21 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t column = (block_of_token * blockDim.x + threadIdx.x) * kVector;
   if (column >= params.hidden_size)
     return;
-  const Words<T, kVector> words =
-      load_once<T, kVector>(static_cast<const T*>(params.hidden_states) + token * params.hidden_row_stride + column);
+  using Elements = Vector<T, kVector>;
+  const Elements elements = *reinterpret_cast<const Elements*>(static_cast<const T*>(params.hidden_states) +
+                                                               token * params.hidden_row_stride + column);
   T* const target = static_cast<T*>(params.rows) + column;
   const int32_t* const own_rows = params.slot_rows + token * params.top_k;
-#pragma unroll 4
-  for (int64_t k = 0; k < params.top_k; ++k) {
-    const int64_t row = own_rows[k];
-    if (row >= 0 && row < params.num_rows)
-      *reinterpret_cast<Words<T, kVector>*>(target + row * params.hidden_size) = words;
+  constexpr int kAtOnce = 4;  // loads in flight: their latency is what this costs where tokens are few
+  for (int64_t first = 0; first < params.top_k; first += kAtOnce) {
+    int32_t rows[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) rows[i] = first + i < params.top_k ? own_rows[first + i] : -1;
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (rows[i] >= 0 && rows[i] < params.num_rows)
+        *reinterpret_cast<Elements*>(target + rows[i] * params.hidden_size) = elements;
+    }
   }
 }
 

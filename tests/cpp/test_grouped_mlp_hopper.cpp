@@ -199,8 +199,8 @@ Output grouped_product(const Elements& rows, int num_rows, int depth, const Elem
   const std::vector<int> starts = row_tile_starts(segments, max_rows);
   const auto num_experts = static_cast<int>(segments.size());
   const int weight_tiles = (num_channels + tile_channels(kProduct, kTiles) - 1) / tile_channels(kProduct, kTiles);
-  const Schedule schedule{offsets.data(), starts.data(),      num_experts, max_rows,
-                          weight_tiles,   depth / kStepDepth, num_blocks,  kRounds};
+  const Schedule schedule{offsets.data(),     starts.data(), num_experts, weight_tiles,
+                          depth / kStepDepth, num_blocks,    kRounds};
   const TensorMapShape weights_shape = weights_map(kProduct, kTiles, num_channels, depth, num_experts,
                                                    int64_t{num_matrices(kProduct)} * num_channels * depth);
   Output out{Elements(static_cast<size_t>(num_rows * num_channels), NAN),

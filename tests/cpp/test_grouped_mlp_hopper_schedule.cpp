@@ -50,7 +50,7 @@ TEST(GroupedMlpHopperSchedule, SegmentsAreCutIntoFewEqualTiles) {
       ASSERT_LE(tiles.num_tiles, (rows + max_rows - 1) / max_rows);
       ASSERT_GE(tiles.num_tiles * tiles.rows_per_tile, rows);
       if (rows > 0) {
-        // Schedule::item knows the number of tiles alone.
+        // Schedule::whole_tile knows the number of tiles alone.
         ASSERT_EQ(tiles.rows_per_tile, round_up((rows + tiles.num_tiles - 1) / tiles.num_tiles, kRowStep));
       }
       ASSERT_LT((tiles.num_tiles - 1) * tiles.rows_per_tile, std::max(rows, 1)) << rows << " " << max_rows;
@@ -101,8 +101,7 @@ TEST(GroupedMlpHopperSchedule, EveryTileOnce) {
                                                       {132, 1, true},
                                                       {132, 8, true},
                                                       {132, 100000, false}}) {
-          const Schedule schedule{offsets.data(), starts.data(), num_experts, max_rows,
-                                  weight_tiles,   steps,         blocks,      rounds};
+          const Schedule schedule{offsets.data(), starts.data(), num_experts, weight_tiles, steps, blocks, rounds};
           const bool divided = schedule.num_tiles() < rounds * blocks;
           std::vector<int> steps_done(static_cast<size_t>(offsets.back() * weight_tiles));
           std::map<int, std::vector<int>> parts_of_tile;  // by first_block: a block begins one divided tile at most
@@ -197,13 +196,16 @@ struct Barrier {
 };
 
 /// Producer, copies and consumer warps of a block, one action of a random one at a time: every warp finds every step's
-/// data in its stage and every item with its first step, and nobody waits for ever. As load_tiles and compute_tiles.
+/// data in its stage and every item, and nobody waits for ever. As load_tiles and compute_tiles.
 void run_ring(const std::vector<int>& steps_of_items, std::mt19937& random) {
   constexpr int kStages = 3;
   constexpr int kParts = 3;  // two halves of the weights, and the rows
+  constexpr int kItemPlaces = 2;
   constexpr int kNoMoreWork = -1;
   struct Warp {
     RingPosition<kStages> ring;
+    RingPosition<kItemPlaces> place;
+    bool has_item = false;
     int item = 0;
     int step = 0;
     int steps_read = 0;
@@ -219,25 +221,33 @@ void run_ring(const std::vector<int>& steps_of_items, std::mt19937& random) {
   std::array<Warp, 8> warps;
   std::vector<Barrier> empty(kStages, Barrier(static_cast<int>(warps.size())));
   std::array<std::array<int, kParts>, kStages> content{};  // the step whose data lies there, counted from 1
-  std::array<int, kStages> items{};                        // the item whose first step lies there
+  std::vector<Barrier> item_full(kItemPlaces, Barrier(1));
+  std::vector<Barrier> item_empty(kItemPlaces, Barrier(static_cast<int>(warps.size())));
+  std::array<int, kItemPlaces> items{};
   std::vector<Copy> copies;
   RingPosition<kStages> ring;  // the producer's, which asks for step `step` of item `item`
+  RingPosition<kItemPlaces> place;
+  bool handed_over = false;
   const auto num_items = static_cast<int>(steps_of_items.size());
   int item = 0;
   int step = 0;
   int steps_asked = 0;
 
   const auto produce = [&] {
-    const auto stage = static_cast<size_t>(ring.stage);
-    if (item > num_items || !empty[stage].is_over(ring.parity ^ 1U))
-      return false;
-    if (step == 0)
-      items[stage] = item < num_items ? item : kNoMoreWork;
-    if (item == num_items) {
-      full[stage].arrive();
-      ++item;
+    if (!handed_over) {
+      const auto at = static_cast<size_t>(place.stage);
+      if (item > num_items || !item_empty[at].is_over(place.parity ^ 1U))
+        return false;
+      items[at] = item < num_items ? item : kNoMoreWork;
+      item_full[at].arrive();
+      place.advance();
+      handed_over = item < num_items;
+      item += handed_over ? 0 : 1;
       return true;
     }
+    const auto stage = static_cast<size_t>(ring.stage);
+    if (!empty[stage].is_over(ring.parity ^ 1U))
+      return false;
     full[stage].arrive(kParts);
     ++steps_asked;
     for (int part = 0; part < kParts; ++part) copies.push_back({ring.stage, part, steps_asked});
@@ -245,6 +255,7 @@ void run_ring(const std::vector<int>& steps_of_items, std::mt19937& random) {
     if (++step == steps_of_items[static_cast<size_t>(item)]) {
       step = 0;
       ++item;
+      handed_over = false;
     }
     return true;
   };
@@ -259,16 +270,20 @@ void run_ring(const std::vector<int>& steps_of_items, std::mt19937& random) {
     return true;
   };
   const auto consume = [&](Warp& warp) {
-    const auto stage = static_cast<size_t>(warp.ring.stage);
-    if (warp.finished || !full[stage].is_over(warp.ring.parity))
-      return false;
-    if (warp.step == 0) {
-      EXPECT_EQ(items[stage], warp.item < num_items ? warp.item : kNoMoreWork);
-      if (items[stage] == kNoMoreWork) {
-        warp.finished = true;
-        return true;
-      }
+    if (!warp.has_item) {
+      const auto at = static_cast<size_t>(warp.place.stage);
+      if (warp.finished || !item_full[at].is_over(warp.place.parity))
+        return false;
+      EXPECT_EQ(items[at], warp.item < num_items ? warp.item : kNoMoreWork);
+      warp.finished = items[at] == kNoMoreWork;
+      warp.has_item = !warp.finished;
+      item_empty[at].arrive();
+      warp.place.advance();
+      return true;
     }
+    const auto stage = static_cast<size_t>(warp.ring.stage);
+    if (!full[stage].is_over(warp.ring.parity))
+      return false;
     // The step before is done with only now: its stage, too, must still hold what it held.
     ++warp.steps_read;
     for (const int part : content[stage]) EXPECT_EQ(part, warp.steps_read);
@@ -281,6 +296,7 @@ void run_ring(const std::vector<int>& steps_of_items, std::mt19937& random) {
     if (++warp.step == steps_of_items[static_cast<size_t>(warp.item)]) {
       empty[static_cast<size_t>(warp.previous_stage)].arrive();
       warp.step = 0;
+      warp.has_item = false;
       ++warp.item;
     }
     return true;
