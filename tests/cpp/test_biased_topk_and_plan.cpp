@@ -11,7 +11,7 @@ using namespace zexpert::testing;
 
 /// A routing with its plan, and the memory for all that it writes.
 struct Call {
-  explicit Call(const std::vector<float>& logits, int64_t num_tokens) : logits(logits), slots(num_tokens * 3) {
+  Call(const std::vector<float>& given, int64_t num_tokens) : logits(given), slots(num_tokens * 3) {
     BiasedTopKParams& routing = params.routing;
     routing.spec.top_k = 3;
     routing.spec.num_real_experts = 6;
