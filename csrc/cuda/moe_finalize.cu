@@ -32,9 +32,7 @@ __global__ void __launch_bounds__(kThreads, InFlight<kAllAtOnce>::kBlocksPerMult
   using Elements = Vector<T, kVector>;
   wait_for_previous_kernels();
   let_next_kernel_start();
-  const int64_t token = blockIdx.x / static_cast<unsigned>(blocks_per_row);
-  const int64_t block_of_row = blockIdx.x % static_cast<unsigned>(blocks_per_row);
-  const int64_t column = (block_of_row * blockDim.x + threadIdx.x) * kVector;
+  const auto [token, column] = own_vector<kVector>(blocks_per_row);
   const bool active = column < params.hidden_size;
 
   // These loads do not wait for the plan, so they come first.
@@ -96,8 +94,7 @@ void moe_finalize_cuda(const MoeFinalizeParams& params, cudaStream_t stream) {
                       cuda::fits_vectors(params.out, params.hidden_size, sizeof(T));
     cuda::visit_vector<T>(fits, params.hidden_size, [&](auto vector) {
       const int threads = cuda::threads_for_row<vector.value>(params.hidden_size, cuda::kThreads);
-      const int64_t columns_per_block = int64_t{threads} * vector.value;
-      const int64_t blocks_per_row = (params.hidden_size + columns_per_block - 1) / columns_per_block;
+      const int64_t blocks_per_row = cuda::blocks_for_row<vector.value>(params.hidden_size, threads);
       const int64_t num_blocks = params.num_tokens * blocks_per_row;
       const bool all_at_once =
           num_blocks <= cuda::num_multiprocessors() * cuda::InFlight<true>::kBlocksPerMultiprocessor;

@@ -38,9 +38,7 @@ __global__ void __launch_bounds__(kThreads)
     moe_permute_by_token(const MoePermuteParams params, const int blocks_per_token) {
   wait_for_previous_kernels();
   let_next_kernel_start();
-  const int64_t token = blockIdx.x / static_cast<unsigned>(blocks_per_token);
-  const int64_t block_of_token = blockIdx.x % static_cast<unsigned>(blocks_per_token);
-  const int64_t column = (block_of_token * blockDim.x + threadIdx.x) * kVector;
+  const auto [token, column] = own_vector<kVector>(blocks_per_token);
   if (column >= params.hidden_size)
     return;
   using Elements = Vector<T, kVector>;
@@ -71,8 +69,7 @@ void launch_moe_permute(const MoePermuteParams& params, const int32_t* last_offs
       launch("moe_permute", &moe_permute<T, vector.value>, params.num_rows, threads, 0, stream, params, last_offset);
       return;
     }
-    const int64_t columns_per_block = int64_t{threads} * vector.value;
-    const int64_t blocks_per_token = (params.hidden_size + columns_per_block - 1) / columns_per_block;
+    const int64_t blocks_per_token = blocks_for_row<vector.value>(params.hidden_size, threads);
     launch("moe_permute", &moe_permute_by_token<T, vector.value>, params.num_tokens * blocks_per_token, threads, 0,
            stream, params, static_cast<int>(blocks_per_token));
   });

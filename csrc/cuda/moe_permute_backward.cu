@@ -38,9 +38,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   using Elements = Vector<T, kVector>;
   wait_for_previous_kernels();
   let_next_kernel_start();
-  const int64_t token = blockIdx.x / static_cast<unsigned>(blocks_per_row);
-  const int64_t block_of_row = blockIdx.x % static_cast<unsigned>(blocks_per_row);
-  const int64_t column = (block_of_row * blockDim.x + threadIdx.x) * kVector;
+  const auto [token, column] = own_vector<kVector>(blocks_per_row);
   const bool active = column < params.hidden_size;
   A sums[kVector] = {};
   constexpr int kRowsAtOnce = sizeof(A) == sizeof(double) ? 4 : 8;
@@ -78,8 +76,7 @@ void moe_permute_backward_cuda(const MoePermuteBackwardParams& params, const int
                       cuda::fits_vectors(params.grad_hidden_states, params.hidden_size, sizeof(T));
     cuda::visit_vector<T>(fits, params.hidden_size, [&](auto vector) {
       const int threads = cuda::threads_for_row<vector.value>(params.hidden_size, cuda::kThreads);
-      const int64_t columns_per_block = int64_t{threads} * vector.value;
-      const int64_t blocks_per_row = (params.hidden_size + columns_per_block - 1) / columns_per_block;
+      const int64_t blocks_per_row = cuda::blocks_for_row<vector.value>(params.hidden_size, threads);
       cuda::launch("moe_permute_backward", &cuda::moe_permute_backward<T, vector.value>,
                    params.num_tokens * blocks_per_row, threads, 0, stream, params,
                    static_cast<const int32_t*>(slot_rows), static_cast<int>(blocks_per_row));

@@ -79,6 +79,25 @@ int threads_for_row(int64_t row_size, int most) {
   return warps * kWarpSize < most ? static_cast<int>(warps < 1 ? 1 : warps) * kWarpSize : most;
 }
 
+/// Blocks for a row with a thread per vector; those of a row lie side by side in the grid.
+template <int kVector>
+int64_t blocks_for_row(int64_t row_size, int threads) {
+  const int64_t columns_per_block = int64_t{threads} * kVector;
+  return (row_size + columns_per_block - 1) / columns_per_block;
+}
+
+/// The vector that is this thread's in such a grid; its column may lie behind the row's end.
+struct OwnVector {
+  int64_t row;
+  int64_t column;
+};
+template <int kVector>
+__device__ __forceinline__ OwnVector own_vector(int blocks_per_row) {
+  const int64_t row = blockIdx.x / static_cast<unsigned>(blocks_per_row);
+  const int64_t block_of_row = blockIdx.x % static_cast<unsigned>(blocks_per_row);
+  return {row, (block_of_row * blockDim.x + threadIdx.x) * kVector};
+}
+
 /// The sum of every thread's value, the same bits in every run; valid in thread 0. `scratch` is shared memory for one
 /// value of each warp.
 template <typename A>
