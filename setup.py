@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Builds the three binaries of the wheel with torch.utils.cpp_extension.
 
 zexpert/lib/libzexpert.so       operator schemas and CPU kernels, on PyTorch's stable ABI; no Python, no libtorch_python

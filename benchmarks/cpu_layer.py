@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Times zexpert.FusedMoE on the CPU against plain PyTorch and transformers' LongcatFlashMoE, with the same weights.
 
 Usage: python benchmarks/cpu_layer.py [--tokens 1,16,512] [--dtype float32,bfloat16] [--threads 2] [--breakdown]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Times zexpert's routing on the CPU against the same routing composed of torch operations.
 
 Usage: python benchmarks/cpu_routing.py [--tokens 1,4096] [--dtype float32,bfloat16] [--threads 2,1] [--json PATH]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Times training on the CPU: one decoder on zexpert's layers, the same on transformers' LongcatFlashMoE.
 
 Usage: python benchmarks/cpu_training.py [--batch-size 4] [--repeats 7] [--threads 2] [--json PATH]

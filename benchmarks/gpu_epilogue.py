@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Times the layer's epilogue, moe_finalize, on a CUDA device against the same sum composed of torch operations.
 
 Usage: python benchmarks/gpu_epilogue.py [--tokens 1,128,1024,16384,65536] [--repeats 20] [--json PATH]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Times expert parallelism: exchange, experts and way back, against one device and against sending every slot.
 
 Usage: python benchmarks/gpu_expert_parallel.py [--ranks 2] [--tokens 64,4096,16384] [--json PATH]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Times the experts' products alone on a Hopper GPU: grouped_mlp_hopper, for several tiles, against torch's grouped_mm.
 
 Usage: python benchmarks/gpu_experts.py [--shapes longcat,lite,qwen3] [--tokens 1,16,...] [--tile-rows 0,64,160,288]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Times zexpert.FusedMoE on a CUDA device, routing to output, against the same layer composed of torch operations.
 
 Usage: python benchmarks/gpu_layer.py [--shapes longcat,lite,qwen3] [--tokens 1,16,...] [--json PATH] [--plot PATH]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Times zexpert's routing on a CUDA device against the same routing composed of torch operations, eager and compiled,
 and against the kernels of vLLM and FlashInfer where these are installed.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Turns the JSON files of the benchmarks into tables.
 
 Usage: python benchmarks/markdown_tables.py FILE.json|PAGE.md [...]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Trains one model with and without zero experts at equal feed-forward compute, several seeds each, and draws both.
 
 Usage: python benchmarks/training_curves.py [--steps 300] [--seeds 3] [--text FILE] [--json PATH] [--plot PATH]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Times a LongCat-Flash of transformers before and after zexpert.integrations.transformers.patch, same weights.
 
 Usage: python benchmarks/transformers_model.py [--device cpu] [--dtype float32] [--layers 2] [--prompt 256]

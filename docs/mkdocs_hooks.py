@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the documentation site adds to MkDocs: pages from the repository's root, and links as GitHub reads them.
 
 Pages link to files of the repository, such as ../examples/plain_moe.py. Where mkdocs.yml has a repo_url, such a link

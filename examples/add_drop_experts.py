@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Drop experts for a trained mixture of experts (ZEDA, arXiv 2605.18643): the block gets experts that do nothing, and
 learns which tokens can do with fewer networks.
 

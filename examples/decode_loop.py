@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A decode loop as a server has it: a fixed number of places in the batch, requests that come and go, garbage in empty
 places. On a GPU a step is captured into a CUDA graph once and replayed; on a CPU it is called.
 

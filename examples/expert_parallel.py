@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Data-parallel and expert-parallel training on one mesh of processes, on CPUs or GPUs.
 
 Usage: torchrun --nproc-per-node 4 examples/expert_parallel.py [--data-ranks 2] [--steps 20] [--checkpoint FOLDER]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A mixture-of-experts layer in LongCat-Flash's routing shape on a real text: 512 FFN and 256 identity experts, K 12.
 
 Usage: python examples/longcat_layer.py [--text FILE] [--tokens N] [--hidden-size H] [--dtype float32] [--seed S]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Trains a small decoder whose bytes choose between feed-forward networks and identity experts (LongCat-Flash, arXiv
 2509.01322), saves it, and shows how even the load of its experts is.
 

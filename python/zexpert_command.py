@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The `zexpert` command's entry, outside of the package: a package that cannot be imported can still be diagnosed."""
 
 from __future__ import annotations

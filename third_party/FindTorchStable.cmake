@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 # Finds the part of PyTorch that the stable ABI needs: its headers, libtorch_cpu and, if present, libtorch_cuda.
 #
 # PyTorch's own TorchConfig.cmake also demands everything PyTorch was built with, a matching CUDA toolkit for one, and

@@ -1,4 +1,5 @@
 #!/bin/sh
+# SPDX-License-Identifier: Apache-2.0
 # Checks for what cannot come from PyPI: a C++ compiler, Python with its headers and venv, GoogleTest. On Debian, what is
 # missing is installed if this may be done without asking (root, or sudo without a password); otherwise a sentence says
 # what to install.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 # GoogleTest: the system's (Debian: libgtest-dev) where there is one, else a release pinned by its hash.
 find_package(GTest 1.12 QUIET)
 if(GTest_FOUND)

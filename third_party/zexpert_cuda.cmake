@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 # Decides whether the CUDA kernels are built; by default as setup.py does. Never asks for a GPU.
 
 # Sets ZEXPERT_WITH_CUDA, ZEXPERT_CUDA_SUMMARY and ZEXPERT_CUDA_ARCHS.

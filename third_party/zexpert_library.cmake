@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 # How every library and test of zexpert is compiled.
 
 # Warnings are for zexpert's own code: others' headers come in as system headers.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Compiled once per instruction set by biased_topk_backward.cpp through for_each_isa.h, with the forward's kernel,
 // whose choice it makes again.
 #include "cpu/biased_topk_kernel.h"

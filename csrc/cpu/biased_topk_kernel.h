@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Compiled once per instruction set by biased_topk.cpp through for_each_isa.h, with the two parts below, which like
 // this file include nothing else.
 #include "cpu/biased_topk_scores.h"

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // From logits to scores. A part of biased_topk_kernel.h, compiled once per instruction set.
 //
 // Rows are padded to whole vectors. NaN marks a masked expert from here to the end: sums pass over it and no comparison

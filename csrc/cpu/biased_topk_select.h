@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // From keys to the experts with the largest. A part of biased_topk_kernel.h, compiled once per instruction set.
 //
 // The largest keys of kLanes interleaved parts of the row are kept; the k-th largest of those is a lower bound of the

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What biased_topk and its backward prepare around their kernels: memory of a call and of a thread.
 //
 // All of it has internal linkage, since kernels for one instruction set instantiate it.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What a plan's expert_offsets say in host memory.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Compiled once per instruction set by grouped_mlp.cpp through for_each_isa.h; nothing else is included here.
 //
 // Two products in turn, each over blocks of every expert's output channels: gate and up of the same channels with the

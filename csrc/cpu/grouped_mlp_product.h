@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Products of rows with blocks of weight rows. Part of grouped_mlp_kernel.h, compiled once per instruction set.
 //
 // A weight's row lies contiguous in memory, and so does a token's: each element of a product is the dot product of two

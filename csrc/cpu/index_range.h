@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Range checks of index arrays, made before a kernel writes anything.
 #pragma once
 

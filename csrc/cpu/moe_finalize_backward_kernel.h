@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Compiled once per instruction set by moe_finalize_backward.cpp through for_each_isa.h, with the part below, which
 // like this file includes nothing else.
 #include "cpu/scale_and_dot.h"

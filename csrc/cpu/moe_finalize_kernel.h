@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Compiled once per instruction set by moe_finalize.cpp through for_each_isa.h.
 
 /// One addend of a token's output: weight * row.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #include "zexpert/moe_permute_backward.h"
 
 #include <cstddef>

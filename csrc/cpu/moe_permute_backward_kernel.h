@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Compiled once per instruction set by moe_permute_backward.cpp through for_each_isa.h.
 
 /// target = the sum of the rows; accumulators stay in registers.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #include "zexpert/silu_and_mul_backward.h"
 
 #include "zexpert/parallel.h"

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Compiled once per instruction set by silu_and_mul_backward.cpp through for_each_isa.h.
 
 template <typename V>

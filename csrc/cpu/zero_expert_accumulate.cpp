@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #include "zexpert/zero_expert_accumulate.h"
 
 #include "zexpert/parallel.h"

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Compiled once per instruction set by zero_expert_accumulate.cpp through for_each_isa.h.
 
 template <bool kAccumulate, typename T>

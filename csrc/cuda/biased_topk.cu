@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // biased_topk and its backward: which kernel serves which shape.
 #include "zexpert/biased_topk.h"
 

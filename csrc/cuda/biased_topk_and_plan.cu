@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // biased_topk_and_plan: what one launch serves.
 #include "zexpert/biased_topk_and_plan.h"
 

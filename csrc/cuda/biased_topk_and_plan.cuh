@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The routing of biased_topk_warp.cuh and the plan of its slots in one launch, for few tokens: all blocks form one
 // cluster.
 //

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The routing kernel for every shape that biased_topk_warp.cuh does not serve: a block per token, the row's keys in
 // shared memory, K rounds in which every thread offers its best key not yet taken.
 #pragma once

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What the routing kernels share: arguments, loads, scores.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What the routing kernels make of a row's choice: the routing itself, or the gradient of the logits.
 #pragma once
 

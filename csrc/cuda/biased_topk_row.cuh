@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // A row of logits, and the bias, as biased_topk_warp.cuh holds them: spread over the registers of a warp.
 #pragma once
 

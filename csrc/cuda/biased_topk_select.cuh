@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Selection among keys spread over the registers of a warp, for biased_topk_warp.cuh.
 #pragma once
 

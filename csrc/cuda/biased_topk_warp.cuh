@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The routing kernel for up to 1024 experts and top_k up to 32: a warp per token, the whole row in registers, no
 // barrier.
 //

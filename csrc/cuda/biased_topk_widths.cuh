@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The widths that the kernels of biased_topk_warp.cuh and biased_topk_and_plan.cuh are compiled for, a file each, and
 // the way from an op's parameters to the one that serves them.
 #pragma once

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What the CUDA library was compiled with, in C so that Python asks without a binding. Answers without touching a GPU.
 #include <cuda_runtime_api.h>
 

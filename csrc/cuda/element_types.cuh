@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Conversions between the types of data and the type that kernels compute in. PyTorch's build forbids CUDA's implicit
 // ones.
 #pragma once

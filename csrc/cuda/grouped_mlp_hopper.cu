@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // grouped_mlp_hopper: a kernel that plans the tiles, and one for each of the two products.
 #include "cuda/grouped_mlp_hopper.h"
 

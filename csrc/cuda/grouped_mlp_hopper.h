@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // grouped_mlp_hopper's launches, a source file per element type.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #include "cuda/grouped_mlp_hopper_launch.cuh"
 
 namespace zexpert::cuda {

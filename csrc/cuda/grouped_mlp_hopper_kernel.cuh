@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The two products of grouped_mlp_hopper, one kernel template.
 //
 // A block per multiprocessor works off the schedule's items. One thread, the producer, finds them, hands each over to

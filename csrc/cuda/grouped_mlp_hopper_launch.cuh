@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // launch_grouped_product for the source files that instantiate it.
 #pragma once
 

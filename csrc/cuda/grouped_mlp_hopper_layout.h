@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Where grouped_mlp_hopper's operands lie: what the copy engine (TMA) brings to which place of shared memory, how the
 // matrix instruction (wgmma) finds it there, and which channels' sums a warp then holds. Host code too, so that tests
 // need no GPU.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Which part of a grouped product a block of grouped_mlp_hopper computes. Host code too, so that tests need no GPU.
 //
 // The products' operands are swapped: an expert's weight rows are the rows of the matrix instruction, the tokens' rows

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Hopper's instructions that CUDA C++ has no name for: barriers that count bytes, the tensor copy engine, matrix
 // instructions' fences, the transposing store. Addresses of shared memory are 32-bit. See the PTX ISA, chapters
 // mbarrier, cp.async.bulk.tensor, wgmma and stmatrix. Only for code compiled for sm_90a.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What functions for the host and the device need.
 #pragma once
 

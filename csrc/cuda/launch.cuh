@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // How kernels are launched: every launch is checked, and on Hopper and later a kernel may start while the one before it
 // in the stream still runs (programmatic dependent launch).
 #pragma once

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Stable counting sort of slots by expert. Every block owns a run of consecutive slots, every warp a run within it, and
 // a warp takes 32 slots at a time; a slot's row is the number of slots that come before it in the order, counted at
 // each of these levels. Integers only, and no two threads race for a place: the same plan in every run.

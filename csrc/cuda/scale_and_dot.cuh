@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The gradient of weight * row, the step that backward kernels share.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // silu_and_mul and its backward.
 #include "zexpert/silu_and_mul.h"
 

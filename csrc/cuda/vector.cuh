@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Rows moved by the widest accesses that their alignment allows.
 #pragma once
 

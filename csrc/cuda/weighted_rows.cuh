@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Sums of rows with weights, the heart of moe_finalize and of moe_permute's backward.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #include "zexpert/enums.h"
 
 #include <pybind11/native_enum.h>

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // zexpert._C: what Python and C++ share that is not a tensor. Tensors go through torch.ops.zexpert, which TorchScript,
 // torch.compile and C++ programs without Python see as well.
 #include <exception>

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // biased_topk for tensors on any device: checks, outputs, parameters. What differs between devices is the launch.
 #pragma once
 

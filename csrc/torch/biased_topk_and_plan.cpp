@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #include "torch/biased_topk_and_plan.h"
 
 #include <torch/csrc/stable/library.h>

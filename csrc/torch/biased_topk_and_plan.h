@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // biased_topk_and_plan for tensors on any device: outputs, parameters. biased_topk.h checks the arguments.
 #pragma once
 

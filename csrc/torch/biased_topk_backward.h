@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // biased_topk_backward for tensors on any device: checks, output, parameters.
 #pragma once
 

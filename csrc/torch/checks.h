@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Checks of the ops' arguments. Each throws zexpert::Error with one sentence that names the argument, what it must be
 // and what it was. Ops call them in this order: device, dtype, dimensions, sizes, layout.
 #pragma once

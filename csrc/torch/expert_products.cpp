@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #include "torch/expert_products.h"
 
 #include "cpu/expert_offsets.h"

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Experts on the CPU, one after another, through torch's matrix product: their networks and the networks' derivatives.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // fused_moe on the CPU: permutation, experts and epilogue in one op, so that a backward of its own can do with less
 // than theirs need.
 #include "torch/fused_moe.h"

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // fused_moe and fused_moe_backward for tensors on any device: the arguments they share, and their checks.
 #pragma once
 

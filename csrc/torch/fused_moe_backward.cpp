@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // fused_moe_backward on the CPU. Rows of tokens are gathered again, expert by expert, and a routing weight's gradient
 // is taken inside the expert: <grad_out @ w2, activation> is <grad_out, row>, so no row of the forward is wanted.
 #include <torch/csrc/stable/library.h>

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // grouped_mlp on the CPU: experts with few rows in one call of zexpert's kernel, which streams their weights; experts
 // with many rows one by one through torch's matrix product, which packs them. grouped_mlp_with_gate_up, the forward of
 // training, takes them all through torch's.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // grouped_mlp and grouped_mlp_with_gate_up for tensors on any device: checks, outputs, parameters.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // grouped_mlp_backward for tensors on any device: checks, outputs, parameters.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The zexpert operator library: the schema of every op, and torch's thread pool for the CPU kernels. Importing it needs
 // no Python: a C++ process that loads this library sees the ops as torch.ops.zexpert does.
 #include <torch/csrc/stable/library.h>

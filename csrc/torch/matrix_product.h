@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // torch's matrix product on matrices that lie anywhere in memory.
 #pragma once
 

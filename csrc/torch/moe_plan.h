@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // moe_plan for tensors on any device: checks, outputs, parameters.
 #pragma once
 

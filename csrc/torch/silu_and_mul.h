@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // silu_and_mul for tensors on any device: checks, output, parameters.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #include "torch/silu_and_mul_backward.h"
 
 #include <torch/csrc/stable/library.h>

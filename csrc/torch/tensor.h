@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Tensors of the LibTorch stable ABI as the ops see them: element types, text for messages, layout, allocation.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // A mixture-of-experts layer with zero experts, made of zexpert's CPU kernels on plain pointers: no PyTorch, no Python.
 #include <chrono>
 #include <cmath>

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Routing and epilogue on a GPU with zexpert's CUDA kernels on plain device pointers, compared with the CPU kernels.
 #include <cuda_runtime_api.h>
 

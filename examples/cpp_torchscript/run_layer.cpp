@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Runs a scripted zexpert module in a process without Python.
 //
 // Usage: run_layer MODULE TOKENS [--device DEVICE] [--repeat N] [--library LIBRARY]... [--expect FILE]

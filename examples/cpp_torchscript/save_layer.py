@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Writes what run_layer reads: a scripted layer in LongCat-Flash's routing shape, tokens for it, and the output.
 
 Usage: python save_layer.py FOLDER

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What Python and C++ share that is not a tensor."""
 
 import enum

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Mixture-of-experts layers with zero experts: routing, experts and epilogue as fused PyTorch operators."""
 
 from importlib import import_module

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What torch.autocast means here: experts take its dtype, what chooses among them does not.
 
 TorchScript runs these as if autocast were off.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What this zexpert is made of, and which kernel a call runs."""
 
 from __future__ import annotations

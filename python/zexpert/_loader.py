@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Loads zexpert's libraries into PyTorch, or says why that is impossible."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What expert parallelism costs each rank of a cluster: bytes, times, memory, on paper and by simulated routing."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where a model spends its expert compute: counts that runners keep while they work, and what they say."""
 
 import copy

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // A scalar loop in double precision that says what biased_topk must give, and calls that are held against it.
 #pragma once
 

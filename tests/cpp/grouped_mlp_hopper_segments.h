@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Offsets and row tiles of segments, for the tests of grouped_mlp_hopper.
 #pragma once
 

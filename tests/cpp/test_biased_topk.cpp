@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Which instruction set runs is up to ZEXPERT_CPU_CAPABILITY; `make test` runs this with each.
 #include <gtest/gtest.h>
 #include <sys/mman.h>

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #include "zexpert/biased_topk_and_plan.h"
 
 #include <gtest/gtest.h>

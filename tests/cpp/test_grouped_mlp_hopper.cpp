@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // grouped_mlp_hopper's products without a GPU: what its kernels take from grouped_mlp_hopper_layout.h, run against
 // models of the hardware that follow the PTX ISA: the copy engine's boxes and swizzle, the matrix instruction's
 // operands in shared memory and sums in registers, the transposing store.

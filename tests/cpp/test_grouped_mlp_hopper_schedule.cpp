@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Which block of grouped_mlp_hopper computes what, and the ring of stages between its producer and its consumers,
 // without a GPU.
 #include <gtest/gtest.h>

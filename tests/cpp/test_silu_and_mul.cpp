@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #include "zexpert/silu_and_mul.h"
 
 #include <gtest/gtest.h>

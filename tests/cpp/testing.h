@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What several of the tests need: typed data, memory that notices stray writes, threads, and bounds on rounding errors.
 #pragma once
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What zexpert uses of DeepEP's ElasticBuffer, with torch.distributed in its place.
 
 Shapes, dtypes, arguments and meanings are those that DeepEP documents: rows in bfloat16, int64 ids of all experts, -1

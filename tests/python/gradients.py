@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the tests of gradients share: gradients, their comparison with those of plain PyTorch, inputs."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Layers and their expected output, for the tests of routers, runners and the layer."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the tests of model blocks share: the parts of a mixture of experts written out."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Layers whose experts are shared out over ranks, and what one process makes of all ranks' tokens."""
 
 from __future__ import annotations

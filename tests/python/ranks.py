@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Processes that tests run functions on, as ranks of torch.distributed on the CPU."""
 
 from __future__ import annotations

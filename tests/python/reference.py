@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What every op and the layer compute, as plain PyTorch that can be checked by eye.
 
 `dtype` is the type the arithmetic runs in. float64, the default, gives the reference; the dtype of the data gives

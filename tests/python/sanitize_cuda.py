@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs every CUDA kernel once on small inputs. A program for compute-sanitizer: test_cuda_sanitizer.py."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The benchmark harness measures what it says; the benchmarks run. No test looks at a time."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """biased_topk against the reference: every dtype, scoring function and kind of expert, at the models' shapes."""
 
 from __future__ import annotations

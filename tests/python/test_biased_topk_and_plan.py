@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """biased_topk_and_plan: bit for bit what biased_topk and then moe_plan give, whatever the sizes, rows and dtypes."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """biased_topk: layouts, bad input, and what the dispatcher, torch.compile and TorchScript make of the op."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What holds for every routing, tried on routings and logits that hypothesis makes up."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """biased_topk where the choice is delicate: ties, masked logits, exhausted rows, groups, extreme biases."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the build promises: its information, what its libraries link, and what the loader says when they fail."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The `zexpert` command, run as a user would."""
 
 import os

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`zexpert info`, `doctor`, `bench` and `profile`, run as a user would, and the parts that need another machine."""
 
 from __future__ import annotations

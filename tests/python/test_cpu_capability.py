@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The tests marked cpu_paths, run once for each instruction set below the one in use.
 
 ZEXPERT_CPU_CAPABILITY is read when the library first needs it, so each run is a process of its own.

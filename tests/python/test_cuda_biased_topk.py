@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """biased_topk on a CUDA device: every specialised kernel on many rows, adversarial rows, graphs, streams, devices."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Experts spread over two GPUs, with NCCL."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """grouped_mlp_hopper on a Hopper GPU: segments of every profile against float64, bits, graphs, streams, bad input."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """FusedMoE on a CUDA device: its backends against the reference, graphs, streams, training, many tokens."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every CUDA kernel under compute-sanitizer: no bad access, no race, no read of memory that nothing wrote."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """docs/distributed.md and the example run as shown, with torchrun on CPUs."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The model of a cluster: what can be worked out by hand, and the simulation beside the formula."""
 
 from __future__ import annotations

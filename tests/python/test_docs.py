@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The pages of docs: the python blocks of each run as one program and print its text blocks (py blocks are not run),
 and troubleshooting.md has every error message.
 """

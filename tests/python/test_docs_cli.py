@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """docs/cli.md names commands and options that exist."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The example runs on small settings, and says in one sentence what is wrong with what it was given."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The short examples run as commands and say what they promise."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Experts spread over ranks: several processes do what one does with all their tokens."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The exchange "deep_ep", on a stand-in of DeepEP's interface."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Exchanges that are too small, ranks that fail, bad calls, and other ways to run the layer."""
 
 from __future__ import annotations

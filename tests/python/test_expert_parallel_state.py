@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The experts of several ranks on meshes, in checkpoints and in state dicts."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """torch.export takes the layer for every number of tokens; AOTInductor compiles what it gives. C++ runs the result in
 tests/cpp/embedding."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """create_fused_moe_router: which router each configuration gets, and what it refuses."""
 
 from __future__ import annotations

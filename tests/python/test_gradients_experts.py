@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Gradients of grouped_mlp and fused_moe: by finite differences in float64, and by the error rule in every dtype."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Gradients of whole layers: by finite differences, against plain PyTorch, compiled, scripted, in chunks."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Gradients of every op by way of every mode of PyTorch: opcheck, torch.compile, TorchScript; and what they refuse."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """grouped_mlp against the reference: segments of every length, weights of every layout, bad input."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """zexpert inside transformers: whole models before and after, their files, and the experts implementation "zexpert"."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """kernel_plan: its answers, its agreement with what the operators do, its errors."""
 
 from __future__ import annotations

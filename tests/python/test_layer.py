@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """FusedMoE: arguments, parameters, inputs of every shape, copies and conversions."""
 
 from __future__ import annotations

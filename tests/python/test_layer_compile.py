@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """torch.compile(fullgraph=True) sees no break in the layer, and its graph gives the eager result."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The Makefile: how many compilers run at a time."""
 
 from __future__ import annotations

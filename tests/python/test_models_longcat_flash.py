@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """LongcatFlashMoE against transformers' LongcatFlashMoE, and its ways of loading."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """MoEPlusPlusBlock against a loop written from the formulas of arXiv 2410.07348, in the published order of experts."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Blocks of published models whose experts are shared out over ranks, against one process."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """ZedaQwen3MoE and ZedaGlm4MoE against loops written from the formulas of arXiv 2605.18643, and without zero experts
 against transformers' blocks."""
 

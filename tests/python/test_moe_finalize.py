@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """moe_finalize against the reference: every combination of parts, repeatability, bad input."""
 
 from __future__ import annotations

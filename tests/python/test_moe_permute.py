@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """moe_permute against the reference: it copies, so every bit must agree."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """moe_plan against the reference, its properties, bad input."""
 
 from __future__ import annotations

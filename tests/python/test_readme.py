@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The documentation says what is true: its example runs as shown, its links lead somewhere, its commands exist."""
 
 from __future__ import annotations

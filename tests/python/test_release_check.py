@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What `make release-check` lets through, and what it says of the rest."""
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ sys.path.insert(0, str(ROOT / "tests" / "release"))
 
 import check_release  # noqa: E402
 
+HEADER = "# SPDX-License-Identifier: Apache-2.0\n"
 CHANGELOG = "# Changelog\n\n## [Unreleased]\n\n## [1.2.3] - 2026-11-30\n\n- All of it.\n"
 
 
@@ -38,7 +40,7 @@ def commit(root: Path, tag: str) -> None:
 @pytest.fixture
 def repository(tmp_path: Path) -> Path:
     git(tmp_path, "init", "--quiet")
-    write(tmp_path / "python" / "zexpert" / "_version.py", '__version__ = "1.2.3"\n')
+    write(tmp_path / "python" / "zexpert" / "_version.py", f'{HEADER}__version__ = "1.2.3"\n')
     write(tmp_path / "CHANGELOG.md", CHANGELOG)
     write(tmp_path / ".gitignore", "/dist/\n")
     return tmp_path
@@ -54,7 +56,7 @@ def test_a_release_passes(repository: Path, capsys: pytest.CaptureFixture[str]) 
     ("change", "tag", "problem"),
     [
         (
-            lambda root: write(root / "python" / "zexpert" / "_version.py", '__version__ = "1.2.3.dev0"\n'),
+            lambda root: write(root / "python" / "zexpert" / "_version.py", f'{HEADER}__version__ = "1.2.3.dev0"\n'),
             "v1.2.3.dev0",
             "the version must be of the form X.Y.Z, got 1.2.3.dev0",
         ),
@@ -67,6 +69,11 @@ def test_a_release_passes(repository: Path, capsys: pytest.CaptureFixture[str]) 
             lambda root: write(root / "CHANGELOG.md", CHANGELOG.replace("## [1", "- More.\n\n## [1")),
             "v1.2.3",
             "CHANGELOG.md must have nothing under Unreleased",
+        ),
+        (
+            lambda root: write(root / "csrc" / "new.h", "// What is new.\n\n" + HEADER.replace("#", "//")),
+            "v1.2.3",
+            'csrc/new.h must begin with a comment "SPDX-License-Identifier: Apache-2.0"',
         ),
         (lambda root: None, "v1.2.4", "HEAD must have the tag v1.2.3, got v1.2.4"),
     ],
@@ -116,3 +123,8 @@ def test_this_repository_names_its_version_once() -> None:
     version = check_release.version_of(ROOT)
     for name in ("pyproject.toml", "setup.py", "CMakeLists.txt"):
         assert f'"{version}"' not in (ROOT / name).read_text()
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="no git checkout")
+def test_every_source_file_of_this_repository_names_the_licence() -> None:
+    assert not check_release.header_problems(ROOT)

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What all routers share: agreement with the reference, checks, the bias, the expert map, the capture callback."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """CustomRoutingRouter: the user's function, its contract and its checks."""
 
 from __future__ import annotations

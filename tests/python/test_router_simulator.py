@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """RoutingSimulatorRouter: the load each strategy makes, with and without zero experts."""
 
 from __future__ import annotations

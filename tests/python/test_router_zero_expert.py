@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """ZeroExpertRouter: how zero experts are named and counted, and the output for engines that add it themselves."""
 
 from __future__ import annotations

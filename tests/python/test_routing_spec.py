@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """_C: RoutingSpec and the enumerations as Python sees them. What a spec means is tested with the operators."""
 
 from __future__ import annotations

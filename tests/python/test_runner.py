@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runners: the output's parts, the chunks, the experts backends."""
 
 from __future__ import annotations

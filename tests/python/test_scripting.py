@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """torch.jit.script takes routers, experts, runners and the layer as they are and gives the eager result bitwise."""
 
 from __future__ import annotations

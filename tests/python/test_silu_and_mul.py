@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """silu_and_mul against the reference; extreme values, bad input."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """RoutingStats: counts of what routing did, in every way a layer runs."""
 
 from __future__ import annotations

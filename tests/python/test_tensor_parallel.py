@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A slice of every expert on each rank."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Training of the byte-level decoder: it learns, its compute goes where it is wanted, and it resumes bit by bit."""
 
 import dataclasses

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The controllers of the selection bias: their formulas, and that they reach what they aim at."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Counts are summed over data-parallel ranks: two processes do what one does with both their tokens."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The auxiliary losses against their formulas, written out, and what minimising them does."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """zero_expert_accumulate against the reference, new and into a given tensor; aliasing, bad input."""
 
 from __future__ import annotations

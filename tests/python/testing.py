@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Helpers that the tests share: the error rule, bitwise equality, inputs of every layout, code in Markdown."""
 
 from __future__ import annotations

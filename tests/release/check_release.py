@@ -1,8 +1,9 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whether this commit can be released: prints what is in the way and exits with 1, or says that nothing is.
 
-Checks that the version is a release's and has a section in CHANGELOG.md, that the working tree is clean, and that the
-tag of the version is on this commit. With --built also what `make test` left in dist: an sdist and wheels of this
-version, each with the licence.
+Checks that the version is a release's and has a section in CHANGELOG.md, that every source file names the licence, that
+the working tree is clean, and that the tag of the version is on this commit. With --built also what `make test` left in
+dist: an sdist and wheels of this version, each with the licence.
 
 Usage: python check_release.py [--built]
 """
@@ -18,6 +19,20 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+LICENCE_LINE = "SPDX-License-Identifier: Apache-2.0"
+SOURCES = (
+    "*.py",
+    "*.pyi",
+    "*.h",
+    "*.cpp",
+    "*.cu",
+    "*.cuh",
+    "*.cmake",
+    "*CMakeLists.txt",
+    "*.sh",
+    "*.h.in",
+    "*.cmake.in",
+)
 
 
 def git(root: Path, *arguments: str) -> list[str]:
@@ -27,6 +42,15 @@ def git(root: Path, *arguments: str) -> list[str]:
 def version_of(root: Path) -> str:
     text = (root / "python" / "zexpert" / "_version.py").read_text()
     return re.findall(r'^__version__ = "(.+)"$', text, flags=re.MULTILINE)[0]
+
+
+def header_problems(root: Path) -> list[str]:
+    """The source files in git whose first two lines, a script's first being `#!`, do not name the licence."""
+    return [
+        f'{name} must begin with a comment "{LICENCE_LINE}"'
+        for name in git(root, "ls-files", *SOURCES)
+        if not any(LICENCE_LINE in line for line in (root / name).read_text().splitlines()[:2])
+    ]
 
 
 def source_problems(root: Path) -> list[str]:
@@ -40,6 +64,8 @@ def source_problems(root: Path) -> list[str]:
     unreleased = re.search(r"^## \[Unreleased\]\n(.*?)(?=^## |\Z)", changelog, flags=re.MULTILINE | re.DOTALL)
     if unreleased and unreleased[1].strip():
         problems.append("CHANGELOG.md must have nothing under Unreleased")
+
+    problems += header_problems(root)
 
     changed = git(root, "status", "--porcelain")
     if changed:

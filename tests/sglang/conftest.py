@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """SGLang's own classes on CPU tensors, without a server or a model.
 
 Packages that need a GPU to be imported, and that the tested code does not call, are stood in for.

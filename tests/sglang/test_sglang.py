@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """zexpert inside SGLang: LongcatFlashMoE with zexpert's routing. Run by `make test-sglang`."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """vLLM's own classes on CPU tensors, without a server or a model."""
 
 from __future__ import annotations

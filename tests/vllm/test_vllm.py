@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """zexpert inside vLLM: its contract with zexpert's routing and experts. Run by `make test-vllm`."""
 
 from __future__ import annotations

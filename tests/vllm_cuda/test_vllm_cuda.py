@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """zexpert's CUDA kernels beside vLLM's own: the same results from the same tensors on a GPU.
 
 Apart from tests/vllm, which makes vLLM believe in a CPU. Needs a vLLM with its CUDA libraries, as it is installed. Each

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs what a wheel must be able to do wherever it is installed: import, run, script, save, compile, differentiate.
 
 Run by check_wheels.py, with the Python of an environment that holds the wheel and a PyTorch.

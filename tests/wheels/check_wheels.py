@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Audits wheels, then installs each in fresh environments and runs check_installed.py there.
 
 Each environment holds the wheel and sees the PyTorch of another environment, whose Python is named with --torch.

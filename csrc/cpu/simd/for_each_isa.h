@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Compiles a kernel file once per instruction set.
 //
 // A kernel's .cpp defines ZEXPERT_KERNEL_FILE as the file's name in quotes, includes every header the kernel needs,

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Vec<float> and Vec<double>: one register's worth of numbers. Compiled once per instruction set by for_each_isa.h,
 // which is why it has no include guard and includes nothing.
 //

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // biased_topk: top-k expert choice with a selection bias, groups and zero experts.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // biased_topk_and_plan: biased_topk and the plan of its ids, on CUDA in one launch where tokens are few.
 #pragma once
 

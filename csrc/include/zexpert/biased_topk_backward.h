@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // biased_topk_backward: from the gradients of the routing weights to the gradient of the logits.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Which instruction set the CPU kernels use on this machine.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // CUDA's stream handle without CUDA's headers, so that zexpert's own serve programs that have no CUDA toolkit.
 #pragma once
 

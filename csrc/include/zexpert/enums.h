@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Enumerations shared by C++ and Python. Each list below is the one definition: the enum, its names, its parser
 // and its Python twin are all made from it.
 #pragma once

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The one error type of zexpert and the check that throws it.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // grouped_mlp: each expert's feed-forward network over its segment of rows.
 #pragma once
 

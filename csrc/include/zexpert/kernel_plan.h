@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // kernel_plan: which kernel an operator call runs, and why, without running it.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // moe_finalize_backward: gradients of the layer's epilogue, one pass over the experts' rows.
 #pragma once
 

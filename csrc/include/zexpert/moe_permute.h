@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // moe_permute: token rows copied into the plan's order.
 #pragma once
 

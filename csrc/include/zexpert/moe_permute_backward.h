@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // moe_permute_backward: the gradients of a token's rows summed.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // moe_plan: the stable counting sort of slots by expert that everything after routing follows.
 #pragma once
 

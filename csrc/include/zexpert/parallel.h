@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Threads for CPU kernels. The core brings no pool of its own: it uses OpenMP where it was compiled in, and the torch
 // library replaces that with torch's pool, so that torch.set_num_threads holds for zexpert too.
 #pragma once

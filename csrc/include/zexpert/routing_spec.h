@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // RoutingSpec: the validated description of a routing, held by routers and taken by biased_topk.
 #pragma once
 

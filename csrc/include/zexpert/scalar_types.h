@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Element types that kernels read and write, with their conversions to and from float.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // silu_and_mul: the SwiGLU activation between an expert's two matrix products.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // silu_and_mul_backward: gradients of the SwiGLU activation.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // zero_expert_accumulate: the identity experts' part of a layer's output on its own.
 #pragma once
 

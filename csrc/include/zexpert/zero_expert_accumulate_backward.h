@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // zero_expert_accumulate_backward: gradients of the identity experts' part.
 #pragma once
 

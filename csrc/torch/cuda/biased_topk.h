@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What the ops that route on CUDA check beside biased_topk.h of any device.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Where an op's kernels go: the device of its tensors and PyTorch's current stream there.
 #pragma once
 

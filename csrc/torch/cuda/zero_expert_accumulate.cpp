@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #include "torch/zero_expert_accumulate.h"
 
 #include <torch/csrc/stable/library.h>

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Timing on a CUDA device."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Times the layer's epilogue, moe_finalize, against the same sum composed of torch operations."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Side-by-side timing in one run: interleaved contenders, rotated inputs, checked outputs, floors and JSON.
 
 What keeps a comparison honest is here, not in each benchmark:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Times the layer, forward or a training step: zexpert, torch operations, and transformers where it has the layer."""
 
 from __future__ import annotations

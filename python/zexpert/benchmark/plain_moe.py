@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A mixture-of-experts layer with identity experts in plain PyTorch: what zexpert.FusedMoE computes, written out.
 
 The demo, the example and the benchmarks use it twice: in the data's own dtype as the thing to beat, and on float64

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Times routing: zexpert, torch operations, and what other packages have for it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Quartiles of repeated timings."""
 
 from __future__ import annotations

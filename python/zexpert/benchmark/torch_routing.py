@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Routings composed of torch operations, as engines write them where they have no kernel, and the cases to time.
 
 The composition in the logits' own dtype is the thing to beat; on float64 logits it is the reference.

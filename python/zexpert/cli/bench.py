@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`zexpert bench`: how fast the operators and the layer are here, beside what else is installed."""
 
 from __future__ import annotations

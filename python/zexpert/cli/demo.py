@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The demo's story: train, measure, generate, show where the compute goes, time the layer."""
 
 from __future__ import annotations

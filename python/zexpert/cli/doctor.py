@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`zexpert doctor`: finds and explains what keeps zexpert from working. Needs nothing but Python, not even zexpert.
 
 What may fail, or crash, happens in a process of its own (PROBE), which tells step by step how far it comes.

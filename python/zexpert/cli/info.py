@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`zexpert info`: versions, devices, and which operators run where."""
 
 from __future__ import annotations

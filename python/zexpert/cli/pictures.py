@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pictures of a training run: where the model spends its compute, and how it learnt to."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`zexpert plan`: what LongCat-Flash's experts cost on a cluster."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`zexpert profile`: where a trained model spends its feed-forward compute, and how even its experts' load is."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the commands share: the terminal, a user's mistakes, devices."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Text to train on: a file, or the documentation strings of Python's own standard library."""
 
 from __future__ import annotations

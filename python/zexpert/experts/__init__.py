@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Experts backends: how the chosen experts' feed-forward networks are computed."""
 
 from zexpert.experts.auto import AutoExperts

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Experts on whichever backend suits the tokens."""
 
 from torch import Tensor

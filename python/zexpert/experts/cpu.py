@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Experts on zexpert's own CPU kernels."""
 
 import torch

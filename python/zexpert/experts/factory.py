@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The experts backend for a name."""
 
 from __future__ import annotations

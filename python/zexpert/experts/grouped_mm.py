@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Experts on torch's grouped matrix product."""
 
 import torch

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Experts on zexpert's own kernels for Hopper GPUs."""
 
 import functools

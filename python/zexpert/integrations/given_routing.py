@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Experts of a routing that another library made."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """zexpert in SGLang: routing and zero experts of LongCat-Flash.
 
 SGLang calls `register` in every process through the entry point "sglang.srt.plugins". It does nothing unless the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """zexpert in Hugging Face transformers (version 5).
 
 LongCat-Flash: `patch(model)` makes every LongcatFlashMoE of a loaded model run on zexpert, and `unpatch(model)` gives

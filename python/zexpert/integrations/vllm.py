@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """zexpert in vLLM: one kernel routes zero experts, and their slots reach no expert's product.
 
 vLLM calls `register` in every process through the entry point "vllm.general_plugins". It does nothing unless the

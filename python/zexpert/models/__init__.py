@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Blocks of published models, built on FusedMoE, with their checkpoints' names."""
 
 from zexpert.models.longcat_flash import LongcatFlashConfig, LongcatFlashMoE

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A small byte-level decoder with LongCat-Flash's kind of mixture-of-experts layers.
 
 Every token picks `top_k` of `num_experts` feed-forward and `zero_expert_num` identity experts (softmax in float32, a

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From the expert tensors of public checkpoints to those of FusedMoE, as steps of load_state_dict."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """LongCat-Flash's mixture of experts (arXiv 2509.01322): identity experts, a selection bias, a router in float32."""
 
 from dataclasses import dataclass

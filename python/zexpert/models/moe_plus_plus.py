@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """MoE++'s mixture of experts (arXiv 2410.07348): zero, copy and constant experts, gating residuals."""
 
 from dataclasses import dataclass

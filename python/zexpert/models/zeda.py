@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """ZEDA (arXiv 2605.18643): experts with output zero, added to trained models of the Qwen3 and the GLM-4.7 kind."""
 
 from dataclasses import dataclass

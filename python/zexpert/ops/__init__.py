@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The ops, one file each: a typed function over ``torch.ops.zexpert.<name>`` and its fake kernel.
 
 Every op works for no tokens at all, for any strides, and raises a RuntimeError of one sentence, before anything is

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How the ops' derivatives are registered: with the dispatcher, so that eager mode, torch.compile and TorchScript in a
 Python process differentiate alike.
 """

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What every op's file starts from: the loaded operator library, and the check that fake kernels share."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Top-k choice of experts with a selection bias, groups and zero experts."""
 
 from typing import Any

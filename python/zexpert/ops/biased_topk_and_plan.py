@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The choice of experts and the order of its slots, together."""
 
 from typing import Any

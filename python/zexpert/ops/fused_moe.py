@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Permutation, experts and epilogue in one, for training."""
 
 import torch

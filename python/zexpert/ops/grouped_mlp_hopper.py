@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Each expert's feed-forward network over its segment of rows, on a Hopper GPU."""
 
 import torch

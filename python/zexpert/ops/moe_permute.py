@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Token rows copied into the plan's order."""
 
 from typing import Any

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The order of the slots that do work, expert by expert."""
 
 import torch

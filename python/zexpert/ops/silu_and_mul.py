@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The SwiGLU activation between an expert's two matrix products."""
 
 import torch

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the ops return: a routing, and the plan made from it."""
 
 from typing import NamedTuple

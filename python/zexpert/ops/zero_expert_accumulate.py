@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The identity experts' part of a layer's output on its own."""
 
 import torch

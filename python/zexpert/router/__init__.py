@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Routers: how tokens choose their experts. create_fused_moe_router makes the one a configuration asks for."""
 
 from zexpert.router.base_router import BaseRouter

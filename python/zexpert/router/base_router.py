@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What routers have in common: checks, the expert map with its load record, the capture callback."""
 
 from collections.abc import Callable

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What routers that choose by biased_topk have in common."""
 
 import torch

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Routing by a function of the user's."""
 
 from collections.abc import Callable

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Made-up routing, for measuring a layer under a known load."""
 
 import torch

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Top-k over real and zero experts."""
 
 from typing import Any

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From the ways to name zero experts to the counts of a RoutingSpec."""
 
 from __future__ import annotations

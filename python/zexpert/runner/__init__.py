@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runners: the way of tokens through routing, experts and epilogue."""
 
 from zexpert.runner.chunking_moe_runner import ChunkingMoERunner

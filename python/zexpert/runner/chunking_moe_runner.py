@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tokens in chunks, for a bounded amount of memory."""
 
 from torch import Tensor, nn

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Collectives that gradients pass through, waited for where their results are needed.
 
 Each function starts a collective for several tensors at once. It appends a handle for each to `works`; the results hold

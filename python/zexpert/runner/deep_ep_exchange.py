@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Token rows through DeepEP."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """All tokens at once."""
 
 from zexpert.runner.moe_runner_base import MoERunnerBase

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Ways of token rows to the ranks that hold their experts, and of the experts' sums back.
 
 Every rank takes part in every exchange, with as many tokens as it has, 0 included. A row travels once per (token, rank)

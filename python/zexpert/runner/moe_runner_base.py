@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Route, plan, experts, epilogue."""
 
 import torch

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What runners whose weights are shared out over ranks have in common: how weights are drawn, saved and loaded."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What training with zero experts needs beside gradients: controllers of the selection bias, and auxiliary losses."""
 
 from zexpert.training.bias_controllers import BiasController, LongCatBiasController, SignBiasController

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Controllers of the selection bias: they hold load and compute where they are wanted, without a loss term.
 
 A controller reads how many slots each real expert got, and moves e_score_correction_bias, which decides selection

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Auxiliary losses that balance the routing, from a layer's router logits and the counts of its plan.
 
 The counts carry no gradient; the probabilities do. Counts come from RoutingStats, or from the differences of

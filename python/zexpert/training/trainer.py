@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Training of a ByteDecoder: next-byte loss, AdamW, and the bias controller that holds the feed-forward compute."""
 
 from __future__ import annotations

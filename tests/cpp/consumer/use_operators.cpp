@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The operators in a process without Python: linking zexpert::zexpert registers them with PyTorch's dispatcher.
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>

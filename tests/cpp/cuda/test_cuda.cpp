@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The CUDA kernels against the CPU kernels, through the same parameters: the data lies in memory that both can read.
 #include <cuda_runtime_api.h>
 #include <gtest/gtest.h>

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Writes the modules that test_embedding.cpp runs, with inputs and the outputs that Python computes.
 
 Usage: python save_modules.py FOLDER

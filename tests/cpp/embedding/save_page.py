@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs the Python program of a documentation page in a folder, and writes the page's C++ project there.
 
 A C++ block is a file if its first line is a comment with a name; the first CMake block is the project's.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Modules saved by Python, run in a process without Python: TorchScript and AOTInductor packages.
 //
 // ZEXPERT_EMBEDDING_FILES is the folder that save_modules.py wrote. ZEXPERT_LIBRARY, if set, is the library to dlopen;
