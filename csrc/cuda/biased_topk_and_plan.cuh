@@ -285,10 +285,8 @@ template <typename Logit, int kWidth>
 bool launch_planned(const RoutingArguments& arguments, const PlannedRouting& outputs, int warps_per_block,
                     cudaStream_t stream) {
   const auto kernel = &biased_topk_and_plan_warp<Logit, kWidth>;
-  cudaFuncAttributes code{};
-  check(cudaFuncGetAttributes(&code, kernel), "biased_topk_and_plan");
-  if (code.ptxVersion < 90) {
-    return false;  // compiled on loading, from PTX for GPUs without clusters
+  if (!is_for_hopper_or_later("biased_topk_and_plan", kernel)) {
+    return false;
   }
   const PlanLayout layout(arguments);
   const int num_warps =

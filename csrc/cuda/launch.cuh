@@ -74,6 +74,15 @@ __device__ __forceinline__ int block_exclusive_sum(int value, int* warp_sums) {
   return base + sum - value;
 }
 
+/// Whether the device runs code of `kernel` that was compiled for compute capability 9.0 or later. Otherwise, as where
+/// a newer GPU compiles PTX for older ones, the kernel knows no clusters and does not wait for the kernels before it.
+template <typename... Parameters>
+bool is_for_hopper_or_later(const char* name, void (*kernel)(Parameters...)) {
+  cudaFuncAttributes code{};
+  check(cudaFuncGetAttributes(&code, kernel), name);
+  return code.ptxVersion >= 90;
+}
+
 /// Starts `kernel` on `stream`, its blocks in clusters of `cluster_size`; throws Error, naming `name`, if that fails.
 /// Returns false, and starts nothing, if the device has no room for a cluster, as a part of a GPU may not. Safe while
 /// the stream is being captured.
@@ -112,7 +121,7 @@ bool launch_clusters(const char* name, void (*kernel)(Parameters...), int64_t nu
       return false;
     }
   }
-  if (device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9) {
+  if (is_for_hopper_or_later(name, kernel)) {
     cudaLaunchAttribute& dependent_launch = attributes[config.numAttrs++];
     dependent_launch.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     dependent_launch.val.programmaticStreamSerializationAllowed = 1;

@@ -61,8 +61,10 @@ def main() -> None:
         torch.jit.freeze(script).save(str(folder / f"{name}.frozen.pt"))
         example = tuple(torch.randn(7, width) for width in widths)
         torch.jit.trace(module, example).save(str(folder / f"{name}.trace.pt"))
-        program = torch.export.export(module, example, dynamic_shapes=tuple({0: tokens} for _ in example))
-        torch._inductor.aoti_compile_and_package(program, package_path=str(folder / f"{name}.pt2"))
+        for device in ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]:
+            inputs = tuple(tensor.to(device) for tensor in example)
+            program = torch.export.export(module.to(device), inputs, dynamic_shapes=tuple({0: tokens} for _ in inputs))
+            torch._inductor.aoti_compile_and_package(program, package_path=str(folder / f"{name}.{device}.pt2"))
 
 
 if __name__ == "__main__":

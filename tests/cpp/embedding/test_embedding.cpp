@@ -87,15 +87,25 @@ TEST_P(Embedding, TorchScriptOnCuda) {
   run_scripts(GetParam(), at::kCUDA, {".script.pt", ".frozen.pt"});  // a trace keeps the experts of the CPU
 }
 
-TEST_P(Embedding, AotInductorPackage) {
+void run_package(const std::string& name, const at::Device& device) {
   const c10::InferenceMode inference;
-  const std::string name = GetParam();
-  torch::inductor::AOTIModelPackageLoader loader(path_of(name + ".pt2"));
+  const std::string package = name + "." + device.str() + ".pt2";
+  torch::inductor::AOTIModelPackageLoader loader(path_of(package));
   for (const Case& one : load_cases(name)) {
-    const std::vector<at::Tensor> outputs = loader.run(one.inputs);
+    std::vector<at::Tensor> inputs;
+    for (const at::Tensor& input : one.inputs) inputs.push_back(input.to(device));
+    const std::vector<at::Tensor> outputs = loader.run(inputs);
     ASSERT_EQ(outputs.size(), 1U);
-    expect_output(outputs[0], one, name + ".pt2");
+    expect_output(outputs[0], one, package);
   }
+}
+
+TEST_P(Embedding, AotInductorPackage) { run_package(GetParam(), at::kCPU); }
+
+TEST_P(Embedding, AotInductorPackageOnCuda) {
+  if (!torch::cuda::is_available())
+    GTEST_SKIP() << "no CUDA device";
+  run_package(GetParam(), at::kCUDA);
 }
 
 TEST(EmbeddingErrors, BadInputIsOneSentenceAndNoCrash) {
