@@ -59,7 +59,7 @@ class FusedMoE(nn.Module):
         intermediate_size: F.
         zero_expert_type: "identity" (or "copy"), "constant", "drop" (or "zero"), or the ZeroExpertType; or counts by
             these, such as {"identity": 1, "constant": 2, "drop": 1}; None for no zero experts.
-        zero_expert_num: number of zero experts; required with one type, optional with counts.
+        zero_expert_num: number of zero experts; required with one type, unless the length of the bias tells.
         e_score_correction_bias: [N], any floating dtype, for selection only. Kept by reference: what a controller
             writes into it, the next call sees. It moves with the layer, its dtype included when that is converted.
         scoring_func: "softmax", "sigmoid" or "sqrtsoftplus".
@@ -150,7 +150,11 @@ class FusedMoE(nn.Module):
             raise ValueError(
                 f"hidden_size and intermediate_size must be at least 1, got {hidden_size} and {intermediate_size}"
             )
-        if isinstance(zero_expert_type, str | ZeroExpertType) and zero_expert_num is None:
+        if (
+            isinstance(zero_expert_type, str | ZeroExpertType)
+            and zero_expert_num is None
+            and e_score_correction_bias is None
+        ):
             raise ValueError(f'zero_expert_num is required with zero_expert_type "{kind_name(zero_expert_type)}"')
         if params_dtype is not None and not (isinstance(params_dtype, torch.dtype) and params_dtype.is_floating_point):
             raise ValueError(f"params_dtype must be a floating-point dtype, got {params_dtype!r}")

@@ -28,6 +28,13 @@ def test_the_environment_lowers_the_instruction_set() -> None:
     assert CAPABILITIES.index(capability_in_use()) <= CAPABILITIES.index(asked_for)
 
 
+def test_the_environment_may_use_capitals() -> None:
+    show = "import zexpert; print(zexpert.build_info()['cpu_capability'])"
+    environment = {**os.environ, "ZEXPERT_CPU_CAPABILITY": "DEFAULT"}
+    done = subprocess.run([sys.executable, "-c", show], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "DEFAULT\n"
+
+
 @pytest.mark.parametrize("capability", CAPABILITIES[:-1])
 def test_kernels_of_other_instruction_sets(capability: str) -> None:
     if CAPABILITIES.index(capability) >= CAPABILITIES.index(capability_in_use()):

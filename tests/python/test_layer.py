@@ -236,6 +236,14 @@ def test_custom_routing_function_and_simulation() -> None:
             {"zero_expert_type": ZeroExpertType.DROP},
             r'^zero_expert_num is required with zero_expert_type "drop"$',
         ),
+        (
+            {"zero_expert_type": "identity", "e_score_correction_bias": torch.zeros(6)},
+            r"^e_score_correction_bias must have an entry per expert, more than the 6 real ones, got 6$",
+        ),
+        (
+            {"zero_expert_type": "identity", "e_score_correction_bias": [0.0] * 9},
+            r"^e_score_correction_bias must be a tensor or None, got list$",
+        ),
         ({"zero_expert_num": 3}, r"^zero_expert_num is 3 but zero_expert_type is missing$"),
         ({"zero_expert_type": "swap", "zero_expert_num": 3}, r'^zero_expert_type must be "identity" .*, got "swap"$'),
         (
@@ -271,6 +279,13 @@ def test_rejects_bad_arguments(arguments: dict[str, Any], message: str) -> None:
     }
     with pytest.raises(ValueError, match=message):
         FusedMoE(**{**sizes, **arguments})
+
+
+def test_length_of_the_bias_tells_the_number_of_zero_experts() -> None:
+    layer = FusedMoE(6, 2, 8, 4, zero_expert_type="constant", e_score_correction_bias=torch.zeros(9))
+    assert layer.router.num_experts == 9
+    assert layer.constant_gate_weight is not None
+    assert layer.constant_gate_weight.shape == (3, 2, 8)
 
 
 def test_rejects_bad_inputs() -> None:

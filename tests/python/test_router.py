@@ -116,6 +116,18 @@ def test_indices_dtype(kind: str, indices_dtype: torch.dtype) -> None:
         make_router(kind, indices_dtype=torch.int16)
 
 
+def test_ids_of_a_router_of_ones_own_are_converted() -> None:
+    class FirstExpert(BaseRouter):
+        def _compute_routing(self, hidden_states: Tensor, router_logits: Tensor) -> RoutingResult:
+            ones = torch.ones(router_logits.size(0), 1)
+            return RoutingResult(ones, torch.zeros_like(ones, dtype=torch.int64), ones[:, 0], ones[:, :0])
+
+    router, seen = FirstExpert(RoutingSpec(top_k=1, num_real_experts=2)), []
+    router.set_capture_fn(lambda routing: seen.append(routing.topk_ids.dtype))
+    assert router.select_experts(torch.zeros(3, 4), torch.zeros(3, 2)).topk_ids.dtype == torch.int32
+    assert seen == [torch.int32]
+
+
 @pytest.mark.parametrize("num_tokens", [0, 1])
 @pytest.mark.parametrize("kind", KINDS)
 def test_few_tokens(kind: str, num_tokens: int) -> None:

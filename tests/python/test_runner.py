@@ -272,6 +272,10 @@ def test_rejects_bad_inputs() -> None:
         ),
         ((hidden_states[:, :7], router_logits, w13, w2, gates, vectors), r"^hidden_states must have .* \(24\), got 7$"),
         ((hidden_states, router_logits[:3], w13, w2, gates, vectors), r"^router_logits must have one row per token"),
+        (
+            (hidden_states, router_logits, w13, w2, gates[:1], vectors),
+            r"^constant_gate_weight must have shape \[2, 2, 24\], got \[1, 2, 24\]$",
+        ),
         ((hidden_states, router_logits, w13, w2), r"^constant_gate_weight and constant_vectors are required with"),
     ]
     for arguments, message in cases:
@@ -408,8 +412,26 @@ def test_hopper_experts_script_and_give_shapes() -> None:
 def test_hopper_experts_refuse_the_cpu() -> None:
     layer = FusedMoE(16, 6, 128, 64, params_dtype=torch.bfloat16, experts_backend="hopper")
     sentence = r'^hidden_states must be on a GPU of compute capability 9.0 for experts_backend "hopper", got cpu$'
-    with torch.no_grad(), pytest.raises(ValueError, match=sentence):
-        layer(torch.zeros(5, 128, dtype=torch.bfloat16), torch.zeros(5, 16))
+    for with_gradients in (False, True):
+        with torch.set_grad_enabled(with_gradients), pytest.raises(ValueError, match=sentence):
+            layer(torch.zeros(5, 128, dtype=torch.bfloat16), torch.zeros(5, 16))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "hidden_size", "intermediate_size", "got"),
+    [
+        (torch.float32, 32, 16, "torch.float32, 32 and 16"),
+        (torch.bfloat16, 20, 16, "torch.bfloat16, 20 and 16"),
+        (torch.bfloat16, 32, 12, "torch.bfloat16, 32 and 12"),
+    ],
+)
+def test_grouped_mm_refuses_what_it_does_not_take(
+    dtype: torch.dtype, hidden_size: int, intermediate_size: int, got: str
+) -> None:
+    layer = FusedMoE(5, 3, hidden_size, intermediate_size, params_dtype=dtype, experts_backend="grouped_mm")
+    sentence = rf'^hidden_states must be bfloat16, .* of 8, for experts_backend "grouped_mm", got {got}$'
+    with pytest.raises(ValueError, match=sentence):
+        layer(torch.zeros(4, hidden_size, dtype=dtype), torch.zeros(4, 5))
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated:DeprecationWarning")

@@ -187,7 +187,7 @@ def test_arguments_out_of_range() -> None:
     with pytest.raises(ValueError, match="columns for zero experts beside 12 real ones"):
         group_loss(logits, torch.zeros(12), 20, TOP_K, target_ffn_experts=2.0)
     for target in (0.0, 3.0, 4.0):
-        with pytest.raises(ValueError, match=r"must lie between 0 and top_k \(3\)"):
+        with pytest.raises(ValueError, match=r"must be above 0 and below top_k \(3\)"):
             group_loss(logits, load, 20, TOP_K, target_ffn_experts=target)
     with pytest.raises(ValueError, match=r"num_groups must divide the number of real experts \(8\), got 3"):
         group_loss(logits, load, 20, TOP_K, target_ffn_experts=2.0, num_groups=3)

@@ -3,10 +3,10 @@
 #pragma once
 
 #include <cstdlib>
-#include <cstring>
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#include <strings.h>
 #endif
 
 namespace zexpert {
@@ -26,8 +26,8 @@ namespace detail {
 inline CpuCapability detect_cpu_capability() {
 #if defined(__x86_64__) && defined(__GNUC__)
   const char* cap = std::getenv("ZEXPERT_CPU_CAPABILITY");
-  const bool allow_avx2 = cap == nullptr || std::strcmp(cap, "default") != 0;
-  const bool allow_avx512 = allow_avx2 && (cap == nullptr || std::strcmp(cap, "avx2") != 0);
+  const bool allow_avx2 = cap == nullptr || strcasecmp(cap, "default") != 0;
+  const bool allow_avx512 = allow_avx2 && (cap == nullptr || strcasecmp(cap, "avx2") != 0);
   const bool has_avx2 =
       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -44,7 +44,7 @@ inline CpuCapability detect_cpu_capability() {
 }  // namespace detail
 
 /// The instruction set in use, found once. The environment variable ZEXPERT_CPU_CAPABILITY, read at the first call,
-/// lowers it: "default", "avx2" or "avx512".
+/// lowers it: "default", "avx2" or "avx512", in any case. Other values are ignored.
 inline CpuCapability cpu_capability() {
   static const CpuCapability capability = detail::detect_cpu_capability();
   return capability;

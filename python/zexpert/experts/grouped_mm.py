@@ -27,6 +27,11 @@ class GroupedMMExperts(MoEExperts):
         self, hidden_states: Tensor, routing: RoutingResult, plan: DispatchPlan, w13_weight: Tensor, w2_weight: Tensor
     ) -> Tensor:
         """[T * K, H] in the plan's order; rows past the last offset are unspecified."""
+        if not self.supports(hidden_states, w2_weight):
+            raise ValueError(
+                f"hidden_states must be bfloat16, of a hidden and an intermediate size that are multiples of 8, for "
+                f'experts_backend "grouped_mm", got {hidden_states.dtype}, {w2_weight.size(1)} and {w2_weight.size(2)}'
+            )
         top_k = routing.topk_ids.size(1)
         rows = torch.ops.zexpert.moe_permute(hidden_states, plan.row_slots, plan.expert_offsets, top_k, plan.slot_rows)
         segment_ends = plan.expert_offsets[1:]

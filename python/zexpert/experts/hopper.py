@@ -64,14 +64,14 @@ class HopperExperts(MoEExperts):
         self, hidden_states: Tensor, routing: RoutingResult, plan: DispatchPlan, w13_weight: Tensor, w2_weight: Tensor
     ) -> Tensor:
         """[T * K, H] in the plan's order; rows past the last offset are unspecified."""
-        if self.wants_gradient(hidden_states, w13_weight) or self.wants_gradient(hidden_states, w2_weight):
-            trained: Tensor = self.training_experts(hidden_states, routing, plan, w13_weight, w2_weight)
-            return trained
         if hidden_states.is_cpu:
             raise ValueError(
                 f'hidden_states must be on a GPU of compute capability 9.0 for experts_backend "hopper", '
                 f"got {hidden_states.device}"
             )
+        if self.wants_gradient(hidden_states, w13_weight) or self.wants_gradient(hidden_states, w2_weight):
+            trained: Tensor = self.training_experts(hidden_states, routing, plan, w13_weight, w2_weight)
+            return trained
         top_k = routing.topk_ids.size(1)
         rows = torch.ops.zexpert.moe_permute(hidden_states, plan.row_slots, plan.expert_offsets, top_k, plan.slot_rows)
         output: Tensor = torch.ops.zexpert.grouped_mlp_hopper(

@@ -116,6 +116,9 @@ class BaseRouter(FusedMoERouter):
         """
         self._check_inputs(hidden_states, router_logits)
         routing = self._compute_routing(hidden_states, router_logits)
+        topk_weights, topk_ids, zero_weight, constant_weight = routing
+        if topk_ids.dtype != self.indices_dtype:
+            routing = RoutingResult(topk_weights, topk_ids.to(self.indices_dtype), zero_weight, constant_weight)
         self._observe(hidden_states, routing)
         expert_map = self.logical_to_physical_map
         if expert_map is not None:
@@ -123,7 +126,7 @@ class BaseRouter(FusedMoERouter):
         return routing
 
     def _compute_routing(self, hidden_states: Tensor, router_logits: Tensor) -> RoutingResult:
-        """The choice itself, in logical experts and with topk_ids of indices_dtype. Inputs are checked."""
+        """The choice itself, in logical experts; topk_ids may be of any integer dtype. Inputs are checked."""
         raise NotImplementedError
 
     def _observe(self, hidden_states: Tensor, routing: RoutingResult) -> None:

@@ -89,8 +89,6 @@ class BiasedTopKRouter(BaseRouter):
             topk_group=self.topk_group,
             indices_dtype=self._operator_indices_dtype(),
         )
-        if topk_ids.dtype != self.indices_dtype:
-            topk_ids = topk_ids.to(self.indices_dtype)
         return RoutingResult(topk_weights, topk_ids, zero_weight, constant_weight)
 
     def _operator_indices_dtype(self) -> torch.dtype | None:

@@ -89,7 +89,7 @@ class CustomRoutingRouter(BaseRouter):
         dtype = torch.float64 if router_logits.dtype == torch.float64 else torch.float32
         return RoutingResult(
             topk_weights.to(dtype) * self.routed_scaling_factor,
-            topk_ids.to(self.indices_dtype),
+            topk_ids,
             torch.zeros(num_tokens, dtype=dtype, device=router_logits.device),
             torch.zeros(num_tokens, 0, dtype=dtype, device=router_logits.device),
         )

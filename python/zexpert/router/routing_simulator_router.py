@@ -90,7 +90,7 @@ class RoutingSimulatorRouter(BaseRouter):
         is_constant = chosen.unsqueeze(2) == constants
         return RoutingResult(
             is_real.to(dtype) * weight,
-            torch.where(is_real, chosen, torch.full_like(chosen, -1)).to(self.indices_dtype),
+            torch.where(is_real, chosen, torch.full_like(chosen, -1)),
             is_identity.sum(dim=1).to(dtype) * weight,
             is_constant.sum(dim=1).to(dtype) * weight,
         )

@@ -87,9 +87,9 @@ class ZeroExpertRouter(BiasedTopKRouter):
         """[T, H] in the dtype of hidden_states: zero_weight * hidden_states of the last routing, the identity experts'
         part of the layer's output. Computed here, once: reading it again gives None until the next routing.
 
-        For engines that add the part themselves, with vLLM's name. It is there after eager calls of a router that is
-        used on its own: a runner of zexpert adds the part in its epilogue, and scripts and compiled graphs return
-        zero_weight instead of keeping state.
+        For engines that add the part themselves, with vLLM's name. Until it is read, the router keeps the tensors of
+        the last eager call, hidden_states as it is by then. A runner of zexpert, which adds the part in its epilogue,
+        switches it off for its router (stash_zero_expert_output); scripts and compiled graphs keep no state.
         """
         last_routing = self._last_routing
         self._last_routing = None

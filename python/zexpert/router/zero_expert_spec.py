@@ -57,7 +57,7 @@ def zero_expert_spec(
     else:
         kind = parse_kind(zero_expert_type)
         count = zero_expert_num
-        if count is None and e_score_correction_bias is not None:
+        if count is None and isinstance(e_score_correction_bias, Tensor):
             count = e_score_correction_bias.numel() - num_real_experts
             if count < 1:
                 raise ValueError(

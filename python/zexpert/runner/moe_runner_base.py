@@ -204,7 +204,10 @@ class MoERunnerBase(MoERunner):
             return routing
         if constant_gate_weight is None or constant_vectors is None:
             raise ValueError("constant_gate_weight and constant_vectors are required with constant experts")
-        num_constants = constant_gate_weight.size(0)
+        num_constants = routing.constant_weight.size(1)
+        expected = [num_constants, 2, hidden_states.size(1)]
+        if list(constant_gate_weight.shape) != expected:
+            raise ValueError(f"constant_gate_weight must have shape {expected}, got {list(constant_gate_weight.shape)}")
         dtype = routing.constant_weight.dtype
         gates = full_precision_linear(hidden_states.to(dtype), constant_gate_weight.flatten(0, 1).to(dtype))
         mix = torch.softmax(gates.reshape(-1, num_constants, 2), dim=2)

@@ -63,7 +63,7 @@ def group_loss(
     if num_real_experts == num_experts:
         raise ValueError(f"router_logits must have columns for zero experts beside {num_real_experts} real ones")
     if not 0 < target_ffn_experts < top_k:
-        raise ValueError(f"target_ffn_experts must lie between 0 and top_k ({top_k}), got {target_ffn_experts}")
+        raise ValueError(f"target_ffn_experts must be above 0 and below top_k ({top_k}), got {target_ffn_experts}")
     if num_groups < 1 or num_real_experts % num_groups:
         raise ValueError(f"num_groups must divide the number of real experts ({num_real_experts}), got {num_groups}")
     load, tokens = reduced_counts(expert_load, num_tokens, all_reduce, process_group)
