@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <array>
+#include <limits>
 #include <string_view>
 
 #include "zexpert/cpu_capability.h"
@@ -44,6 +45,8 @@ void check_choice(const char* argument, const std::string& value, const std::arr
 
 void check_size(const char* argument, std::optional<int64_t> value, int64_t least) {
   ZEXPERT_CHECK(!value || *value >= least, argument, " must be at least ", least, ", got ", *value);
+  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();  // so that products of two have room
+  ZEXPERT_CHECK(!value || *value <= kMost, argument, " must be less than 2^31, got ", *value);
 }
 
 const char* instruction_set(CpuCapability capability) {

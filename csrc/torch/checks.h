@@ -12,13 +12,27 @@
 
 HIDDEN_NAMESPACE_BEGIN(zexpert, ops)
 
+inline void check_defined(const Tensor& tensor, const char* name) {
+  ZEXPERT_CHECK(tensor.defined(), name, " must be a tensor, got None");
+}
+
+/// Sharded training gives a parameter's memory back between its uses.
+inline void check_memory(const Tensor& tensor, const char* name) {
+  ZEXPERT_CHECK(tensor.const_data_ptr() != nullptr || tensor.numel() == 0, name,
+                " must have memory, got a tensor whose storage has been freed, of shape ", text(tensor.sizes()));
+}
+
 inline void check_device(const Tensor& tensor, const char* name, const Tensor& other, const char* other_name) {
+  check_defined(tensor, name);
+  check_defined(other, other_name);
   const auto device = tensor.device();
   const auto wanted = other.device();
   ZEXPERT_CHECK(device == wanted, name, " must be on ", text(wanted), " like ", other_name, ", got ", text(device));
+  check_memory(tensor, name);
 }
 
 inline void check_floating(const Tensor& tensor, const char* name) {
+  check_memory(tensor, name);
   const DType dtype = tensor.scalar_type();
   ZEXPERT_CHECK(is_floating(dtype), name, " must be float32, float64, bfloat16 or float16, got ", text(dtype));
 }
@@ -63,11 +77,11 @@ inline void check_expert_offsets_dims(const Tensor& expert_offsets) {
 
 /// A plan's row_slots may be cut behind its last offset: as many as all slots, or fewer.
 inline void check_row_slots_size(const Tensor& row_slots, int64_t num_tokens, int64_t top_k) {
-  ZEXPERT_CHECK(top_k <= std::numeric_limits<int32_t>::max(), "top_k must be less than 2^31, got ", top_k);
-  const int64_t num_rows = row_slots.size(0);
-  const bool fits = num_rows / top_k < num_tokens || (num_rows / top_k == num_tokens && num_rows % top_k == 0);
-  ZEXPERT_CHECK(fits, "row_slots must have at most ", top_k, " elements for each of the ", num_tokens,
-                " tokens, got shape ", text(row_slots.sizes()));
+  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
+  ZEXPERT_CHECK(top_k <= kMost && num_tokens <= kMost / top_k,
+                "top_k must be less than 2^31 over the number of tokens (", num_tokens, "), got ", top_k);
+  ZEXPERT_CHECK(row_slots.size(0) <= num_tokens * top_k, "row_slots must have at most ", top_k,
+                " elements for each of the ", num_tokens, " tokens, got shape ", text(row_slots.sizes()));
 }
 
 /// The number of rows that do work, read from contiguous int32 offsets in host memory.

@@ -21,8 +21,11 @@ std::tuple<Tensor, Tensor> run_experts(const FusedMoeTensors& args) {
                                     params.num_rows = last_offset(offsets, params.num_rows);
                                     moe_permute_cpu(params);
                                   });
-  return grouped_mlp_with_gate_up(rows, args.expert_offsets, args.w13_weight, args.w2_weight,
-                                  &run_experts_keeping_gate_up);
+  auto [results, gate_up] = grouped_mlp_with_gate_up(rows, args.expert_offsets, args.w13_weight, args.w2_weight,
+                                                     &run_experts_keeping_gate_up);
+  // What lies past the last offset has no values: the epilogue takes a slot that names it for the error it is.
+  const int64_t num_rows = last_offset(as_contiguous(args.expert_offsets), results.size(0));
+  return {torch::stable::narrow(results, 0, 0, num_rows), gate_up};
 }
 
 std::tuple<Tensor, Tensor> fused_moe_on_cpu(const Tensor& hidden_states, const Tensor& topk_weights,

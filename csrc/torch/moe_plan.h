@@ -19,6 +19,7 @@ using PlanTensors = std::tuple<Tensor, Tensor, Tensor>;
 template <typename Launch>
 PlanTensors moe_plan(const Tensor& topk_ids, int64_t num_experts, const Launch& launch) {
   constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
+  check_memory(topk_ids, "topk_ids");
   const DType ids_dtype = topk_ids.scalar_type();
   ZEXPERT_CHECK(ids_dtype == DType::Int || ids_dtype == DType::Long, "topk_ids must be int32 or int64, got ",
                 text(ids_dtype));

@@ -10,12 +10,14 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <exception>
 #include <initializer_list>
 #include <optional>
 #include <string>
 #include <utility>
 
 #include "torch/huge_pages.h"
+#include "zexpert/error.h"
 #include "zexpert/scalar_types.h"
 
 HIDDEN_NAMESPACE_BEGIN(zexpert, ops)
@@ -151,7 +153,15 @@ inline Tensor unaliased(const Tensor& input, const Tensor& out) {
 
 /// An uninitialised dense tensor on the device of `like`; on the CPU, a large one in huge pages.
 inline Tensor empty(std::initializer_list<int64_t> sizes, DType dtype, const Tensor& like) {
-  Tensor tensor = torch::stable::new_empty(like, sizes, dtype);
+  const auto allocate = [&] {
+    try {
+      return torch::stable::new_empty(like, sizes, dtype);
+    } catch (const std::exception&) {  // whose text names a function of torch's
+      zexpert::detail::throw_error("could not allocate a tensor of shape ", text(Sizes(sizes)), " of ", text(dtype),
+                                   " on ", text(like.device()));
+    }
+  };
+  const Tensor tensor = allocate();
   if (tensor.device().type() == torch::headeronly::DeviceType::CPU) {
     advise_huge_pages(tensor.mutable_data_ptr(), tensor.numel() * static_cast<int64_t>(tensor.element_size()));
   }

@@ -97,6 +97,7 @@ TEST(RoutingSpec, WidthDecidesWhatIsLeftOpen) {
   EXPECT_EQ(spec.num_experts, kFromLogits);
   EXPECT_THROW(spec.for_width(9), Error);
   EXPECT_THROW(longcat().for_width(767), Error);
+  EXPECT_THROW(spec.for_width(-1), Error);
   EXPECT_TRUE(longcat().for_width(768) == longcat());
 }
 

@@ -116,6 +116,7 @@ BAD_INPUT = {
         r"^topk_group must be between 1 and num_expert_group \(3\), got 4$",
     ),
     "no eligible group": ({"num_expert_group": 3, "topk_group": 0}, r"^topk_group must be between 1 and .*, got 0$"),
+    "ids of no dtype": ({"indices_dtype": 99}, r"^indices_dtype must be int32 or int64, got 99$"),
     "ids of 16 bits": ({"indices_dtype": torch.int16}, r"^indices_dtype must be int32 or int64, got int16$"),
 }
 

@@ -179,6 +179,16 @@ def test_fused_moe_is_its_parts_bit_for_bit(dtype: torch.dtype) -> None:
     assert_equal(gate_up[:num_rows], expected[:num_rows])
 
 
+def test_fused_moe_refuses_slots_past_the_last_offset() -> None:
+    """Rows there have no values."""
+    plan, num_rows = make_plan()
+    assert num_rows < plan.row_slots.numel()
+    slot_rows = plan.slot_rows.clone()
+    slot_rows[0, 0] = num_rows
+    with pytest.raises(RuntimeError, match=rf"^slot_rows must lie in \[-1, {num_rows}\), got {num_rows}$"):
+        ops.fused_moe(**plan._replace(slot_rows=slot_rows)._asdict(), **fused_inputs())
+
+
 def test_fused_moe_gradients_are_those_of_its_parts() -> None:
     plan, _ = make_plan()
     given = fused_inputs()

@@ -110,6 +110,11 @@ def test_torch_types_are_taken_as_well_as_names() -> None:
         ("biased_topk", {"num_tokens": -1}, r"^num_tokens must be at least 0, got -1$"),
         ("grouped_mlp", {"experts_backend": "gpu"}, r'^experts_backend must be "auto" or "hopper", got "gpu"$'),
         ("biased_topk", {"top_k": 0}, r"^top_k must be at least 1, got 0$"),
+        (
+            "grouped_mlp",
+            {"num_tokens": 2**62, "top_k": 4, "num_experts": 8},
+            r"^num_tokens must be less than 2\^31, got",
+        ),
         ("grouped_mlp", {"num_rows": 1, "num_experts": 0}, r"^num_experts must be at least 1, got 0$"),
         ("grouped_mlp", {"num_rows": 1}, r"^grouped_mlp chooses .*: num_experts must be given$"),
         (

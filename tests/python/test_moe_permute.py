@@ -135,6 +135,10 @@ BAD_INPUT = {
         {"slot_rows": torch.zeros(2, 3).int()},
         r"^slot_rows must have shape \[3, 2\] \[tokens, top_k\], got \[2, 3\]$",
     ),
+    "more slots than int32 counts": (
+        {"top_k": 2**30},
+        r"^top_k must be less than 2\^31 over the number of tokens \(3\), got 1073741824$",
+    ),
     "no top_k": ({"top_k": 0}, r"^top_k must be at least 1, got 0$"),
     "elsewhere": (
         {"row_slots": torch.zeros(6, device="meta").int()},

@@ -316,6 +316,13 @@ def test_expert_map_update_in_place_is_seen() -> None:
         (torch.tensor([[0]] * 5 + [[-1]] * 3), None, r"^logical_to_physical_map must name .*, got none for expert 5$"),
         (torch.tensor([[0, -1, 1]] * 8), None, r"^logical_to_physical_map must be padded with -1 after the replicas"),
         (torch.tensor([[0, -2]] * 8), None, r"^logical_to_physical_map must be padded with -1 after the replicas"),
+        (
+            torch.arange(8)[:, None] + 2**32,
+            None,
+            r"^logical_to_physical_map must hold values below 2\*\*31, got 4294967303$",
+        ),
+        ([[0]] * 8, None, r"^logical_to_physical_map must be a tensor, got list$"),
+        (torch.zeros(8, 1).long(), [0] * 8, r"^expert_load must be a tensor, got list$"),
         (torch.zeros(8, 1).long(), torch.zeros(8), r"^expert_load must be a vector of dtype int32 or int64, got"),
         (torch.full((8, 1), 8), torch.zeros(8).int(), r"^expert_load must have an entry .* is 8, got 8 entries$"),
         (None, torch.zeros(8).int(), r"^expert_load needs a logical_to_physical_map, got None$"),

@@ -50,9 +50,12 @@ def test_result_is_the_functions(num_tokens: int, dtype: torch.dtype, renormaliz
         ((torch.zeros(3, 2).int(), torch.zeros(3, 2).int()), r"floating-point topk_weights .* of torch.int32$"),
         ((torch.zeros(3, 2), torch.zeros(2, 2).int()), r"integer topk_ids of shape \[3, 2\], got \[2, 2\]"),
         ((torch.zeros(3, 2), torch.zeros(3, 2)), r"integer topk_ids .*, got \[3, 2\] of torch.float32$"),
+        (None, r"the tensors topk_weights and topk_ids, got NoneType$"),
+        (torch.zeros(2, 3, 2), r"the tensors topk_weights and topk_ids, got Tensor$"),
+        (([[0.5]], [[1]]), r"the tensors topk_weights and topk_ids, got tuple$"),
     ],
 )
-def test_rejects_a_bad_result(result: tuple[Tensor, Tensor], message: str) -> None:
+def test_rejects_a_bad_result(result: object, message: str) -> None:
     router = CustomRoutingRouter(2, 4, lambda **_: result)
     with pytest.raises(ValueError, match=f"^custom_routing_function must return {message}"):
         router.select_experts(torch.zeros(3, 3), torch.zeros(3, 4))

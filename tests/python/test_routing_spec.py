@@ -55,6 +55,8 @@ def test_for_width_makes_every_count_known() -> None:
     assert open_spec.num_experts is None
     with pytest.raises(ValueError, match=r"^logits must have 768 columns, one per expert, got 767$"):
         spec().for_width(767)
+    with pytest.raises(ValueError, match=r"^width must not be negative, got -1$"):
+        open_spec.for_width(-1)
 
 
 @pytest.mark.parametrize("scoring_func", list(ScoringFunc))

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -105,7 +107,13 @@ def test_values_that_are_not_finite() -> None:
     assert_equal(zero_expert_accumulate(hidden_states, zero_weight), zero_weight[:, None] * hidden_states)
 
 
-def arguments(**changes: Tensor) -> dict[str, Tensor]:
+def freed(*shape: int) -> Tensor:
+    tensor = torch.zeros(shape)
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
+def arguments(**changes: Any) -> dict[str, Any]:
     hidden_states, zero_weight = inputs(3, 8, torch.float32)
     return {"hidden_states": hidden_states, "zero_weight": zero_weight, **changes}
 
@@ -118,6 +126,16 @@ BAD_INPUT = {
     "hidden_states of three dimensions": (
         {"hidden_states": torch.zeros(1, 3, 8)},
         r"^hidden_states must have 2 dimensions \[tokens, hidden_size\], got shape \[1, 3, 8\]$",
+    ),
+    "zero_weight None": ({"zero_weight": None}, r"^zero_weight must be a tensor, got None$"),
+    "hidden_states None": ({"hidden_states": None}, r"^hidden_states must be a tensor, got None$"),
+    "hidden_states without memory": (
+        {"hidden_states": freed(3, 8)},
+        r"^hidden_states must have memory, got a tensor whose storage has been freed, of shape \[3, 8\]$",
+    ),
+    "out without memory": (
+        {"out": freed(3, 8)},
+        r"^out must have memory, got a tensor whose storage has been freed, of shape \[3, 8\]$",
     ),
     "zero_weight too short": (
         {"zero_weight": torch.zeros(2)},
@@ -168,9 +186,30 @@ BAD_INPUT = {
 def test_bad_input(case: str) -> None:
     changes, sentence = BAD_INPUT[case]
     given = arguments(**changes)
-    on_cpu = [tensor for tensor in given.values() if tensor.device.type == "cpu"]
+    on_cpu = [
+        tensor
+        for tensor in given.values()
+        if tensor is not None and tensor.device.type == "cpu" and tensor.untyped_storage().nbytes() > 0
+    ]
     with unchanged(*on_cpu), pytest.raises(RuntimeError, match=sentence):
         zero_expert_accumulate(**given)
+
+
+def test_a_backward_that_would_read_what_was_there_before_is_refused() -> None:
+    hidden_states, zero_weight = inputs(3, 8, torch.float32)
+    leaf = torch.randn(3, 8, requires_grad=True)
+    saved_for_backward = leaf.exp()
+    with torch.no_grad():
+        zero_expert_accumulate(hidden_states, zero_weight, saved_for_backward)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        saved_for_backward.sum().backward()
+
+
+def test_too_large_a_result() -> None:
+    with pytest.raises(
+        RuntimeError, match=r"^could not allocate a tensor of shape \[1099511627776, 1024\] of float32 on cpu$"
+    ):
+        zero_expert_accumulate(torch.zeros(1).expand(2**40, 1024), torch.zeros(1).expand(2**40))
 
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)

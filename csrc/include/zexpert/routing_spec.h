@@ -64,6 +64,7 @@ struct RoutingSpec {
 
   /// This spec for logits `width` wide: every count known. Throws Error if the width does not fit.
   RoutingSpec for_width(int64_t width) const {
+    ZEXPERT_CHECK(width >= 0, "width must not be negative, got ", width);
     ZEXPERT_CHECK(num_experts == kFromLogits || num_experts == width, "logits must have ", num_experts,
                   " columns, one per expert, got ", width);
     RoutingSpec resolved = *this;

@@ -68,6 +68,7 @@ def biased_topk(
     Sources: selection bias, arXiv 2408.15664; groups, DeepSeek-V3, arXiv 2412.19437; zero experts, MoE++,
     arXiv 2410.07348, and LongCat-Flash, arXiv 2509.01322.
     """
+    check_indices_dtype(indices_dtype)
     topk_weights, topk_ids, zero_weight, constant_weight = torch.ops.zexpert.biased_topk(
         logits,
         bias,
@@ -84,6 +85,15 @@ def biased_topk(
         indices_dtype=indices_dtype,
     )
     return RoutingResult(topk_weights, topk_ids, zero_weight, constant_weight)
+
+
+def check_indices_dtype(indices_dtype: torch.dtype) -> None:
+    """Raises RuntimeError for what is no dtype. A number would go on as the dtype that it stands for in PyTorch's list,
+    and one past its end would end the process.
+    """
+    if not torch.jit.is_scripting():
+        if not isinstance(indices_dtype, torch.dtype):
+            raise RuntimeError(f"indices_dtype must be int32 or int64, got {indices_dtype!r}")
 
 
 @register_fake("biased_topk")

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from zexpert.ops._autograd import register_autograd
 from zexpert.ops._library import register_fake
-from zexpert.ops.biased_topk import backward, biased_topk_fake, setup_context
+from zexpert.ops.biased_topk import backward, biased_topk_fake, check_indices_dtype, setup_context
 from zexpert.ops.moe_plan import moe_plan_fake
 from zexpert.ops.types import DispatchPlan, RoutingResult
 
@@ -46,6 +46,7 @@ def biased_topk_and_plan(
 
     Gradients flow as those of biased_topk do.
     """
+    check_indices_dtype(indices_dtype)
     topk_weights, topk_ids, zero_weight, constant_weight, expert_offsets, row_slots, slot_rows = (
         torch.ops.zexpert.biased_topk_and_plan(
             logits,

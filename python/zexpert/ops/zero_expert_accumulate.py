@@ -48,6 +48,18 @@ def _zero_expert_accumulate_out_fake(hidden_states: Tensor, zero_weight: Tensor,
     check_devices("hidden_states", hidden_states, zero_weight=zero_weight, out=out)
 
 
+def _count_write(keyset: torch.DispatchKeySet, hidden_states: Tensor, zero_weight: Tensor, *, out: Tensor) -> None:
+    below = keyset & torch._C._after_ADInplaceOrView_keyset
+    torch.ops.zexpert.zero_expert_accumulate.out.redispatch(below, hidden_states, zero_weight, out=out)
+    if not out.is_inference():
+        torch.autograd.graph.increment_version(out)
+
+
+# Autograd learns that `out` was written to, and refuses a backward that would read what was there before.
+_library = torch.library.Library("zexpert", "IMPL")
+_library.impl("zero_expert_accumulate.out", _count_write, "ADInplaceOrView", with_keyset=True)
+
+
 def _setup_context(ctx: Context, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 

@@ -212,6 +212,9 @@ def check_bias(bias: Tensor | None, spec: RoutingSpec) -> None:
 
 def check_expert_map(expert_map: Tensor, expert_load: Tensor | None, num_real_experts: int) -> None:
     """Raises ValueError unless the map and the load record are as BaseRouter.set_expert_map describes them."""
+    check_tensor("logical_to_physical_map", expert_map)
+    if expert_load is not None:
+        check_tensor("expert_load", expert_load)
     if expert_map.dtype not in INDICES_DTYPES:
         raise ValueError(f"logical_to_physical_map must be of dtype int32 or int64, got {expert_map.dtype}")
     if expert_map.dim() != 2 or expert_map.size(0) != num_real_experts or expert_map.size(1) < 1:
@@ -224,6 +227,8 @@ def check_expert_map(expert_map: Tensor, expert_load: Tensor | None, num_real_ex
         raise ValueError(f"logical_to_physical_map must name a replica of every expert, got none for expert {expert}")
     if bool((is_replica[:, 1:] & ~is_replica[:, :-1]).any()) or int(expert_map.min()) < -1:
         raise ValueError("logical_to_physical_map must be padded with -1 after the replicas of each expert only")
+    if int(expert_map.max()) >= 2**31:
+        raise ValueError(f"logical_to_physical_map must hold values below 2**31, got {int(expert_map.max())}")
     if expert_load is None:
         return
     if expert_load.dtype not in INDICES_DTYPES or expert_load.dim() != 1:

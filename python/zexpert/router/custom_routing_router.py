@@ -69,12 +69,16 @@ class CustomRoutingRouter(BaseRouter):
         self.custom_routing_function = custom_routing_function
 
     def _compute_routing(self, hidden_states: Tensor, router_logits: Tensor) -> RoutingResult:
-        topk_weights, topk_ids = self.custom_routing_function(
+        choice = self.custom_routing_function(
             hidden_states=hidden_states,
             gating_output=router_logits,
             topk=self.top_k,
             renormalize=self.renormalize,
         )
+        if not isinstance(choice, tuple | list) or [isinstance(part, Tensor) for part in choice] != [True, True]:
+            given = type(choice).__name__
+            raise ValueError(f"custom_routing_function must return the tensors topk_weights and topk_ids, got {given}")
+        topk_weights, topk_ids = choice
         num_tokens = router_logits.size(0)
         if topk_weights.shape != (num_tokens, self.top_k) or not topk_weights.is_floating_point():
             raise ValueError(
