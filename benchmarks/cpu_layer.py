@@ -92,7 +92,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="The layer on the CPU: zexpert, plain PyTorch and transformers.")
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write the results there")
     parser.add_argument("--tokens", type=harness.positive_ints, default=[1, 16, 512], help="default: 1,16,512")
-    parser.add_argument("--dtype", type=harness.dtype_names, default=["float32", "bfloat16"])
+    parser.add_argument("--dtype", type=harness.names_of(harness.DTYPES), default=["float32", "bfloat16"])
     parser.add_argument("--repeats", type=int, default=0, help="timed repetitions (default: more for fewer tokens)")
     parser.add_argument("--threads", type=harness.positive_ints, default=[os.cpu_count() or 1])
     parser.add_argument("--breakdown", action="store_true", help="also time each step of zexpert's layer")

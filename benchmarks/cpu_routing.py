@@ -60,14 +60,12 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Routing on the CPU: zexpert against torch operations.")
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write the results there")
     parser.add_argument("--tokens", type=harness.positive_ints, default=[1, 4096], help="default: 1,4096")
-    parser.add_argument("--dtype", type=harness.dtype_names, default=["float32", "bfloat16"], help="of the logits")
-    parser.add_argument("--repeats", type=int, default=15, help="timed repetitions (default 15)")
+    dtypes = harness.names_of(harness.DTYPES)
+    parser.add_argument("--dtype", type=dtypes, default=["float32", "bfloat16"], help="of the logits")
+    parser.add_argument("--repeats", type=harness.positive_int, default=15, help="timed repetitions (default 15)")
     parser.add_argument("--threads", type=harness.positive_ints, default=[cores, 1] if cores > 1 else [1])
     parser.add_argument("--compile", action="store_true", help="also time the composition under torch.compile")
-    options = parser.parse_args(arguments)
-    if options.repeats < 1:
-        parser.error(f"--repeats must be at least 1, got {options.repeats}")
-    return options
+    return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

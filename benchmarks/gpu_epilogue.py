@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=harness.positive_ints, default=list(TOKENS))
     parser.add_argument("--dtype", default="bfloat16", choices=harness.DTYPES)
-    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--repeats", type=harness.positive_int, default=20)
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write the results there")
     options = parser.parse_args(arguments)
     require_gpu(parser)

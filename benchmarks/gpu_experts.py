@@ -99,24 +99,31 @@ def run_case(
     return result
 
 
+def tile_rows(text: str) -> list[int]:
+    """An argparse type: "0,64" as a list of what grouped_mlp_hopper takes as tile_rows."""
+    values = [int(part) for part in text.split(",")]
+    if any(value % 8 != 0 or not 0 <= value <= 288 for value in values):
+        raise ValueError("values must be multiples of 8 up to 288")
+    return values
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shapes", default=",".join(SHAPES), help="of " + ", ".join(SHAPES))
+    parser.add_argument("--shapes", type=harness.names_of(SHAPES), default=list(SHAPES), help="of " + ", ".join(SHAPES))
     parser.add_argument("--tokens", type=harness.positive_ints, default=list(TOKENS))
-    parser.add_argument("--tile-rows", default="0", help="comma-separated choices for grouped_mlp_hopper")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--tile-rows", type=tile_rows, default=[0], help="choices of grouped_mlp_hopper's tile_rows")
+    parser.add_argument("--repeats", type=harness.positive_int, default=5)
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write the results there")
     options = parser.parse_args(arguments)
     require_gpu(parser)
-    tile_rows = [int(choice) for choice in options.tile_rows.split(",")]
     device = torch.device("cuda")
     limits = harness.measure_limits(device, DTYPE)
     print(f"{head(limits.bandwidth)}; a matrix product runs at {limits.rate / 1e12:.0f} TFLOP/s")
     results = []
-    for name in options.shapes.split(","):
+    for name in options.shapes:
         weights = make_weights(SHAPES[name], DTYPE, device)
         for num_tokens in options.tokens:
-            results.append(run_case(SHAPES[name], weights, num_tokens, tile_rows, options.repeats, limits))
+            results.append(run_case(SHAPES[name], weights, num_tokens, options.tile_rows, options.repeats, limits))
             torch.cuda.empty_cache()
     settings = {"copy_bandwidth": limits.bandwidth, "matmul_rate": limits.rate}
     return harness.finish("gpu_experts", settings, results, options.json)

@@ -29,9 +29,9 @@ SHAPES = {"longcat": MODELS["longcat-flash"], "lite": MODELS["lite"], "qwen3": M
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shapes", default=",".join(SHAPES), help="of " + ", ".join(SHAPES))
+    parser.add_argument("--shapes", type=harness.names_of(SHAPES), default=list(SHAPES), help="of " + ", ".join(SHAPES))
     parser.add_argument("--tokens", type=harness.positive_ints, default=list(TOKENS))
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=harness.positive_int, default=5)
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write the results there")
     parser.add_argument("--plot", type=Path, metavar="PATH", help="also draw the roofline there (needs matplotlib)")
     options = parser.parse_args(arguments)
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     limits = harness.measure_limits(device, DTYPE)
     print(f"{head(limits.bandwidth)}; a matrix product runs at {limits.rate / 1e12:.0f} TFLOP/s")
     results = []
-    for name in options.shapes.split(","):
+    for name in options.shapes:
         weights = [make_weights(SHAPES[name], DTYPE, device)]
         for num_tokens in options.tokens:
             results.append(

@@ -38,10 +38,11 @@ def microseconds(result: CaseResult, name: str) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", default=",".join(map(str, TOKENS)), help="numbers of tokens")
-    parser.add_argument("--cases", default=",".join(CASES), help="expert counts, of " + ", ".join(CASES))
+    parser.add_argument("--tokens", type=harness.positive_ints, default=list(TOKENS))
+    cases = harness.names_of(CASES)
+    parser.add_argument("--cases", type=cases, default=list(CASES), help="expert counts, of " + ", ".join(CASES))
     parser.add_argument("--dtype", default="float32", choices=harness.DTYPES, help="of the logits")
-    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--repeats", type=harness.positive_int, default=20)
     parser.add_argument("--json", type=Path, help="write the results there")
     options = parser.parse_args(arguments)
     require_gpu(parser)
@@ -49,10 +50,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     bandwidth = copy_bandwidth()
     print(head(bandwidth))
     results = []
-    for name in options.cases.split(","):
+    for name in options.cases:
         case, device = CASES[name], torch.device("cuda")
         peers = routing.installed_peers(case, device)
-        for num_tokens in map(int, options.tokens.split(",")):
+        for num_tokens in options.tokens:
             torch.compiler.reset()
             results.append(
                 routing.run_case(

@@ -158,9 +158,10 @@ def layer_cases(tokens: Sequence[int], repeats: int, limits: harness.Limits) -> 
 def main(arguments: Sequence[str] | None = None) -> int:
     cases = {"routing": routing_case, "epilogue": epilogue_case}
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--parts", default="routing,epilogue,layer", help="of routing, epilogue, layer")
+    parts = [*cases, "layer"]
+    parser.add_argument("--parts", type=harness.names_of(parts), default=parts, help="of " + ", ".join(parts))
     parser.add_argument("--tokens", type=harness.positive_ints, default=list(TOKENS))
-    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--repeats", type=harness.positive_int, default=10)
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write the results there")
     options = parser.parse_args(arguments)
     require_gpu(parser)
@@ -168,7 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     version = harness.installed_version("vllm")
     print(f"{head(limits.bandwidth)}; a matrix product runs at {limits.rate / 1e12:.0f} TFLOP/s; vLLM {version}")
     results: list[harness.CaseResult] = []
-    for part in options.parts.split(","):
+    for part in options.parts:
         if part == "layer":
             results += layer_cases(options.tokens, options.repeats, limits)
             continue

@@ -25,13 +25,16 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def machine(environment: dict[str, Any]) -> str:
+    """Date, what was measured, versions: the GPU with its host, or the processor."""
     versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
-    cache = environment["last_level_cache_bytes"] >> 20
-    features = ", ".join(environment["features"])
-    return (
-        f"{environment['date'][:10]}; {environment['processor']} ({features}), {environment['cores']} cores,"
-        f" {cache} MiB last-level cache; {versions}."
-    )
+    processor, cores = environment["processor"], f"{environment['cores']} cores"
+    if "gpu" in environment:
+        memory = f", {environment['gpu_memory_bytes'] / 2**30:.0f} GiB" if "gpu_memory_bytes" in environment else ""
+        measured = f"{environment['gpu']}{memory}; its host {processor}, {cores}"
+    else:
+        cache = environment["last_level_cache_bytes"] >> 20
+        measured = f"{processor} ({', '.join(environment['features'])}), {cores}, {cache} MiB last-level cache"
+    return f"{environment['date'][:10]}; {measured}; {versions}."
 
 
 def contender_names(results: Sequence[dict[str, Any]]) -> list[str]:

@@ -6,6 +6,7 @@
 #include <limits>
 #include <string_view>
 
+#include "zexpert/biased_topk_and_plan.h"
 #include "zexpert/cpu_capability.h"
 #include "zexpert/error.h"
 #include "zexpert/grouped_mlp.h"
@@ -13,16 +14,13 @@
 namespace zexpert {
 namespace {
 
-constexpr std::array<std::string_view, 7> kOps = {
-    "biased_topk", "zero_expert_accumulate", "moe_plan", "moe_permute", "silu_and_mul", "grouped_mlp", "moe_finalize"};
+constexpr std::array<std::string_view, 8> kOps = {"biased_topk", "biased_topk_and_plan", "zero_expert_accumulate",
+                                                  "moe_plan",    "moe_permute",          "silu_and_mul",
+                                                  "grouped_mlp", "moe_finalize"};
 constexpr std::array<std::string_view, 2> kExpertsBackends = {"auto", "hopper"};
 constexpr std::array<std::string_view, 2> kDevices = {"cpu", "cuda"};
 constexpr std::array<std::string_view, 4> kFloatingTypes = {"float32", "float64", "bfloat16", "float16"};
 constexpr std::array<std::string_view, 2> kIndexTypes = {"int32", "int64"};
-
-// What biased_topk's CUDA kernel for a row in a warp's registers takes; a block takes the rest.
-constexpr int64_t kMostWarpExperts = 1024;
-constexpr int64_t kMostWarpTopK = 32;
 
 /// "a", "b" or "c"
 template <size_t N>
@@ -47,6 +45,16 @@ void check_size(const char* argument, std::optional<int64_t> value, int64_t leas
   ZEXPERT_CHECK(!value || *value >= least, argument, " must be at least ", least, ", got ", *value);
   constexpr int64_t kMost = std::numeric_limits<int32_t>::max();  // so that products of two have room
   ZEXPERT_CHECK(!value || *value <= kMost, argument, " must be less than 2^31, got ", *value);
+}
+
+/// What the routing operators refuse, in their words.
+void check_routing(const KernelQuery& query) {
+  const int64_t top_k = query.top_k.value_or(1);
+  const int64_t num_experts = query.num_experts.value_or(top_k);
+  ZEXPERT_CHECK(top_k <= kMaxTopK, "top_k must be between 1 and ", kMaxTopK, ", got ", top_k);
+  ZEXPERT_CHECK(top_k <= num_experts, "top_k must be at most the number of experts (", num_experts, "), got ", top_k);
+  ZEXPERT_CHECK(query.device != "cuda" || query.dtype != "float64",
+                "dtype must be float32, bfloat16 or float16 on CUDA, got float64");
 }
 
 const char* instruction_set(CpuCapability capability) {
@@ -137,6 +145,26 @@ KernelPlan plan_grouped_mlp_on_cuda(const KernelQuery& query) {
                                "torch's grouped_mm; the experts run one after another."};
 }
 
+KernelPlan plan_biased_topk_on_cuda(const KernelQuery& query) {
+  const bool fits_warp = query.num_experts.value_or(1) <= kMaxWarpExperts && query.top_k.value_or(1) <= kMaxWarpTopK;
+  const std::string limits =
+      std::to_string(kMaxWarpExperts) + " experts and a top_k of up to " + std::to_string(kMaxWarpTopK);
+  return fits_warp ? KernelPlan{query.op, "cuda", "biased_topk_warp", "A warp holds a row of up to " + limits + "."}
+                   : KernelPlan{query.op, "cuda", "biased_topk_block", "A warp holds no more than " + limits + "."};
+}
+
+KernelPlan plan_biased_topk_and_plan_on_cuda(const KernelQuery& query) {
+  const std::string limits = std::to_string(kMaxPlannedTokens) + " tokens with " + std::to_string(kMaxPlannedSlots) +
+                             " slots, " + std::to_string(kMaxWarpExperts) + " experts and a top_k of " +
+                             std::to_string(kMaxWarpTopK) + ", on compute capability 9 and 10";
+  if (is_one_launch(query.compute_capability.value_or(0), query.num_tokens.value_or(1), query.num_experts.value_or(1),
+                    query.top_k.value_or(1))) {
+    return {query.op, "cuda", query.op, "One launch takes up to " + limits + "."};
+  }
+  return {query.op, "cuda", plan_biased_topk_on_cuda(query).kernel + ", counting_sort",
+          "One launch takes no more than " + limits + ": biased_topk and moe_plan run one after the other."};
+}
+
 KernelPlan plan_on_cuda(const KernelQuery& query) {
   if (query.op == "moe_plan") {
     return {query.op, "cuda", "counting_sort", "The slots are counted and placed on the device."};
@@ -148,14 +176,13 @@ KernelPlan plan_on_cuda(const KernelQuery& query) {
     return {query.op, "cuda", query.op,
             "A block copies a row; with slot_rows, a thread its part of a token to all rows."};
   }
-  if (query.op != "biased_topk") {
-    return {query.op, "cuda", query.op, "One kernel takes every size."};
+  if (query.op == "biased_topk") {
+    return plan_biased_topk_on_cuda(query);
   }
-  const bool fits_warp = query.num_experts.value_or(1) <= kMostWarpExperts && query.top_k.value_or(1) <= kMostWarpTopK;
-  const std::string limits =
-      std::to_string(kMostWarpExperts) + " experts and a top_k of up to " + std::to_string(kMostWarpTopK);
-  return fits_warp ? KernelPlan{query.op, "cuda", "biased_topk_warp", "A warp holds a row of up to " + limits + "."}
-                   : KernelPlan{query.op, "cuda", "biased_topk_block", "A warp holds no more than " + limits + "."};
+  if (query.op == "biased_topk_and_plan") {
+    return plan_biased_topk_and_plan_on_cuda(query);
+  }
+  return {query.op, "cuda", query.op, "One kernel takes every size."};
 }
 
 }  // namespace
@@ -178,7 +205,15 @@ KernelPlan kernel_plan(const KernelQuery& query) {
   check_size("top_k", query.top_k, 1);
   check_size("hidden_size", query.hidden_size, 1);
   check_size("intermediate_size", query.intermediate_size, 1);
+  check_size("compute_capability", query.compute_capability, 1);
+  const bool is_routing = query.op == "biased_topk" || query.op == "biased_topk_and_plan";
+  if (is_routing) {
+    check_routing(query);
+  }
   if (query.device == "cuda") {
+    const int64_t num_experts = query.num_experts.value_or(1);
+    ZEXPERT_CHECK(num_experts <= kMaxExpertsOnCuda || !(is_routing || is_index_op), "num_experts must be at most ",
+                  kMaxExpertsOnCuda, " on CUDA, got ", num_experts);
     return plan_on_cuda(query);
   }
 
@@ -192,7 +227,9 @@ KernelPlan kernel_plan(const KernelQuery& query) {
   if (query.op == "moe_permute") {
     return {query.op, "cpu", "row_copy", "Rows are copied whole, whatever their type."};
   }
-  return {query.op, "cpu", query.op + "_" + isa,
+  const std::string kernel =
+      query.op == "biased_topk_and_plan" ? std::string("biased_topk_") + isa + ", counting_sort" : query.op + "_" + isa;
+  return {query.op, "cpu", kernel,
           std::string("The kernel is compiled for several instruction sets, and ") + name(cpu_capability()) +
               " is the best of them that this machine has and ZEXPERT_CPU_CAPABILITY allows."};
 }

@@ -30,7 +30,7 @@ template <typename Params, typename Outputs>
 void launch_biased_topk(const Params& params, const Outputs& outputs, cudaStream_t stream) {
   ZEXPERT_CHECK(params.logits_type != ScalarType::kFloat64,
                 "logits must be float32, bfloat16 or float16 on CUDA, got float64");
-  ZEXPERT_CHECK(params.spec.num_experts <= kMaxBlockExperts, "logits must have at most ", kMaxBlockExperts,
+  ZEXPERT_CHECK(params.spec.num_experts <= kMaxExpertsOnCuda, "logits must have at most ", kMaxExpertsOnCuda,
                 " columns on CUDA, got ", params.spec.num_experts);
   if (params.num_tokens == 0) {
     return;

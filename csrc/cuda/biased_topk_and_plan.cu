@@ -13,9 +13,9 @@ namespace cuda {
 namespace {
 
 bool fits_one_cluster(const BiasedTopKParams& params) {
-  const int major = device_attribute(cudaDevAttrComputeCapabilityMajor);
-  return (major == 9 || major == 10) && params.num_tokens > 0 && params.num_tokens <= kMaxPlannedTokens &&
-         params.num_tokens * params.spec.top_k <= kMaxPlannedSlots && params.logits_type != ScalarType::kFloat64;
+  return params.logits_type != ScalarType::kFloat64 &&
+         is_one_launch(device_attribute(cudaDevAttrComputeCapabilityMajor), params.num_tokens, params.spec.num_experts,
+                       params.spec.top_k);
 }
 
 }  // namespace

@@ -14,13 +14,12 @@
 #include "cuda/biased_topk_warp.cuh"
 #include "cuda/host_device.h"
 #include "cuda/launch.cuh"
+#include "zexpert/biased_topk_and_plan.h"
 #include "zexpert/moe_plan.h"
 
 namespace zexpert::cuda {
 
-inline constexpr int64_t kMaxPlannedTokens = 256;
-inline constexpr int64_t kMaxPlannedSlots = 4096;  // a slot, and a row, fits 16 bits
-inline constexpr int kMaxPlannedWarps = 16;        // per block
+inline constexpr int kMaxPlannedWarps = 16;  // per block
 inline constexpr int kTokensPerWord = 32;
 inline constexpr int kExpertsPerThread = 4;  // that a thread of the planning block sums up: a vector of sets
 

@@ -12,7 +12,6 @@ namespace zexpert::cuda {
 
 inline constexpr int kBlockThreads = 256;
 inline constexpr int kBlockWarps = kBlockThreads / kWarpSize;
-inline constexpr int64_t kMaxBlockExperts = 8192;
 inline constexpr int64_t kMaxBlockTopK = 64;
 
 /// combine() of every thread's value, in every thread. `combine` must not depend on the order beyond rounding; the

@@ -22,7 +22,7 @@ namespace zexpert::cuda {
 inline constexpr int kWarpsPerBlock = 4;
 /// Enough warps to hide the loads; a ninth block would leave too few registers for a row of 768.
 inline constexpr int kBlocksPerMultiprocessor = 8;
-inline constexpr int kMaxWarpTopK = kWarpSize;
+static_assert(kMaxWarpTopK == kWarpSize, "a lane holds a slot");
 
 template <bool kCareful, typename Layout, typename Logit>
 __device__ __forceinline__ void finish_token(const RoutingArguments& arguments, const RoutingOutputs& outputs,

@@ -76,7 +76,7 @@ bool launch_first_that_fits(RoutingArguments& arguments, const Outputs& outputs,
 template <typename Outputs>
 bool launch_narrowest(RoutingArguments& arguments, const Outputs& outputs, cudaStream_t stream) {
   return arguments.top_k <= kMaxWarpTopK &&
-         launch_first_that_fits<128, 192, 256, 384, 512, 576, 768, 896, 1024>(arguments, outputs, stream);
+         launch_first_that_fits<128, 192, 256, 384, 512, 576, 768, 896, kMaxWarpExperts>(arguments, outputs, stream);
 }
 
 #define ZEXPERT_DEFINE_BIASED_TOPK_WIDTH(width)                                                                   \

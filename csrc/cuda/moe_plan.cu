@@ -12,12 +12,12 @@
 
 #include "cuda/launch.cuh"
 #include "zexpert/error.h"
+#include "zexpert/routing_spec.h"
 
 namespace zexpert {
 namespace cuda {
 namespace {
 
-constexpr int64_t kMaxExperts = 8192;
 constexpr int kMaxWarps = 32;
 /// Every warp has counts of its own to clear and to sum up, which few slots do not repay.
 constexpr int64_t kMostSlotsOfHalfTheWarps = 4096;
@@ -260,7 +260,7 @@ int64_t moe_plan_cuda_workspace_bytes(int64_t num_slots, int64_t num_experts) {
 }
 
 void moe_plan_cuda(const MoePlanParams& params, cudaStream_t stream) {
-  ZEXPERT_CHECK(params.num_experts <= cuda::kMaxExperts, "num_experts must be at most ", cuda::kMaxExperts,
+  ZEXPERT_CHECK(params.num_experts <= kMaxExpertsOnCuda, "num_experts must be at most ", kMaxExpertsOnCuda,
                 " on CUDA, got ", params.num_experts);
   if (params.ids_type == ScalarType::kInt64) {
     cuda::launch_plan<int64_t>(params, stream);

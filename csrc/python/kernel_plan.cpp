@@ -28,7 +28,8 @@ void bind_kernel_plan(py::module_& module) {
       "kernel_plan",
       [](std::string op, std::string device, std::optional<std::string> dtype, std::optional<int64_t> num_tokens,
          std::optional<int64_t> num_rows, std::optional<int64_t> num_experts, std::optional<int64_t> top_k,
-         std::optional<int64_t> hidden_size, std::optional<int64_t> intermediate_size, std::string experts_backend) {
+         std::optional<int64_t> hidden_size, std::optional<int64_t> intermediate_size,
+         std::optional<int64_t> compute_capability, std::string experts_backend) {
         KernelQuery query;
         query.op = std::move(op);
         query.device = std::move(device);
@@ -39,13 +40,14 @@ void bind_kernel_plan(py::module_& module) {
         query.top_k = top_k;
         query.hidden_size = hidden_size;
         query.intermediate_size = intermediate_size;
+        query.compute_capability = compute_capability;
         query.experts_backend = std::move(experts_backend);
         return kernel_plan(query);
       },
       py::arg("op"), py::kw_only(), py::arg("device") = "cpu", py::arg("dtype") = py::none(),
       py::arg("num_tokens") = py::none(), py::arg("num_rows") = py::none(), py::arg("num_experts") = py::none(),
       py::arg("top_k") = py::none(), py::arg("hidden_size") = py::none(), py::arg("intermediate_size") = py::none(),
-      py::arg("experts_backend") = "auto");
+      py::arg("compute_capability") = py::none(), py::arg("experts_backend") = "auto");
 }
 
 }  // namespace zexpert::python

@@ -148,6 +148,7 @@ def kernel_plan(
     top_k: int | None = None,
     hidden_size: int | None = None,
     intermediate_size: int | None = None,
+    compute_capability: int | None = None,
     experts_backend: str = "auto",
 ) -> KernelPlan:
     """The kernel that a call of ``op`` runs: see ``zexpert.kernel_plan``."""

@@ -72,9 +72,10 @@ def kernel_plan(
     top_k: int | None = None,
     hidden_size: int | None = None,
     intermediate_size: int | None = None,
+    compute_capability: int | None = None,
     experts_backend: str = "auto",
 ) -> KernelPlan:
-    """The kernel that a call of ``op`` would run on this machine, without running it.
+    """The kernel that a call of ``op`` would run on this machine's CPU, or on a GPU here or elsewhere.
 
     Only the sizes that the choice depends on need be given. ``grouped_mlp`` chooses by the rows of each expert's
     segment: it needs ``num_experts``, and ``num_rows`` or ``num_tokens`` with ``top_k``; the plan is for rows spread
@@ -86,10 +87,12 @@ def kernel_plan(
         dtype: of its data; float32 unless given. For ``moe_plan``, of the ids; int32 unless given.
         num_tokens: T.
         num_rows: rows of all experts together, T * K unless given.
-        num_experts: experts that have a feed-forward network.
+        num_experts: experts that have a feed-forward network; of ``biased_topk`` and ``biased_topk_and_plan``, all.
         top_k: K.
         hidden_size: H.
         intermediate_size: F.
+        compute_capability: for ``biased_topk_and_plan`` on CUDA, the major number of the GPU's, 9 for a Hopper GPU; the
+            current GPU's unless given.
         experts_backend: for ``grouped_mlp`` on CUDA, which stands for the layer's experts where no gradients are
             wanted: "hopper" as on a Hopper GPU, whose kernels take most sizes; the reason says why not. "auto" as on
             the current GPU.
@@ -101,6 +104,8 @@ def kernel_plan(
     Raises:
         ValueError: unknown operator, device or dtype, a size out of range, or one that is needed and missing.
     """
+    if compute_capability is None and torch.cuda.is_available():
+        compute_capability = torch.cuda.get_device_capability()[0]
     if experts_backend == "auto" and torch.cuda.is_available() and is_hopper(torch.cuda.current_device()):
         experts_backend = "hopper"
     return _C.kernel_plan(
@@ -113,5 +118,6 @@ def kernel_plan(
         top_k=top_k,
         hidden_size=hidden_size,
         intermediate_size=intermediate_size,
+        compute_capability=compute_capability,
         experts_backend=experts_backend,
     )

@@ -7,6 +7,7 @@
 #include <cctype>
 #include <string>
 
+#include "zexpert/biased_topk_and_plan.h"
 #include "zexpert/cpu_capability.h"
 #include "zexpert/error.h"
 #include "zexpert/grouped_mlp.h"
@@ -50,6 +51,22 @@ TEST(KernelPlan, NamesTheInstructionSetInUse) {
 TEST(KernelPlan, IntegerAndCopyKernelsKnowNoInstructionSet) {
   EXPECT_EQ(kernel_plan(query_for("moe_plan")).kernel, "counting_sort");
   EXPECT_EQ(kernel_plan(query_for("moe_permute")).kernel, "row_copy");
+}
+
+TEST(KernelPlan, ChoiceAndPlanAreOneLaunchForFewTokensOnHopperAndBlackwell) {
+  KernelQuery query = query_for("biased_topk_and_plan");
+  query.device = "cuda";
+  query.num_tokens = kMaxPlannedTokens;
+  query.num_experts = 768;
+  query.top_k = 12;
+  for (const int64_t major : {8, 9, 10, 12}) {
+    query.compute_capability = major;
+    EXPECT_EQ(kernel_plan(query).kernel,
+              major == 9 || major == 10 ? "biased_topk_and_plan" : "biased_topk_warp, counting_sort");
+  }
+  query.compute_capability = 9;
+  query.num_tokens = kMaxPlannedTokens + 1;
+  EXPECT_EQ(kernel_plan(query).kernel, "biased_topk_warp, counting_sort");
 }
 
 int64_t few_rows() { return few_rows_limit(ScalarType::kFloat32, cpu_capability()); }

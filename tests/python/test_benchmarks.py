@@ -142,6 +142,29 @@ def test_report_as_markdown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert markdown_tables.main([str(page)]) == 2
 
 
+def test_a_report_from_a_gpu_names_the_gpu_first() -> None:
+    import markdown_tables
+
+    on_a_gpu = {"gpu": "NVIDIA H200", "gpu_memory_bytes": 140 * 2**30}
+    host = {"processor": "Xeon", "features": ["avx2"], "cores": 16, "last_level_cache_bytes": 32 << 20}
+    environment = {"date": "2026-01-02T03:04:05", "versions": {"torch": "2.11"}, **host}
+    assert markdown_tables.machine(environment) == (
+        "2026-01-02; Xeon (avx2), 16 cores, 32 MiB last-level cache; torch 2.11."
+    )
+    told = "2026-01-02; NVIDIA H200, 140 GiB; its host Xeon, 16 cores; torch 2.11."
+    assert markdown_tables.machine({**environment, **on_a_gpu}) == told
+    del on_a_gpu["gpu_memory_bytes"]
+    assert markdown_tables.machine({**environment, **on_a_gpu}) == told.replace(", 140 GiB", "")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_environment_has_the_gpu_that_was_used() -> None:
+    torch.cuda.init()
+    environment = harness.environment()
+    assert environment["gpu"] == torch.cuda.get_device_name()
+    assert environment["gpu_memory_bytes"] > 0
+
+
 def test_tables_of_the_documentation_are_those_of_its_measurements() -> None:
     import markdown_tables
 
@@ -293,6 +316,28 @@ def test_transformers_model_runs(tmp_path: Path) -> None:
     results = report["results"]
     assert isinstance(results, list)
     assert len(results) == 3
+
+
+@pytest.mark.parametrize(
+    ("module_name", "arguments", "message"),
+    [
+        ("gpu_routing", ["--cases", "768,12"], "argument --cases: must be of 768, 384, 896, 256, got '12'"),
+        ("gpu_layer", ["--shapes", "tiny"], "argument --shapes: must be of longcat, lite, qwen3, got 'tiny'"),
+        ("gpu_experts", ["--shapes", ""], "argument --shapes: must be of longcat, lite, qwen3, got ''"),
+        ("gpu_experts", ["--tile-rows", "0,60"], "argument --tile-rows: invalid tile_rows value: '0,60'"),
+        *((f"gpu_{name}", ["--tokens", "1,0"], "argument --tokens: invalid positive_ints value: '1,0'")
+          for name in ("routing", "layer", "epilogue", "experts")),
+        *((f"gpu_{name}", ["--repeats", "0"], "argument --repeats: invalid positive_int value: '0'")
+          for name in ("routing", "layer", "epilogue", "experts")),
+    ],
+)  # fmt: skip
+def test_bad_arguments_are_told_before_a_gpu_is_looked_for(
+    module_name: str, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        __import__(module_name).main(arguments)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.endswith(f"error: {message}\n")
 
 
 @pytest.mark.usefixtures("small_machine")

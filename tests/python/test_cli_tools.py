@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -19,12 +21,13 @@ pytest.importorskip("typer")
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 
+from rich.console import Console
 from typer.testing import CliRunner
 
 from test_cli import ENVIRONMENT, zexpert
 from zexpert._loader import CUDA_LIBRARY
 from zexpert.benchmark import harness, layer, torch_routing
-from zexpert.cli import bench, doctor, pictures
+from zexpert.cli import bench, doctor, pictures, terminal
 from zexpert.cli.app import app
 from zexpert.models.byte_decoder import ByteDecoder, ByteDecoderConfig
 from zexpert.training.trainer import Trainer, TrainerConfig, save_checkpoint
@@ -120,6 +123,48 @@ def test_doctor_explains_a_package_that_is_not_built(copy_of_the_package: Path) 
     assert "-> install a wheel, or build in the source tree" in result.stdout
     assert result.stdout.endswith("\n3 problems\n")
     assert "Traceback" not in result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("by", ["the current directory", "PYTHONPATH"])
+def test_doctor_tells_of_another_package_of_this_name(copy_of_the_package: Path, tmp_path: Path, by: str) -> None:
+    other = tmp_path / "other" / "zexpert"
+    other.mkdir(parents=True)
+    (other / "__init__.py").touch()
+    command = [sys.executable, str(copy_of_the_package / "zexpert_command.py"), "doctor"]
+    folder, path = (other, other.parent) if by == "PYTHONPATH" else (other.parent, copy_of_the_package)
+    environment = {**ENVIRONMENT, "PYTHONPATH": str(path)}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder, timeout=300)
+    assert result.returncode == 1
+    assert (
+        f"PROBLEM here Python imports zexpert from {other}; this command is of {copy_of_the_package}" in result.stdout
+    )
+    remedy = f"take {other.parent} out of PYTHONPATH" if by == "PYTHONPATH" else "start Python in another folder"
+    assert f"-> {remedy}" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("imported", "installed", "level", "message"),
+    [
+        (PACKAGE, PACKAGE, None, ""),
+        (PACKAGE, None, None, ""),
+        (None, None, None, ""),
+        (
+            PACKAGE,
+            Path("/venv/zexpert"),
+            "note",
+            f"{PACKAGE} comes before the zexpert that is installed, /venv/zexpert",
+        ),
+        (Path("/venv/zexpert"), Path("/venv/zexpert"), "note", "here Python imports zexpert from /venv/zexpert; this "),
+        (Path("/x/zexpert.py"), PACKAGE, "problem", "here Python imports zexpert from /x/zexpert.py; this command is "),
+    ],
+)
+def test_which_of_several_packages_is_meant(
+    imported: Path | None, installed: Path | None, level: str | None, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "locate", lambda folder, *options: installed if "-E" in options else imported)
+    findings = doctor.check_shadows()
+    assert [finding.level for finding in findings] == ([] if level is None else [level])
+    assert all(finding.what.startswith(message) and finding.remedy for finding in findings)
 
 
 def test_doctor_explains_a_broken_library(copy_of_the_package: Path) -> None:
@@ -518,5 +563,42 @@ def test_the_legend_is_for_colours_alone() -> None:
     assert " 1.0  1.8  2.5  3.2  4.0 " in coloured.plain
     assert coloured.spans
     assert not plain.spans
-    assert plain.plain.startswith("ab\u21b5\n")
+    assert plain.plain.startswith("ab\u21b5\n\nfeed-forward")
+    assert pictures.coloured_text(["a", "b"], slots[:, :2], 6).plain.startswith("ab\n\nfeed-forward")
     assert "1.0 to 4.0 of 6 chosen" in plain.plain
+
+
+# ---- Widths ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arguments", [("info",), ("plan",)], ids=lambda arguments: arguments[0])
+def test_output_fits_80_columns_and_is_neither_wrapped_nor_padded_in_a_pipe(arguments: tuple[str, ...]) -> None:
+    narrow = zexpert(*arguments, COLUMNS="80").stdout.splitlines()
+    assert max(map(len, narrow)) <= 80
+    environment = {name: value for name, value in ENVIRONMENT.items() if name != "COLUMNS"}
+    command = [sys.executable, "-m", "zexpert.cli", *arguments]
+    piped = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300).stdout.splitlines()
+    assert [line for line in piped if line != line.rstrip()] == []
+    if arguments == ("plan",):  # headings are whole, and what is assumed is one line
+        headings = [line for line in narrow if "GPUs" in line and "\u2503" in line]
+        assert len(headings) == len([line for line in narrow if line.startswith("\u250f")]) == 4
+        assert piped[1].startswith("Assumed: ")
+        assert piped[1].endswith(" TFLOP/s")
+
+
+def test_framed_text_is_no_wider_than_it_reads_well() -> None:
+    for width, expected in ((60, 60), (1000, terminal.PANEL_WIDTH)):
+        console = Console(width=width, file=io.StringIO(), no_color=True)
+        terminal.print_panel(console, "title", "word " * 300)
+        assert {len(line) for line in console.file.getvalue().splitlines()} == {expected}  # type: ignore[attr-defined]
+
+
+def test_a_command_ends_quietly_where_nobody_reads_on() -> None:
+    for arguments in (["info"], ["info", "--json"], ["doctor"]):
+        command = [sys.executable, "-m", "zexpert.cli", *arguments]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT) as process:
+            assert process.stdout is not None
+            assert process.stderr is not None
+            process.stdout.close()
+            assert process.stderr.read() == b""
+        assert process.returncode == -signal.SIGPIPE

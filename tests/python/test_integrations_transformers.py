@@ -301,7 +301,11 @@ def test_what_cannot_be_patched_is_told_and_left_alone(layers_input: Tensor) -> 
         assert type(model.model.layers[0].mlp) is LongcatFlashMoE
     with pytest.raises(ValueError, match=r"^chunk_size must be an integer of at least 1, got 0$"):
         patch(longcat(), chunk_size=0)
-    assert isinstance(patch(longcat()).model.layers[0].mlp, PatchedMoE)
+    model = longcat()
+    with pytest.raises(ValueError, match=r"^recompute must be True or False, got 'yes'$"):
+        patch(model, recompute="yes")  # type: ignore[arg-type]
+    assert type(model.model.layers[0].mlp) is LongcatFlashMoE
+    assert isinstance(patch(model).model.layers[0].mlp, PatchedMoE)
 
 
 # ---- Other mixtures of experts --------------------------------------------------------------------------------------

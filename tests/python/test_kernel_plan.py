@@ -17,6 +17,7 @@ from zexpert.experts.hopper import is_hopper
 
 OPS = [
     "biased_topk",
+    "biased_topk_and_plan",
     "zero_expert_accumulate",
     "moe_plan",
     "moe_permute",
@@ -25,6 +26,7 @@ OPS = [
     "moe_finalize",
 ]
 VECTORISED = ["biased_topk", "zero_expert_accumulate", "silu_and_mul", "moe_finalize"]
+DECODING = {"num_tokens": 256, "num_experts": 768, "top_k": 12, "compute_capability": 9}
 GROUPED = {"num_rows": 8, "num_experts": 4}
 
 
@@ -58,6 +60,11 @@ def test_kernel_names_the_instruction_set_in_use(op: str) -> None:
     plan = zexpert.kernel_plan(op)
     assert plan.kernel == f"{op}_{capability.lower()}"
     assert capability in plan.reason
+
+
+def test_choice_and_plan_are_two_kernels_on_a_cpu() -> None:
+    names = [zexpert.kernel_plan(op).kernel for op in ("biased_topk", "moe_plan")]
+    assert zexpert.kernel_plan("biased_topk_and_plan").kernel == ", ".join(names)
 
 
 def test_plan_follows_the_lowered_capability() -> None:
@@ -110,11 +117,27 @@ def test_torch_types_are_taken_as_well_as_names() -> None:
         ("biased_topk", {"num_tokens": -1}, r"^num_tokens must be at least 0, got -1$"),
         ("grouped_mlp", {"experts_backend": "gpu"}, r'^experts_backend must be "auto" or "hopper", got "gpu"$'),
         ("biased_topk", {"top_k": 0}, r"^top_k must be at least 1, got 0$"),
+        ("biased_topk", {"top_k": 65}, r"^top_k must be between 1 and 64, got 65$"),
+        (
+            "biased_topk_and_plan",
+            {"top_k": 9, "num_experts": 8},
+            r"^top_k must be at most the number of experts \(8\), got 9$",
+        ),
+        (
+            "biased_topk",
+            {"device": "cuda", "dtype": "float64"},
+            r"^dtype must be float32, bfloat16 or float16 on CUDA, got float64$",
+        ),
+        *(
+            (op, {"device": "cuda", "num_experts": 8193}, r"^num_experts must be at most 8192 on CUDA, got 8193$")
+            for op in ("biased_topk", "biased_topk_and_plan", "moe_plan")
+        ),
         (
             "grouped_mlp",
             {"num_tokens": 2**62, "top_k": 4, "num_experts": 8},
             r"^num_tokens must be less than 2\^31, got",
         ),
+        ("biased_topk_and_plan", {"compute_capability": 0}, r"^compute_capability must be at least 1, got 0$"),
         ("grouped_mlp", {"num_rows": 1, "num_experts": 0}, r"^num_experts must be at least 1, got 0$"),
         ("grouped_mlp", {"num_rows": 1}, r"^grouped_mlp chooses .*: num_experts must be given$"),
         (
@@ -135,6 +158,13 @@ def test_bad_questions_get_a_sentence(op: str, arguments: dict[str, Any], messag
         ("biased_topk", {"num_experts": 768, "top_k": 12}, "cuda", "biased_topk_warp"),
         ("biased_topk", {"num_experts": 1025, "top_k": 12}, "cuda", "biased_topk_block"),
         ("biased_topk", {"num_experts": 768, "top_k": 33}, "cuda", "biased_topk_block"),
+        ("biased_topk_and_plan", {"compute_capability": 9}, "cuda", "biased_topk_and_plan"),
+        ("biased_topk_and_plan", {**DECODING, "compute_capability": 9}, "cuda", "biased_topk_and_plan"),
+        ("biased_topk_and_plan", {**DECODING, "compute_capability": 10}, "cuda", "biased_topk_and_plan"),
+        ("biased_topk_and_plan", {**DECODING, "compute_capability": 8}, "cuda", "biased_topk_warp, counting_sort"),
+        ("biased_topk_and_plan", {**DECODING, "num_tokens": 257}, "cuda", "biased_topk_warp, counting_sort"),
+        ("biased_topk_and_plan", {**DECODING, "top_k": 17}, "cuda", "biased_topk_warp, counting_sort"),
+        ("biased_topk_and_plan", {**DECODING, "num_experts": 1025}, "cuda", "biased_topk_block, counting_sort"),
         ("moe_plan", {}, "cuda", "counting_sort"),
         ("zero_expert_accumulate", {}, "cuda", "zero_expert_accumulate"),
         ("moe_permute", {}, "cuda", "moe_permute"),
@@ -185,3 +215,10 @@ def test_hopper_is_chosen_where_it_runs() -> None:
     plan = zexpert.kernel_plan("grouped_mlp", device="cuda", dtype="bfloat16", hidden_size=64)
     runs = torch.cuda.is_available() and is_hopper(torch.cuda.current_device())
     assert (plan.backend, plan.kernel) == (("cuda", "grouped_mlp_hopper") if runs else ("torch", "grouped_mm"))
+
+
+def test_one_launch_is_planned_where_it_runs() -> None:
+    sizes = {name: size for name, size in DECODING.items() if name != "compute_capability"}
+    plan = zexpert.kernel_plan("biased_topk_and_plan", device="cuda", **sizes)  # type: ignore[arg-type]
+    runs = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] in (9, 10)
+    assert plan.kernel == ("biased_topk_and_plan" if runs else "biased_topk_warp, counting_sort")

@@ -426,6 +426,25 @@ def test_inputs_are_checked_before_a_plan() -> None:
         router.select_experts_and_plan(hidden_states, router_logits[:, :7], NUM_REAL)
 
 
+@pytest.mark.parametrize("kind", ["zero", "custom"])
+def test_too_few_experts_for_a_plan_are_told_before_anything_is_counted(kind: str) -> None:
+    router: BaseRouter = make_router("zero")
+    if kind == "custom":
+        router = CustomRoutingRouter(3, NUM_REAL, lambda gating_output, **_: first_experts(gating_output)[:2])
+    inputs = make_inputs(router)
+    expert_load = torch.zeros(NUM_REAL + 1, dtype=torch.int64)
+    seen: list[RoutingResult] = []
+    router.set_capture_fn(seen.append)
+    router.set_expert_map(torch.arange(NUM_REAL)[:, None] + 1, expert_load)
+    with pytest.raises(ValueError, match=r"^num_experts must be at least the 9 physical experts of .*, got 8$"):
+        router.select_experts_and_plan(*inputs, NUM_REAL)
+    assert not seen
+    assert not expert_load.any()
+    router.set_expert_map(None)
+    router.select_experts_and_plan(*inputs, NUM_REAL)
+    assert len(seen) == 1
+
+
 def first_experts(router_logits: Tensor) -> RoutingResult:
     """A choice that biased_topk would not make."""
     num_tokens = router_logits.size(0)

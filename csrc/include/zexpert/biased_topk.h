@@ -36,6 +36,10 @@ struct BiasedTopKParams {
   RoutingSpec spec;  ///< resolved by RoutingSpec::for_width: every count known
 };
 
+/// What biased_topk_cuda's kernel for a row in a warp's registers takes; a block takes the rest.
+inline constexpr int kMaxWarpExperts = 1024;
+inline constexpr int kMaxWarpTopK = 32;
+
 /// Throws Error, before anything is written, if the spec is not resolved or out of range, or a pointer is missing.
 void biased_topk_cpu(const BiasedTopKParams& params);
 

@@ -33,12 +33,22 @@ struct BiasedTopKAndPlanParams {
   }
 };
 
+/// What one launch on CUDA takes at most.
+inline constexpr int64_t kMaxPlannedTokens = 256;
+inline constexpr int64_t kMaxPlannedSlots = 4096;  // a slot, and a row, fits 16 bits
+
+/// Whether biased_topk_and_plan_cuda is one launch for these sizes, on a GPU whose compute capability has that major
+/// number.
+constexpr bool is_one_launch(int64_t compute_capability, int64_t num_tokens, int64_t num_experts, int64_t top_k) {
+  return (compute_capability == 9 || compute_capability == 10) && num_tokens > 0 && num_tokens <= kMaxPlannedTokens &&
+         num_experts <= kMaxWarpExperts && top_k <= kMaxWarpTopK && num_tokens * top_k <= kMaxPlannedSlots;
+}
+
 /// Writes what biased_topk_cpu(params.routing) and then moe_plan_cpu(params.plan()) write, and throws what they throw.
 void biased_topk_and_plan_cpu(const BiasedTopKAndPlanParams& params);
 
-/// Writes what biased_topk_cuda and then moe_plan_cuda write, bit for bit, and throws what they throw. On compute
-/// capability 9 and 10 it is one launch for 1 to 256 tokens of at most 4096 slots, 1024 experts and a top_k of 32;
-/// elsewhere it calls the two.
+/// Writes what biased_topk_cuda and then moe_plan_cuda write, bit for bit, and throws what they throw. Calls the two
+/// where is_one_launch is false.
 void biased_topk_and_plan_cuda(const BiasedTopKAndPlanParams& params, cudaStream_t stream);
 
 }  // namespace zexpert

@@ -11,16 +11,17 @@ namespace zexpert {
 /// An operator call, as far as the choice of its kernel depends on it. Sizes are per call and may stay unknown except
 /// where kernel_plan says otherwise.
 struct KernelQuery {
-  std::string op;                            ///< the operator's name, "biased_topk" for one
-  std::string device = "cpu";                ///< "cpu" or "cuda"
-  std::optional<std::string> dtype;          ///< of the data; float32 unless given, int32 (the ids') for moe_plan
-  std::optional<int64_t> num_tokens;         ///< T
-  std::optional<int64_t> num_rows;           ///< rows of all experts together; num_tokens * top_k unless given
-  std::optional<int64_t> num_experts;        ///< experts that have a feed-forward network
-  std::optional<int64_t> top_k;              ///< K
-  std::optional<int64_t> hidden_size;        ///< H
-  std::optional<int64_t> intermediate_size;  ///< F
-  std::string experts_backend = "auto";      ///< grouped_mlp on CUDA: "auto", or "hopper" to prefer its kernels
+  std::string op;                             ///< the operator's name, "biased_topk" for one
+  std::string device = "cpu";                 ///< "cpu" or "cuda"
+  std::optional<std::string> dtype;           ///< of the data; float32 unless given, int32 (the ids') for moe_plan
+  std::optional<int64_t> num_tokens;          ///< T
+  std::optional<int64_t> num_rows;            ///< rows of all experts together; num_tokens * top_k unless given
+  std::optional<int64_t> num_experts;         ///< experts that have a feed-forward network; of biased_topk, all
+  std::optional<int64_t> top_k;               ///< K
+  std::optional<int64_t> hidden_size;         ///< H
+  std::optional<int64_t> intermediate_size;   ///< F
+  std::optional<int64_t> compute_capability;  ///< the GPU's, its major number: biased_topk_and_plan on CUDA
+  std::string experts_backend = "auto";       ///< grouped_mlp on CUDA: "auto", or "hopper" to prefer its kernels
 };
 
 struct KernelPlan {

@@ -14,6 +14,9 @@ namespace zexpert {
 /// Largest number of experts a token can choose.
 inline constexpr int64_t kMaxTopK = 64;
 
+/// Largest number of experts that the CUDA kernels of routing and plan take.
+inline constexpr int64_t kMaxExpertsOnCuda = 8192;
+
 /// Stands for a count that the width of the logits decides.
 inline constexpr int64_t kFromLogits = -1;
 

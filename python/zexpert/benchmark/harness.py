@@ -10,6 +10,7 @@ What keeps a comparison honest is here, not in each benchmark:
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import functools
 import json
@@ -17,7 +18,7 @@ import math
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -227,11 +228,16 @@ def installed_version(package: str) -> str:
 
 
 def environment() -> dict[str, Any]:
-    """Machine and versions, for the JSON file and the head of the report."""
+    """Machine and versions, for the JSON file and the head of the report; the GPU in a process that has used it."""
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     versions |= {name: installed_version(name) for name in ("zexpert", "transformers")}
+    gpu: dict[str, Any] = {}
+    if torch.cuda.is_initialized():
+        properties = torch.cuda.get_device_properties()
+        gpu = {"gpu": properties.name, "gpu_memory_bytes": properties.total_memory}
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        **gpu,
         "processor": processor_name(),
         "features": processor_features(),
         "cores": os.cpu_count(),
@@ -407,10 +413,20 @@ def positive_ints(text: str) -> list[int]:
     return values
 
 
-def dtype_names(text: str) -> list[str]:
-    """An argparse type: "float32,bfloat16" as a list of names in DTYPES."""
-    names = text.split(",")
-    unknown = [name for name in names if name not in DTYPES]
-    if unknown:
-        raise ValueError(f"unknown dtype {unknown[0]}")
+def positive_int(text: str) -> int:
+    """An argparse type."""
+    (value,) = positive_ints(text)
+    return value
+
+
+def names_of(choices: Collection[str]) -> Callable[[str], list[str]]:
+    """An argparse type: "a,b" as a list of names, each one of `choices`."""
+
+    def names(text: str) -> list[str]:
+        given = text.split(",")
+        for name in given:
+            if name not in choices:
+                raise argparse.ArgumentTypeError(f"must be of {', '.join(choices)}, got {name!r}")
+        return given
+
     return names

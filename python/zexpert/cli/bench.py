@@ -18,7 +18,15 @@ from rich.markup import escape
 from rich.table import Table
 
 from zexpert.benchmark import epilogue, harness, layer, routing
-from zexpert.cli.terminal import choose_device, console, fail, parse_positive_ints, progress, users_mistakes
+from zexpert.cli.terminal import (
+    choose_device,
+    console,
+    fail,
+    parse_positive_ints,
+    print_table,
+    progress,
+    users_mistakes,
+)
 
 
 class Suite(str, Enum):
@@ -188,8 +196,7 @@ def show(
         highlight=False,
     )
     for result in results:
-        title = f"{result.case}; floor {harness.format_seconds(result.floor)}"
-        table = Table(title=title, title_justify="left")
+        table = Table()
         table.add_column("", no_wrap=True)
         for column in ("median", "quartiles", "of floor", f"x {result.subject}", "right"):
             table.add_column(column, justify="right", no_wrap=True)
@@ -204,7 +211,7 @@ def show(
                 "" if name == result.subject else f"{result.speedup(name):.2f}x",
                 verdict,
             )
-        console.print(table)
+        print_table(console, f"{result.case}; floor {harness.format_seconds(result.floor)}", table)
         if result.other_load > harness.MOST_OTHER_LOAD:
             share = f"{100 * result.other_load:.0f}%"
             console.print(f"Others used {share} of the processors meanwhile: measure again on a quiet machine.")

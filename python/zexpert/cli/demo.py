@@ -12,13 +12,12 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.panel import Panel
 from rich.table import Table
 from torch import Tensor
 
 from zexpert.benchmark import plain_moe
 from zexpert.cli.pictures import coloured_text, save_compute_map, save_training_curves
-from zexpert.cli.terminal import has_colours, progress
+from zexpert.cli.terminal import has_colours, print_panel, print_table, progress
 from zexpert.cli.text import printable_bytes
 from zexpert.layer import FusedMoE
 from zexpert.models.byte_decoder import ByteDecoder, ByteDecoderConfig
@@ -56,16 +55,15 @@ def run_demo(
     out.mkdir(parents=True, exist_ok=True)
 
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    console.print(
-        Panel.fit(
-            f"A byte-level decoder, {parameters / 1e6:.1f} M parameters, {config.num_layers} layers, on {device}.\n"
-            f"In every layer each byte picks {config.top_k} experts, of {config.num_experts} with a feed-forward "
-            f"network and {config.zero_expert_num} without, the zero experts.\n"
-            "A zero expert returns its input and costs nothing. A controller moves the mean towards "
-            f"{trainer.controller.target_ffn_experts:g} feed-forward experts per byte. Which bytes get more, and which "
-            "fewer, the model learns.",
-            title="zexpert demo",
-        )
+    print_panel(
+        console,
+        "zexpert demo",
+        f"A byte-level decoder, {parameters / 1e6:.1f} M parameters, {config.num_layers} layers, on {device}.\n"
+        f"In every layer each byte picks {config.top_k} experts, of {config.num_experts} with a feed-forward "
+        f"network and {config.zero_expert_num} without, the zero experts.\n"
+        "A zero expert returns its input and costs nothing. A controller moves the mean towards "
+        f"{trainer.controller.target_ffn_experts:g} feed-forward experts per byte. Which bytes get more, and which "
+        "fewer, the model learns.",
     )
     completed = train(console, trainer)
     checkpoint = out / "checkpoint.pt"
@@ -122,7 +120,7 @@ def show_results(console: Console, trainer: Trainer) -> None:
     top_k = trainer.model.config.top_k
     held_out = trainer.held_out_bits_per_byte()
     measured = count_ffn_slots(trainer.model, trainer.held_out_windows()[:, :-1]).double().mean().item()
-    table = Table(title=f"After {trainer.step} steps", show_header=False)
+    table = Table(show_header=False)
     table.add_row(
         f"training text, mean of the last {len(recent)} steps",
         f"{statistics.fmean(record.bits_per_byte for record in recent):.3f} bits per byte",
@@ -133,7 +131,7 @@ def show_results(console: Console, trainer: Trainer) -> None:
         f"{measured:.2f} of {top_k} (target {target:.2f}, off by {abs(measured / target - 1):.1%})",
     )
     table.add_row("choices that fell on zero experts, at no cost", f"{1 - measured / top_k:.0%}")
-    console.print(table)
+    print_table(console, f"After {trainer.step} steps", table)
 
 
 @torch.no_grad()
@@ -164,9 +162,8 @@ def show_compute(console: Console, trainer: Trainer, out: Path) -> None:
     passage, passage_slots = windows[0].cpu().to(torch.uint8), slots[:, 0]
     colours = has_colours(console)
     title = "Held-out text" + (", brighter where it used more compute" if colours else "")
-    console.print(
-        Panel(coloured_text(printable_bytes(passage.tolist()), passage_slots, top_k, colours=colours), title=title)
-    )
+    text = coloured_text(printable_bytes(passage.tolist()), passage_slots, top_k, colours=colours)
+    print_panel(console, title, text)
     save_compute_map(
         out / "compute_map.png",
         passage,
@@ -190,7 +187,7 @@ def show_generated(
     windows = generated.split(model.config.context_length)
     slots = torch.cat([count_ffn_slots(model, window[None].long())[:, 0] for window in windows], dim=1)
     text = coloured_text(printable_bytes(generated.tolist()), slots, model.config.top_k, colours=has_colours(console))
-    console.print(Panel(text, title=f"Generated after a prompt of {len(prompt)} bytes"))
+    print_panel(console, f"Generated after a prompt of {len(prompt)} bytes", text)
 
 
 @torch.no_grad()
@@ -226,12 +223,12 @@ def time_layer(console: Console, trainer: Trainer, repeats: int = 20) -> None:
             if hidden_states.is_cuda:
                 torch.cuda.synchronize()
             times[name].append(time.perf_counter() - start)
-    table = Table(title=f"One trained layer, {hidden_states.shape[0]} tokens, median of {repeats}")
+    table = Table()
     table.add_column("")
     table.add_column("time", justify="right")
     table.add_column("speed against plain PyTorch", justify="right")
     medians = {name: statistics.median(values) for name, values in times.items()}
     for name, median in medians.items():
         table.add_row(name, f"{1e3 * median:.2f} ms", f"{medians['plain PyTorch'] / median:.2f}x")
-    console.print(table)
+    print_table(console, f"One trained layer, {hidden_states.shape[0]} tokens, median of {repeats}", table)
     console.print(f"Largest difference between the two outputs: {difference.item():.1e}.")

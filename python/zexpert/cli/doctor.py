@@ -78,6 +78,14 @@ if attempt("torch", import_torch) and attempt("zexpert", import_zexpert):
         attempt(f"cuda:{index}", lambda: run_layer(f"cuda:{index}"))
 """
 
+#: Prints the file, or the folder, that `import zexpert` takes; imports nothing.
+LOCATE = """
+import importlib.util
+spec = importlib.util.find_spec("zexpert")
+if spec:
+    print(spec.origin or next(iter(spec.submodule_search_locations)))
+"""
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -90,7 +98,7 @@ class Finding:
 
 def diagnose() -> list[Finding]:
     """Every finding, in the order in which things depend on each other."""
-    findings = [check_python(), *check_environment(), *check_files()]
+    findings = [check_python(), *check_environment(), *check_files(), *check_shadows()]
     steps = probe()
     findings.append(check_torch(steps))
     if "version" not in steps.get("torch", {}):
@@ -138,6 +146,37 @@ def check_files() -> list[Finding]:
     if not library.exists():
         missing.append(Finding("problem", f"{library} is missing: this copy of zexpert is not built", rebuild))
     return missing or [Finding("ok", f"zexpert's files are in {PACKAGE}")]
+
+
+def check_shadows() -> list[Finding]:
+    """Whether another zexpert stands in the way of this one, or this one in the way of the one that is installed."""
+    here = Path.cwd()
+    imported = locate(here)
+    # Without PYTHONPATH and away from this folder, Python finds what is installed, editable or not.
+    installed = locate(Path(os.sep), "-E")
+    if imported == PACKAGE and installed not in (None, PACKAGE):
+        what = f"{PACKAGE} comes before the zexpert that is installed, {installed}"
+        return [Finding("note", what, f"if that is not meant, {remedy_for_shadow(PACKAGE, here)}")]
+    if imported is None or imported == PACKAGE:
+        return []
+    what = f"here Python imports zexpert from {imported}; this command is of {PACKAGE}, and looks at that"
+    if imported == installed:
+        return [Finding("note", what, "that one's is: python -m zexpert doctor")]
+    return [Finding("problem", what, remedy_for_shadow(imported, here))]
+
+
+def locate(folder: Path, *options: str) -> Path | None:
+    """The package, or what goes by its name, that a Python started in `folder` imports as zexpert; None if there is
+    none."""
+    done = subprocess.run([sys.executable, *options, "-c", LOCATE], capture_output=True, text=True, cwd=folder)
+    found = Path(done.stdout.strip()).resolve()
+    return None if not done.stdout else found.parent if found.name == "__init__.py" else found
+
+
+def remedy_for_shadow(shadow: Path, folder: Path) -> str:
+    if shadow.parent == folder:
+        return "start Python in another folder, or rename what goes by this name in this one"
+    return f"take {shadow.parent} out of PYTHONPATH"
 
 
 def check_torch(steps: Mapping[str, Any]) -> Finding:

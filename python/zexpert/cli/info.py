@@ -17,7 +17,7 @@ from rich.table import Table
 from zexpert import ops
 from zexpert._info import build_info
 from zexpert.benchmark.harness import processor_name
-from zexpert.cli.terminal import console
+from zexpert.cli.terminal import console, print_table
 from zexpert.ops._autograd import NOT_DIFFERENTIABLE
 
 #: Packages that the extras name, or that zexpert works with.
@@ -96,7 +96,7 @@ def info(json_output: Annotated[bool, typer.Option("--json", help="Print everyth
     toolkit = f", CUDA {built['cuda_toolkit']}" if built["cuda_toolkit"] else ""
     torch_cuda = f"with CUDA {told['torch']['cuda']}" if told["torch"]["cuda"] else "without CUDA"
 
-    versions = table("zexpert", "", "")
+    versions = table("", "")
     versions.add_row("version", f"{built['version']} (revision {built['git_revision']})")
     versions.add_row("built with", f"{built['compiler']}, PyTorch {built['torch_build_version']}{toolkit}{archs}")
     versions.add_row("runs under", f"PyTorch {built['torch_version']} {torch_cuda}")
@@ -107,25 +107,25 @@ def info(json_output: Annotated[bool, typer.Option("--json", help="Print everyth
         versions.add_row(name, version)
     for name, value in told["environment"].items():
         versions.add_row(name, value)
-    console.print(versions)
+    print_table(console, "zexpert", versions)
 
-    found = table("devices", "device", "name", "")
+    found = table("device", "name", "")
     for one in told["devices"]:
         if one["device"] == "cpu":
             found.add_row("cpu", one["name"], f"{one['cores']} cores, kernels for {one['capability']}")
         else:
             memory = f"{one['memory_bytes'] / 2**30:.0f} GiB"
             found.add_row(one["device"], one["name"], f"{memory}, compute capability {one['capability']}")
-    console.print(found)
+    print_table(console, "devices", found)
 
-    available = table("operators", "operator", "CPU", "CUDA", "gradient")
+    available = table("operator", "CPU", "CUDA", "gradient")
     for name, where in told["operators"].items():
         available.add_row(name, *("yes" if where[key] else "no" for key in ("cpu", "cuda", "backward")))
-    console.print(available)
+    print_table(console, "operators", available)
 
 
-def table(title: str, *columns: str) -> Table:
-    made = Table(title=title, title_justify="left", show_header=any(columns))
+def table(*columns: str) -> Table:
+    made = Table(show_header=any(columns))
     for column in columns:
         made.add_column(column, overflow="fold")
     return made

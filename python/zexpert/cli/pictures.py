@@ -49,11 +49,13 @@ def coloured_text(pieces: Sequence[str], ffn_slots: Tensor, top_k: int, *, colou
 
     for piece, mean in zip(pieces, means.tolist(), strict=True):
         shown.append(piece.replace("\n", "\u21b5\n"), style=style(mean))
+    if not shown.plain.endswith("\n"):
+        shown.append("\n")
     chosen = f"of {top_k} chosen; the others were zero experts, which cost nothing"
     if not colours:
-        shown.append(f"\n\nfeed-forward experts per token, mean over the layers: {low:.1f} to {high:.1f} {chosen}")
+        shown.append(f"\nfeed-forward experts per token, mean over the layers: {low:.1f} to {high:.1f} {chosen}")
         return shown
-    shown.append("\n\nfeed-forward experts per token, mean over the layers, from the least here to the most:  ")
+    shown.append("\nfeed-forward experts per token, mean over the layers, from the least here to the most:  ")
     for step in range(5):
         mean = low + (high - low) * step / 4
         shown.append(f" {mean:.1f} ", style=style(mean))

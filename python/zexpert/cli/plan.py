@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from zexpert.cli.terminal import console, parse_positive_ints, users_mistakes
+from zexpert.cli.terminal import console, parse_positive_ints, print_table, users_mistakes
 from zexpert.distributed_plan import Cluster, LayerPlan, MoEShape, plan_layer, simulate_routing
 
 DEFAULT_GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)
@@ -55,34 +55,32 @@ def show_plan(console: Console, gpus: Sequence[int], tokens: int, shape: MoEShap
         highlight=False,
     )
     rows = [times_row(plan) for plan in plans]
-    sent, times = [row[:5] for row in rows], [row[:1] + row[5:] for row in rows]
-    print_table(
-        console,
-        "Forward of one layer, per GPU: bytes",
-        ("GPUs", "rows per token", "sent", "all slots", "over network"),
-        sent,
-    )
-    print_table(
-        console,
-        "Forward of one layer, per GPU: times",
-        ("GPUs", "exchange", "experts", "sum", "overlapped"),
-        times,
-    )
-    print_table(
-        console,
-        "Memory per GPU, and simulated routing",
-        ("GPUs", "experts, layer", "experts, model", "rows", "rows per token", "busiest GPU"),
-        [memory_row(plan, shape) for plan in plans],
-    )
-
-
-def print_table(console: Console, title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    table = Table(title=title)
-    for heading in headings:
-        table.add_column(heading, justify="right")
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
+    memory = [memory_row(plan, shape) for plan in plans]
+    tables: dict[str, tuple[Sequence[str], Sequence[Sequence[str]]]] = {
+        "Forward of one layer, per GPU: bytes": (
+            ("GPUs", "rows per token", "sent", "all slots", "over network"),
+            [row[:5] for row in rows],
+        ),
+        "Forward of one layer, per GPU: times": (
+            ("GPUs", "exchange", "experts", "sum", "overlapped"),
+            [row[:1] + row[5:] for row in rows],
+        ),
+        "Memory per GPU": (
+            ("GPUs", "experts, layer", "experts, model", "rows"),
+            [row[:4] for row in memory],
+        ),
+        "Simulated routing": (
+            ("GPUs", "rows per token", "busiest GPU"),
+            [row[:1] + row[4:] for row in memory],
+        ),
+    }
+    for title, (headings, lines) in tables.items():
+        table = Table()
+        for heading in headings:
+            table.add_column(heading, justify="right")
+        for line in lines:
+            table.add_row(*line)
+        print_table(console, title, table)
 
 
 def times_row(plan: LayerPlan) -> list[str]:
@@ -101,7 +99,7 @@ def times_row(plan: LayerPlan) -> list[str]:
 
 
 def memory_row(plan: LayerPlan, shape: MoEShape) -> list[str]:
-    """A line of the last table."""
+    """A line of the last two tables."""
     simulated = simulate_routing(min(plan.gpus, shape.num_experts), plan.tokens, shape)
     return [
         str(plan.gpus),

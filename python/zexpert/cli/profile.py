@@ -13,11 +13,10 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.markup import escape
-from rich.panel import Panel
 from rich.table import Table
 from torch import Tensor, nn
 
-from zexpert.cli.terminal import choose_device, console, has_colours, progress, users_mistakes
+from zexpert.cli.terminal import choose_device, console, has_colours, print_panel, print_table, progress, users_mistakes
 from zexpert.cli.text import load_text, printable_bytes
 from zexpert.ops.types import RoutingResult
 from zexpert.telemetry import RoutingStats, moe_runners, track_routing
@@ -171,9 +170,9 @@ def show(subject: Subject, measured: Profile) -> None:
     shown = max(1, sum(length <= SHOWN_CHARACTERS for length in lengths))
     text = coloured_text(subject.pieces[:shown], measured.ffn_slots[:, :shown], measured.top_k, colours=colours)
     title = "The text" + (", brighter where it used more compute" if colours else "")
-    console.print(Panel(text, title=title))
+    print_panel(console, title, text)
 
-    table = Table(title=f"{subject.kind}, {len(subject.pieces):,} tokens", title_justify="left")
+    table = Table()
     table.add_column("layer", overflow="fold")
     for column in ("FFN experts\nper token", "zero\nslots", "busiest\n/ mean", "evenness\n(1: even)", "idle\nexperts"):
         table.add_column(column, justify="right")
@@ -182,7 +181,7 @@ def show(subject: Subject, measured: Profile) -> None:
     slots = measured.ffn_slots.double()
     table.add_section()
     table.add_row("all", f"{slots.mean():.2f}", f"{1 - slots.mean() / measured.top_k:.0%}", "", "", "")
-    console.print(table)
+    print_table(console, f"{subject.kind}, {len(subject.pieces):,} tokens", table)
 
 
 def row(stats: RoutingStats) -> tuple[str, ...]:

@@ -12,12 +12,18 @@ import torch
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
 
 from zexpert.benchmark import harness
 
-#: In a pipe, wide enough for every table.
-console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160)
+#: In a pipe, lines are as long as what they say.
+console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 1000)
+
+#: Columns of framed text at most, wherever it is shown.
+PANEL_WIDTH = 100
 
 #: Largest seed that torch's generators take as a signed number.
 MAX_SEED = 2**63 - 1
@@ -34,6 +40,17 @@ def parse_positive_ints(option: str, text: str) -> list[int]:
         return harness.positive_ints(text)
     except ValueError:
         raise fail(f'{option} must be positive integers with commas between, such as 1,16,256, got "{text}"') from None
+
+
+def print_table(console: Console, title: str, table: Table) -> None:
+    """The table under its title, a line of its own: a title of rich's is padded, and wrapped, to the table's width."""
+    console.print(title, style="table.title", highlight=False, markup=False)
+    console.print(table)
+
+
+def print_panel(console: Console, title: str, text: Text | str) -> None:
+    """The text in a frame."""
+    console.print(Panel(text, title=title, width=min(PANEL_WIDTH, console.width)))
 
 
 def has_colours(console: Console) -> bool:

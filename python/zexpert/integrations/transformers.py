@@ -11,7 +11,7 @@ Importing it needs transformers, the extra `zexpert[transformers]`.
 from __future__ import annotations
 
 from types import MethodType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -77,11 +77,13 @@ def patch(
 
     Raises:
         ValueError: if there is no such layer, or one that cannot be patched: another activation than silu, no real
-            experts, experts that are sharded or quantised, or a forward that something else has replaced. Nothing is
-            changed then.
+            experts, experts that are sharded or quantised, or a forward that something else has replaced; or if another
+            argument is not as FusedMoE takes it. Nothing is changed then.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if not isinstance(cast(object, recompute), bool):
+        raise ValueError(f"recompute must be True or False, got {recompute!r}")
     layers = {name: module for name, module in model.named_modules() if type(module) in (LongcatFlashMoE, PatchedMoE)}
     if not layers:
         raise ValueError(

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from zexpert._C import RoutingSpec, name
-from zexpert.ops.types import RoutingResult
+from zexpert.ops.moe_plan import moe_plan
+from zexpert.ops.types import DispatchPlan, RoutingResult
 from zexpert.router.fused_moe_router import FusedMoERouter
 
 INDICES_DTYPES = (torch.int32, torch.int64)
@@ -71,6 +72,7 @@ class BaseRouter(FusedMoERouter):
             self.register_buffer("e_score_correction_bias", e_score_correction_bias)
         self.register_buffer("logical_to_physical_map", None, persistent=False)
         self.register_buffer("expert_load", None, persistent=False)
+        self._num_mapped_experts: int = 0  # physical ones, as the map had it when it was set
         self._capture_fn: Callable[[RoutingResult], None] | None = None
 
     def set_capture_fn(self, capture_fn: Callable[[RoutingResult], None] | None) -> None:
@@ -105,6 +107,7 @@ class BaseRouter(FusedMoERouter):
             check_expert_map(logical_to_physical_map, expert_load, self.num_real_experts)
         self.logical_to_physical_map = logical_to_physical_map
         self.expert_load = expert_load
+        self._num_mapped_experts = 0 if logical_to_physical_map is None else int(logical_to_physical_map.max()) + 1
 
     def select_experts(self, hidden_states: Tensor, router_logits: Tensor) -> RoutingResult:
         """See FusedMoERouter.select_experts; topk_ids are physical experts where an expert map is set.
@@ -125,6 +128,19 @@ class BaseRouter(FusedMoERouter):
             routing = self._map_to_physical(routing, expert_map)
         return routing
 
+    def select_experts_and_plan(
+        self, hidden_states: Tensor, router_logits: Tensor, num_experts: int
+    ) -> tuple[RoutingResult, DispatchPlan]:
+        """See FusedMoERouter.select_experts_and_plan.
+
+        Raises:
+            ValueError: as select_experts does, or if num_experts is below the physical experts that an expert map named
+                when it was set.
+        """
+        self._check_num_experts(num_experts)
+        routing = self.select_experts(hidden_states, router_logits)
+        return routing, moe_plan(routing.topk_ids, num_experts)
+
     def _compute_routing(self, hidden_states: Tensor, router_logits: Tensor) -> RoutingResult:
         """The choice itself, in logical experts; topk_ids may be of any integer dtype. Inputs are checked."""
         raise NotImplementedError
@@ -134,6 +150,13 @@ class BaseRouter(FusedMoERouter):
         if not torch.jit.is_scripting():
             if self._capture_fn is not None:
                 self._capture_fn(routing)
+
+    def _check_num_experts(self, num_experts: int) -> None:
+        if num_experts < self._num_mapped_experts:
+            raise ValueError(
+                f"num_experts must be at least the {self._num_mapped_experts} physical experts of "
+                f"logical_to_physical_map, got {num_experts}"
+            )
 
     def _check_inputs(self, hidden_states: Tensor, router_logits: Tensor) -> None:
         check_tensor("hidden_states", hidden_states)

@@ -30,7 +30,8 @@ class BiasedTopKRouter(BaseRouter):
     def select_experts_and_plan(
         self, hidden_states: Tensor, router_logits: Tensor, num_experts: int
     ) -> tuple[RoutingResult, DispatchPlan]:
-        """See FusedMoERouter.select_experts_and_plan."""
+        """See BaseRouter.select_experts_and_plan."""
+        self._check_num_experts(num_experts)
         is_biased_topk = self._is_biased_topk
         if not torch.jit.is_scripting():
             is_biased_topk = self._chooses_by_biased_topk()
