@@ -4,6 +4,7 @@
 #include <limits>
 
 #include "cpu/biased_topk_workspace.h"
+#include "cpu/check_params.h"
 #include "zexpert/error.h"
 #include "zexpert/parallel.h"
 
@@ -14,10 +15,6 @@ namespace zexpert {
 
 namespace {
 
-void check_pointer(const void* pointer, const char* name_of_pointer) {
-  ZEXPERT_CHECK(pointer != nullptr, name_of_pointer, " must not be null");
-}
-
 void check_params(const BiasedTopKParams& params) {
   const RoutingSpec& spec = params.spec;
   spec.validate();
@@ -25,14 +22,14 @@ void check_params(const BiasedTopKParams& params) {
                 "spec must be resolved by RoutingSpec::for_width, got an open count of experts");
   ZEXPERT_CHECK(params.ids_type == ScalarType::kInt32 || params.ids_type == ScalarType::kInt64,
                 "topk_ids must be int32 or int64, got ", name(params.ids_type));
-  ZEXPERT_CHECK(params.num_tokens >= 0, "num_tokens must not be negative, got ", params.num_tokens);
+  check_sizes({{"num_tokens", params.num_tokens}});
   if (params.num_tokens > 0) {
-    check_pointer(params.logits, "logits");
-    check_pointer(params.topk_weights, "topk_weights");
-    check_pointer(params.topk_ids, "topk_ids");
-    check_pointer(params.zero_weight, "zero_weight");
+    check_pointers({{"logits", params.logits},
+                    {"topk_weights", params.topk_weights},
+                    {"topk_ids", params.topk_ids},
+                    {"zero_weight", params.zero_weight}});
     if (spec.num_constant_experts > 0) {
-      check_pointer(params.constant_weight, "constant_weight");
+      check_pointers({{"constant_weight", params.constant_weight}});
     }
   }
 }

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "cpu/aligned_array.h"
+#include "cpu/check_params.h"
 #include "cpu/expert_offsets.h"
 #include "zexpert/parallel.h"
 
@@ -79,9 +80,18 @@ std::vector<RowGroup> cut_into_groups(std::vector<Segment>& segments, int64_t mo
 namespace zexpert {
 
 void grouped_mlp_cpu(const GroupedMlpParams& params) {
+  check_sizes({{"num_rows", params.num_rows},
+               {"num_experts", params.num_experts},
+               {"hidden_size", params.hidden_size},
+               {"intermediate_size", params.intermediate_size}});
+  check_pointers({{"expert_offsets", params.expert_offsets}});
   check_expert_offsets(params.expert_offsets, params.num_experts, params.num_rows);
-  if (params.hidden_size == 0) {
+  if (params.hidden_size == 0 || params.expert_offsets[params.num_experts] == 0) {
     return;
+  }
+  check_pointers({{"rows", params.rows}, {"out", params.out}});
+  if (params.intermediate_size > 0) {
+    check_pointers({{"w13_weight", params.w13_weight}, {"w2_weight", params.w2_weight}});
   }
   visit_floating(params.data_type, [&](auto element) {
     using T = decltype(element);

@@ -5,6 +5,7 @@
 #include <cstring>
 #include <vector>
 
+#include "cpu/check_params.h"
 #include "cpu/index_range.h"
 #include "zexpert/error.h"
 #include "zexpert/parallel.h"
@@ -52,6 +53,26 @@ void clear_rows(const MoeFinalizeBackwardParams& params, const std::vector<int64
 }  // namespace
 
 void moe_finalize_backward_cpu(const MoeFinalizeBackwardParams& params) {
+  check_sizes({{"num_rows", params.num_rows},
+               {"num_tokens", params.num_tokens},
+               {"top_k", params.top_k},
+               {"hidden_size", params.hidden_size}});
+  if (params.num_tokens * params.top_k > 0) {
+    check_pointers({{"slot_rows", params.slot_rows},
+                    {"topk_weights", params.topk_weights},
+                    {"grad_topk_weights", params.grad_topk_weights}});
+  }
+  if (params.num_tokens > 0) {
+    check_pointers({{"zero_weight", params.zero_weight}, {"grad_zero_weight", params.grad_zero_weight}});
+    if (params.hidden_size > 0) {
+      check_pointers({{"grad_out", params.grad_out},
+                      {"hidden_states", params.hidden_states},
+                      {"grad_hidden_states", params.grad_hidden_states}});
+    }
+  }
+  if (params.num_rows * params.hidden_size > 0) {
+    check_pointers({{"rows", params.rows}, {"grad_rows", params.grad_rows}});
+  }
   const int64_t bad = find_out_of_range(params.slot_rows, params.num_tokens * params.top_k, -1, params.num_rows);
   ZEXPERT_CHECK(bad < 0, "slot_rows must lie in [-1, ", params.num_rows, "), got ", params.slot_rows[bad]);
   const std::vector<int64_t> idle_rows = find_idle_rows(params);

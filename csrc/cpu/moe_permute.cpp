@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "cpu/check_params.h"
 #include "cpu/index_range.h"
 #include "zexpert/error.h"
 #include "zexpert/parallel.h"
@@ -23,6 +24,13 @@ int64_t element_size(ScalarType type) {
 }  // namespace
 
 void moe_permute_cpu(const MoePermuteParams& params) {
+  check_sizes({{"num_rows", params.num_rows},
+               {"num_tokens", params.num_tokens},
+               {"top_k", params.top_k},
+               {"hidden_size", params.hidden_size}});
+  if (params.num_rows > 0) {
+    check_pointers({{"row_slots", params.row_slots}});
+  }
   const int64_t num_slots = params.num_tokens * params.top_k;
   const int64_t bad = find_out_of_range(params.row_slots, params.num_rows, 0, num_slots);
   ZEXPERT_CHECK(bad < 0, "row_slots must lie in [0, ", num_slots, ") below the last offset, got ",
@@ -30,6 +38,7 @@ void moe_permute_cpu(const MoePermuteParams& params) {
   if (params.num_rows == 0 || params.hidden_size == 0) {
     return;
   }
+  check_pointers({{"hidden_states", params.hidden_states}, {"rows", params.rows}});
 
   const int64_t element = element_size(params.data_type);
   const int64_t row_bytes = params.hidden_size * element;

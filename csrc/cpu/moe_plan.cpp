@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "cpu/check_params.h"
 #include "cpu/index_range.h"
 #include "zexpert/error.h"
 #include "zexpert/parallel.h"
@@ -88,6 +89,11 @@ void moe_plan(const MoePlanParams& params) {
 }  // namespace
 
 void moe_plan_cpu(const MoePlanParams& params) {
+  check_sizes({{"num_slots", params.num_slots}, {"num_experts", params.num_experts}});
+  check_pointers({{"expert_offsets", params.expert_offsets}});
+  if (params.num_slots > 0) {
+    check_pointers({{"topk_ids", params.topk_ids}, {"row_slots", params.row_slots}, {"slot_rows", params.slot_rows}});
+  }
   ZEXPERT_CHECK(params.ids_type == ScalarType::kInt32 || params.ids_type == ScalarType::kInt64,
                 "topk_ids must be int32 or int64, got ", name(params.ids_type));
   if (params.ids_type == ScalarType::kInt64) {

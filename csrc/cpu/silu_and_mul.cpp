@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "zexpert/silu_and_mul.h"
 
+#include "cpu/check_params.h"
 #include "zexpert/parallel.h"
 
 #define ZEXPERT_KERNEL_FILE "cpu/silu_and_mul_kernel.h"
@@ -9,9 +10,11 @@
 namespace zexpert {
 
 void silu_and_mul_cpu(const SiluAndMulParams& params) {
+  check_sizes({{"num_rows", params.num_rows}, {"intermediate_size", params.intermediate_size}});
   if (params.num_rows == 0 || params.intermediate_size == 0) {
     return;
   }
+  check_pointers({{"gate_up", params.gate_up}, {"out", params.out}});
   visit_floating(params.data_type, [&](auto element) {
     using T = decltype(element);
     ZEXPERT_DISPATCH(silu_and_mul<T>, params)

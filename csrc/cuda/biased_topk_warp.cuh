@@ -16,6 +16,7 @@
 #include "cuda/biased_topk_outputs.cuh"
 #include "cuda/biased_topk_row.cuh"
 #include "cuda/biased_topk_select.cuh"
+#include "zexpert/biased_topk.h"
 
 namespace zexpert::cuda {
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from zexpert import RoutingMethodType
+from zexpert.ops import moe_plan
 from zexpert.router import CustomRoutingRouter
 
 
@@ -71,3 +72,13 @@ def test_rejects_what_cannot_be_called(function: Any) -> None:
 def test_cannot_be_scripted() -> None:
     with pytest.raises(RuntimeError, match=r"^CustomRoutingRouter cannot be scripted: custom_routing_function is a"):
         torch.jit.script(CustomRoutingRouter(2, 4, first_experts))
+
+
+def test_ids_that_int32_cannot_hold_do_not_become_others() -> None:
+    router = CustomRoutingRouter(1, 4, lambda **_: (torch.ones(2, 1), torch.tensor([[2**32 + 1], [-(2**32)]])))
+    topk_ids = router.select_experts(torch.zeros(2, 3), torch.zeros(2, 4)).topk_ids
+    assert topk_ids.dtype == torch.int32
+    with pytest.raises(RuntimeError, match=r"^topk_ids must lie in \[-1, 4\), got 2147483647$"):
+        moe_plan(topk_ids[:1], 4)
+    with pytest.raises(RuntimeError, match=r"^topk_ids must lie in \[-1, 4\), got -2$"):
+        moe_plan(topk_ids[1:], 4)

@@ -121,6 +121,8 @@ class BaseRouter(FusedMoERouter):
         routing = self._compute_routing(hidden_states, router_logits)
         topk_weights, topk_ids, zero_weight, constant_weight = routing
         if topk_ids.dtype != self.indices_dtype:
+            if topk_ids.dtype == torch.int64:
+                topk_ids = topk_ids.clamp(-2, 2**31 - 1)  # an id out of range stays one, where it would wrap to another
             routing = RoutingResult(topk_weights, topk_ids.to(self.indices_dtype), zero_weight, constant_weight)
         self._observe(hidden_states, routing)
         expert_map = self.logical_to_physical_map
