@@ -167,7 +167,6 @@ def test_attributes() -> None:
     assert layer.runner.router is layer.router
     assert layer.runner.shared_experts is layer.shared_experts is shared
     assert isinstance(layer.router, ZeroExpertRouter)
-    assert not layer.router.stash_zero_expert_output
     assert layer.experts_backend == "cpu"
     assert make_layer("mixed", experts_backend="torch").experts_backend == "torch"
     text = repr(layer)

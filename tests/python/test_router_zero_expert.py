@@ -162,8 +162,8 @@ def test_copies_do_not_carry_the_last_routing() -> None:
     assert router.zero_expert_output is not None
 
 
-def test_stash_can_be_switched_off() -> None:
+def test_a_routing_can_be_forgotten() -> None:
     router = ZeroExpertRouter(1, 1, "identity", 1)
-    router.stash_zero_expert_output = False
     router.select_experts(torch.ones(1, 3), torch.zeros(1, 2))
+    router.forget_routing()
     assert router.zero_expert_output is None

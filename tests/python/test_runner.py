@@ -185,11 +185,15 @@ def test_zero_part_is_added_only_where_there_may_be_one() -> None:
     assert out is summed
 
 
-def test_runner_switches_the_routers_stash_off() -> None:
-    router = ZeroExpertRouter(1, 2, "identity", 1)
-    runner = DefaultMoERunner(router, CpuExperts())
-    runner(torch.ones(2, 4), torch.ones(2, 3), torch.ones(2, 6, 4), torch.ones(2, 4, 3))
-    assert router.zero_expert_output is None
+@pytest.mark.parametrize("chunk_size", [None, 1])
+def test_runner_leaves_no_routing_behind(chunk_size: int | None) -> None:
+    layer = make_layer("identity", chunk_size=chunk_size)
+    inputs = make_inputs("identity", 3)
+    layer(*inputs)
+    assert isinstance(layer.router, ZeroExpertRouter)
+    assert layer.router.zero_expert_output is None
+    routing = layer.router.select_experts(*inputs)  # by an engine
+    assert_equal(layer.router.zero_expert_output, ops.zero_expert_accumulate(inputs[0], routing.zero_weight))
 
 
 def test_expert_map_picks_the_physical_experts_weights() -> None:

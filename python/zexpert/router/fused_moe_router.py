@@ -18,8 +18,6 @@ class FusedMoERouter(nn.Module):
     Attributes:
         routing_method_type: which kind of router this is.
         has_zero_experts: False where zero_weight is known to be 0 always, so that a runner may skip the zero part.
-        stash_zero_expert_output: whether eager calls keep what ZeroExpertRouter.zero_expert_output needs. A runner
-            switches it off: it adds the zero part itself.
     """
 
     routing_method_type: RoutingMethodType
@@ -27,7 +25,6 @@ class FusedMoERouter(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.has_zero_experts = True
-        self.stash_zero_expert_output = False
 
     def select_experts(self, hidden_states: Tensor, router_logits: Tensor) -> RoutingResult:
         """Chooses the experts of each token.
@@ -56,6 +53,10 @@ class FusedMoERouter(nn.Module):
         """
         routing = self.select_experts(hidden_states, router_logits)
         return routing, moe_plan(routing.topk_ids, num_experts)
+
+    def forget_routing(self) -> None:
+        """Drops what a router keeps of its last choice: ZeroExpertRouter.zero_expert_output. A runner calls it, which
+        adds the zero part itself."""
 
     def forward(self, hidden_states: Tensor, router_logits: Tensor) -> RoutingResult:
         """The same as select_experts."""

@@ -72,15 +72,20 @@ class ZeroExpertRouter(BiasedTopKRouter):
             topk_group=topk_group,
         )
         super().__init__(spec, e_score_correction_bias=e_score_correction_bias, indices_dtype=indices_dtype)
-        self.stash_zero_expert_output = True
         self._last_routing: tuple[Tensor, Tensor] | None = None
 
     def _observe(self, hidden_states: Tensor, routing: RoutingResult) -> None:
         if not torch.jit.is_scripting():
-            if self.stash_zero_expert_output and not torch.compiler.is_compiling():
+            if not torch.compiler.is_compiling():
                 self._last_routing = (hidden_states, routing.zero_weight)
             if self._capture_fn is not None:
                 self._capture_fn(routing)
+
+    @torch.jit.unused
+    def forget_routing(self) -> None:
+        """See FusedMoERouter.forget_routing."""
+        if not torch.compiler.is_compiling():
+            self._last_routing = None
 
     @property
     def zero_expert_output(self) -> Tensor | None:
@@ -88,8 +93,8 @@ class ZeroExpertRouter(BiasedTopKRouter):
         part of the layer's output. Computed here, once: reading it again gives None until the next routing.
 
         For engines that add the part themselves, with vLLM's name. Until it is read, the router keeps the tensors of
-        the last eager call, hidden_states as it is by then. A runner of zexpert, which adds the part in its epilogue,
-        switches it off for its router (stash_zero_expert_output); scripts and compiled graphs keep no state.
+        the last eager call, hidden_states as it is by then. After a runner of zexpert there is nothing to read: it adds
+        the part in its epilogue. Scripts and compiled graphs keep no state.
         """
         last_routing = self._last_routing
         self._last_routing = None

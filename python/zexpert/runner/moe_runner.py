@@ -14,7 +14,7 @@ class MoERunner(nn.Module):
     The name is vLLM's.
 
     Args:
-        router: chooses the experts. Its stash for engines is switched off: the runner adds the zero part.
+        router: chooses the experts.
         experts: computes them.
         shared_experts: a module called on hidden_states [T, H] that returns [T, H], or None.
 
@@ -31,7 +31,6 @@ class MoERunner(nn.Module):
         self.shared_experts = shared_experts
         self.routing_stats: nn.Module | None = None
         self.recompute = False
-        router.stash_zero_expert_output = False
 
     def forward(
         self,

@@ -29,13 +29,21 @@ class MoERunnerBase(MoERunner):
     ) -> Tensor:
         self._check_hidden_states(hidden_states, w13_weight)
         routing, plan = self.router.select_experts_and_plan(hidden_states, router_logits, w13_weight.size(0))
+        self._forget_routing()
         routing = self._in_dtype_for(hidden_states, routing)
         return self._run(hidden_states, routing, plan, w13_weight, w2_weight, constant_gate_weight, constant_vectors)
 
     def _route(self, hidden_states: Tensor, router_logits: Tensor, w13_weight: Tensor) -> RoutingResult:
         """The router's choice alone, for a runner that makes plans of its own."""
         self._check_hidden_states(hidden_states, w13_weight)
-        return self._in_dtype_for(hidden_states, self.router.select_experts(hidden_states, router_logits))
+        routing = self.router.select_experts(hidden_states, router_logits)
+        self._forget_routing()
+        return self._in_dtype_for(hidden_states, routing)
+
+    def _forget_routing(self) -> None:
+        """A router would keep tensors, and their graph, for engines that add the zero part themselves."""
+        if not torch.jit.is_scripting():
+            self.router.forget_routing()
 
     def _check_hidden_states(self, hidden_states: Tensor, w13_weight: Tensor) -> None:
         if hidden_states.dtype != w13_weight.dtype:
