@@ -130,6 +130,14 @@ bench: $(INSTALLED) ## compare with plain PyTorch and transformers on this CPU
 	python benchmarks/cpu_training.py --json benchmarks/results/cpu_training.json
 	python benchmarks/transformers_model.py --device cpu --json benchmarks/results/transformers_model.json
 
+.PHONY: bench-gpu
+bench-gpu: $(INSTALLED) ## compare with PyTorch, and with what else is installed, on a GPU
+	@mkdir -p benchmarks/results
+	for name in routing epilogue experts layer; do \
+	  python benchmarks/gpu_$$name.py --json benchmarks/results/gpu_$$name.json $(BENCH_ARGS) || exit; \
+	done
+	python benchmarks/transformers_model.py --device cuda --json benchmarks/results/transformers_model_cuda.json
+
 .PHONY: wheel
 wheel: $(TOOLS) ## build the wheel into dist (with CUDA if .venv's PyTorch has it, or as ZEXPERT_CUDA says)
 	python -m pip wheel . --no-build-isolation --no-deps --wheel-dir dist
