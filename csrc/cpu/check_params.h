@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// Checks of an operator's sizes and pointers, before anything is read or written.
+// Checks of an operator's parameters, before anything is read or written.
 #pragma once
 
 #include <cstdint>
 #include <initializer_list>
 #include <utility>
 
+#include "cpu/index_range.h"
 #include "zexpert/error.h"
 
 namespace zexpert {
@@ -17,6 +18,22 @@ inline void check_sizes(std::initializer_list<std::pair<const char*, int64_t>> s
 /// Of arrays that have elements.
 inline void check_pointers(std::initializer_list<std::pair<const char*, const void*>> pointers) {
   for (const auto& [name, pointer] : pointers) ZEXPERT_CHECK(pointer != nullptr, name, " must not be null");
+}
+
+/// The sizes and row_slots that moe_permute and its backward take.
+template <typename Params>
+void check_row_slots(const Params& params) {
+  check_sizes({{"num_rows", params.num_rows},
+               {"num_tokens", params.num_tokens},
+               {"top_k", params.top_k},
+               {"hidden_size", params.hidden_size}});
+  if (params.num_rows > 0) {
+    check_pointers({{"row_slots", params.row_slots}});
+  }
+  const int64_t num_slots = params.num_tokens * params.top_k;
+  const int64_t bad = find_out_of_range(params.row_slots, params.num_rows, 0, num_slots);
+  ZEXPERT_CHECK(bad < 0, "row_slots must lie in [0, ", num_slots, ") below the last offset, got ",
+                params.row_slots[bad]);
 }
 
 }  // namespace zexpert

@@ -5,8 +5,6 @@
 #include <cstring>
 
 #include "cpu/check_params.h"
-#include "cpu/index_range.h"
-#include "zexpert/error.h"
 #include "zexpert/parallel.h"
 
 namespace zexpert {
@@ -24,17 +22,7 @@ int64_t element_size(ScalarType type) {
 }  // namespace
 
 void moe_permute_cpu(const MoePermuteParams& params) {
-  check_sizes({{"num_rows", params.num_rows},
-               {"num_tokens", params.num_tokens},
-               {"top_k", params.top_k},
-               {"hidden_size", params.hidden_size}});
-  if (params.num_rows > 0) {
-    check_pointers({{"row_slots", params.row_slots}});
-  }
-  const int64_t num_slots = params.num_tokens * params.top_k;
-  const int64_t bad = find_out_of_range(params.row_slots, params.num_rows, 0, num_slots);
-  ZEXPERT_CHECK(bad < 0, "row_slots must lie in [0, ", num_slots, ") below the last offset, got ",
-                params.row_slots[bad]);
+  check_row_slots(params);
   if (params.num_rows == 0 || params.hidden_size == 0) {
     return;
   }

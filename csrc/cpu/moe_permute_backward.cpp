@@ -5,8 +5,6 @@
 #include <vector>
 
 #include "cpu/check_params.h"
-#include "cpu/index_range.h"
-#include "zexpert/error.h"
 #include "zexpert/parallel.h"
 
 namespace zexpert {
@@ -42,17 +40,7 @@ SlotRows sort_rows_by_slot(const MoePermuteBackwardParams& params) {
 namespace zexpert {
 
 void moe_permute_backward_cpu(const MoePermuteBackwardParams& params) {
-  check_sizes({{"num_rows", params.num_rows},
-               {"num_tokens", params.num_tokens},
-               {"top_k", params.top_k},
-               {"hidden_size", params.hidden_size}});
-  if (params.num_rows > 0) {
-    check_pointers({{"row_slots", params.row_slots}});
-  }
-  const int64_t num_slots = params.num_tokens * params.top_k;
-  const int64_t bad = find_out_of_range(params.row_slots, params.num_rows, 0, num_slots);
-  ZEXPERT_CHECK(bad < 0, "row_slots must lie in [0, ", num_slots, ") below the last offset, got ",
-                params.row_slots[bad]);
+  check_row_slots(params);
   if (params.num_tokens == 0 || params.hidden_size == 0) {
     return;
   }
