@@ -48,7 +48,11 @@ Tensor silu_and_mul_backward(const Tensor& grad_out, const Tensor& gate_up, cons
     params.grad_out_row_stride = gradients.stride(0);
     params.gate_up_row_stride = rows.stride(0);
     params.grad_gate_up_row_stride = grad_gate_up.stride(0);
-    launch(params, expert_offsets ? std::optional(as_contiguous(*expert_offsets)) : std::nullopt, grad_gate_up);
+    std::optional<Tensor> offsets;
+    if (expert_offsets) {
+      offsets = as_contiguous(*expert_offsets);
+    }
+    launch(params, offsets, grad_gate_up);
   }
   return grad_gate_up;
 }
