@@ -4,6 +4,7 @@
 #include <limits>
 
 #include "cpu/biased_topk_workspace.h"
+#include "cpu/check_params.h"
 #include "zexpert/parallel.h"
 
 #define ZEXPERT_KERNEL_FILE "cpu/biased_topk_backward_kernel.h"
@@ -12,8 +13,16 @@
 namespace zexpert {
 
 void biased_topk_backward_cpu(const BiasedTopKBackwardParams& params) {
+  check_sizes({{"num_tokens", params.num_tokens}});
   if (params.num_tokens == 0) {
     return;
+  }
+  check_pointers({{"grad_topk_weights", params.grad_topk_weights},
+                  {"grad_zero_weight", params.grad_zero_weight},
+                  {"logits", params.logits},
+                  {"grad_logits", params.grad_logits}});
+  if (params.spec.num_constant_experts > 0) {
+    check_pointers({{"grad_constant_weight", params.grad_constant_weight}});
   }
   BiasedTopKParams forward;
   forward.logits = params.logits;

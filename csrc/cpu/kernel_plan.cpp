@@ -206,6 +206,8 @@ KernelPlan kernel_plan(const KernelQuery& query) {
   check_size("hidden_size", query.hidden_size, 1);
   check_size("intermediate_size", query.intermediate_size, 1);
   check_size("compute_capability", query.compute_capability, 1);
+  const int64_t capability = query.compute_capability.value_or(1);
+  ZEXPERT_CHECK(capability < 30, "compute_capability must be a major number, such as 9, got ", capability);
   const bool is_routing = query.op == "biased_topk" || query.op == "biased_topk_and_plan";
   if (is_routing) {
     check_routing(query);

@@ -16,9 +16,10 @@ inline void check_defined(const Tensor& tensor, const char* name) {
   ZEXPERT_CHECK(tensor.defined(), name, " must be a tensor, got None");
 }
 
-/// Sharded training gives a parameter's memory back between its uses.
+/// Sharded training gives a parameter's memory back between its uses; the parameter may be a part of a larger tensor.
 inline void check_memory(const Tensor& tensor, const char* name) {
-  ZEXPERT_CHECK(tensor.const_data_ptr() != nullptr || tensor.numel() == 0, name,
+  const auto offset_bytes = static_cast<uintptr_t>(tensor.storage_offset()) * tensor.element_size();
+  ZEXPERT_CHECK(reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) != offset_bytes || tensor.numel() == 0, name,
                 " must have memory, got a tensor whose storage has been freed, of shape ", text(tensor.sizes()));
 }
 

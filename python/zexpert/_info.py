@@ -104,13 +104,15 @@ def kernel_plan(
     Raises:
         ValueError: unknown operator, device or dtype, a size out of range, or one that is needed and missing.
     """
-    if compute_capability is None and torch.cuda.is_available():
-        compute_capability = torch.cuda.get_device_capability()[0]
-    if experts_backend == "auto" and torch.cuda.is_available() and is_hopper(torch.cuda.current_device()):
-        experts_backend = "hopper"
+    device_type = device.type if isinstance(device, torch.device) else device.partition(":")[0]
+    if device_type == "cuda" and torch.cuda.is_available():
+        if compute_capability is None:
+            compute_capability = torch.cuda.get_device_capability()[0]
+        if experts_backend == "auto" and is_hopper(torch.cuda.current_device()):
+            experts_backend = "hopper"
     return _C.kernel_plan(
         op,
-        device=device.type if isinstance(device, torch.device) else device.partition(":")[0],
+        device=device_type,
         dtype=str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype,
         num_tokens=num_tokens,
         num_rows=num_rows,

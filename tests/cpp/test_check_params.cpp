@@ -7,7 +7,7 @@
 #include <array>
 #include <string>
 
-#include "zexpert/biased_topk.h"
+#include "zexpert/biased_topk_backward.h"
 #include "zexpert/error.h"
 #include "zexpert/grouped_mlp.h"
 #include "zexpert/moe_finalize.h"
@@ -34,6 +34,7 @@ std::string error_of(void (*op)(const Params&), const Params& params) {
 }
 
 TEST(CheckParams, NothingToDoNeedsNoArrays) {
+  EXPECT_EQ(error_of(&biased_topk_backward_cpu, {}), "");
   EXPECT_EQ(error_of(&moe_finalize_cpu, {}), "");
   EXPECT_EQ(error_of(&moe_finalize_backward_cpu, {}), "");
   EXPECT_EQ(error_of(&moe_permute_cpu, {}), "");
@@ -60,6 +61,20 @@ void expect_checks(void (*op)(const Params&), Params params,
 
 #define SIZE(Params, name) \
   std::pair<const char*, int64_t Params::*> { #name, &Params::name }
+
+TEST(CheckParams, BiasedTopKBackward) {
+  using P = BiasedTopKBackwardParams;
+  P params;
+  params.spec.num_constant_experts = 1;
+  expect_checks(&biased_topk_backward_cpu, params, std::array{SIZE(P, num_tokens)}, "grad_topk_weights");
+  const float value = 0.0F;
+  float grad_logit = -7.0F;
+  params.num_tokens = 1;
+  params.logits = params.grad_topk_weights = params.grad_zero_weight = &value;
+  params.grad_logits = &grad_logit;
+  EXPECT_EQ(error_of(&biased_topk_backward_cpu, params), "grad_constant_weight must not be null");
+  EXPECT_EQ(grad_logit, -7.0F);
+}
 
 TEST(CheckParams, MoePlan) {
   using P = MoePlanParams;

@@ -416,9 +416,12 @@ def test_mistakes_in_bench(arguments: tuple[str, ...], message: str) -> None:
     assert message in " ".join(result.stderr.split())
 
 
-def test_running_out_of_memory_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("by", ["PyTorch", "an operator"])
+def test_running_out_of_memory_is_told(by: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def measure(*_: object) -> None:
-        torch.empty(2**50)
+        if by == "PyTorch":
+            torch.empty(2**50)
+        package.ops.zero_expert_accumulate(torch.zeros(1).expand(2**40, 1024), torch.zeros(1).expand(2**40))
 
     monkeypatch.setattr(bench, "measure", measure)
     result = run_here("bench", "layer")

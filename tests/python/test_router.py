@@ -128,6 +128,26 @@ def test_ids_of_a_router_of_ones_own_are_converted() -> None:
     assert seen == [torch.int32]
 
 
+class WideIdsRouter(BaseRouter):
+    """The logit of the first column is the expert's id."""
+
+    def _compute_routing(self, hidden_states: Tensor, router_logits: Tensor) -> RoutingResult:
+        ones = torch.ones(router_logits.size(0), 1)
+        return RoutingResult(ones, router_logits[:, :1].to(torch.int64), ones[:, 0], ones[:, :0])
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("scripted", [False, True])
+def test_ids_are_converted_as_integers(scripted: bool) -> None:
+    router: Any = WideIdsRouter(RoutingSpec(top_k=1, num_real_experts=2))
+    if scripted:
+        router = torch.jit.script(router)
+    ids = torch.tensor([2**24 + 1, 2**31 - 1, 2**33 + 1, -1, -(2**32)])  # of which float32 holds the last two alone
+    logits = torch.stack([ids, ids], dim=1).double()
+    expected = torch.tensor([[2**24 + 1], [2**31 - 1], [2**31 - 1], [-1], [-2]], dtype=torch.int32)
+    assert_equal(router(torch.zeros(5, 4), logits).topk_ids, expected)
+
+
 @pytest.mark.parametrize("num_tokens", [0, 1])
 @pytest.mark.parametrize("kind", KINDS)
 def test_few_tokens(kind: str, num_tokens: int) -> None:

@@ -107,8 +107,9 @@ def test_values_that_are_not_finite() -> None:
     assert_equal(zero_expert_accumulate(hidden_states, zero_weight), zero_weight[:, None] * hidden_states)
 
 
-def freed(*shape: int) -> Tensor:
-    tensor = torch.zeros(shape)
+def freed(num_tokens: int, hidden_size: int, first_token: int = 0) -> Tensor:
+    """The tokens from the first on of a tensor whose storage has been freed."""
+    tensor = torch.zeros(first_token + num_tokens, hidden_size)[first_token:]
     tensor.untyped_storage().resize_(0)
     return tensor
 
@@ -131,6 +132,10 @@ BAD_INPUT = {
     "hidden_states None": ({"hidden_states": None}, r"^hidden_states must be a tensor, got None$"),
     "hidden_states without memory": (
         {"hidden_states": freed(3, 8)},
+        r"^hidden_states must have memory, got a tensor whose storage has been freed, of shape \[3, 8\]$",
+    ),
+    "a part of a tensor without memory": (
+        {"hidden_states": freed(3, 8, first_token=1)},
         r"^hidden_states must have memory, got a tensor whose storage has been freed, of shape \[3, 8\]$",
     ),
     "out without memory": (

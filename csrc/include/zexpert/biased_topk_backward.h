@@ -40,6 +40,7 @@ struct BiasedTopKBackwardParams {
   RoutingSpec spec;  ///< resolved by RoutingSpec::for_width: every count known
 };
 
+/// Throws Error, before anything is written, if num_tokens is negative or a pointer is missing.
 void biased_topk_backward_cpu(const BiasedTopKBackwardParams& params);
 
 /// The same on the current CUDA device, for what biased_topk_cuda takes; pointers are to its memory.

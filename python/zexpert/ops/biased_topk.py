@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Top-k choice of experts with a selection bias, groups and zero experts."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -91,9 +91,8 @@ def check_indices_dtype(indices_dtype: torch.dtype) -> None:
     """Raises RuntimeError for what is no dtype. A number would go on as the dtype that it stands for in PyTorch's list,
     and one past its end would end the process.
     """
-    if not torch.jit.is_scripting():
-        if not isinstance(indices_dtype, torch.dtype):
-            raise RuntimeError(f"indices_dtype must be int32 or int64, got {indices_dtype!r}")
+    if not isinstance(cast(object, indices_dtype), torch.dtype):
+        raise RuntimeError(f"indices_dtype must be int32 or int64, got {indices_dtype!r}")
 
 
 @register_fake("biased_topk")

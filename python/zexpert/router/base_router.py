@@ -122,7 +122,8 @@ class BaseRouter(FusedMoERouter):
         topk_weights, topk_ids, zero_weight, constant_weight = routing
         if topk_ids.dtype != self.indices_dtype:
             if topk_ids.dtype == torch.int64:
-                topk_ids = topk_ids.clamp(-2, 2**31 - 1)  # an id out of range stays one, where it would wrap to another
+                # An id out of range stays one, where it would wrap to another. In scripts 2**31 would be a float.
+                topk_ids = topk_ids.clamp(-2, 0x7FFFFFFF)
             routing = RoutingResult(topk_weights, topk_ids.to(self.indices_dtype), zero_weight, constant_weight)
         self._observe(hidden_states, routing)
         expert_map = self.logical_to_physical_map

@@ -81,7 +81,6 @@ class ZeroExpertRouter(BiasedTopKRouter):
             if self._capture_fn is not None:
                 self._capture_fn(routing)
 
-    @torch.jit.unused
     def forget_routing(self) -> None:
         """See FusedMoERouter.forget_routing."""
         if not torch.compiler.is_compiling():
