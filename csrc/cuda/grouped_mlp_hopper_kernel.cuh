@@ -106,7 +106,7 @@ __device__ __forceinline__ float silu_and_mul_of(float gate, float up) {
   return __fdividef(gate, 1.0F + __expf(-gate)) * up;
 }
 
-/// The producer: one thread.
+/// The producer: one thread. Its first stages' weights do not wait for the kernel that writes the rows.
 template <Product kProduct, Tiles kTiles, int kMaxRows, int kStages>
 __device__ __forceinline__ void load_tiles(const ProductArguments& arguments, const Schedule& schedule,
                                            ProductMemory<kTiles, kMaxRows, kStages>& memory) {
@@ -119,35 +119,59 @@ __device__ __forceinline__ void load_tiles(const ProductArguments& arguments, co
     ptx::barrier_arrive(ptx::shared_address(&memory.item_full[place.stage]));
     place.advance();
   };
+  const auto load_weights = [&](const WorkItem& work, int step, int to_stage) {
+    const uint32_t full = ptx::shared_address(&memory.full[to_stage]);
+    ptx::barrier_arrive_and_expect(
+        full, static_cast<uint32_t>(kWeightBytes + round_up(work.num_rows, kRowStep) * kLineBytes));
+#pragma unroll
+    for (int half = 0; half < kHalves; ++half) {
+      const WeightBox box = weight_box(kProduct, kTiles, work.expert, work.weight_tile, half, step);
+      const auto& c = box.coordinates;
+      ptx::load_box_5d(ptx::shared_address(memory.stages[to_stage]) + static_cast<uint32_t>(half * half_bytes(kTiles)),
+                       arguments.weights, full, c[0], c[1], c[2], c[3], c[4]);
+    }
+  };
   // Rows are read by the blocks of all weight tiles: the weights that pass through the L2 cache are to leave them
   // there.
   const uint64_t rows_policy = are_few(kMaxRows) ? ptx::evict_normal() : ptx::evict_last();
+  const auto load_rows = [&](const WorkItem& work, int step, int to_stage) {
+    const uint32_t to = ptx::shared_address(memory.stages[to_stage]) + static_cast<uint32_t>(kWeightBytes);
+    for_each_row_box(round_up(work.num_rows, kRowStep), [&](int box, int line) {
+      ptx::load_box_2d(to + static_cast<uint32_t>(line * kLineBytes), arguments.rows[box],
+                       ptx::shared_address(&memory.full[to_stage]), rows_policy, step * kStepDepth,
+                       work.first_row + line);
+    });
+  };
+  bool may_read_rows = false;
+  const auto wait_for_rows = [&] {
+    wait_for_previous_kernels();
+    ptx::fence_async_proxy();  // the kernel before wrote the rows by ordinary stores
+    may_read_rows = true;
+  };
   // Tiles differ in rows, and so in time. Taken in turn, those that share rows or weights are worked off together,
   // while the L2 cache has what they share; where every block has a series of its own, blocks drift apart.
-  constexpr bool kInTurn = !are_few(kMaxRows);
   const auto take_ticket = [&] { return atomicAdd(arguments.tickets, 1); };
-  for_each_item<kInTurn>(schedule, static_cast<int>(blockIdx.x), take_ticket, [&](const WorkItem& work) {
+  for_each_item(schedule, static_cast<int>(blockIdx.x), take_ticket, [&](const WorkItem& work) {
     hand_over(work);
-    const int num_lines = round_up(work.num_rows, kRowStep);
-    for (int step = work.first_step; step < work.last_step; ++step) {
-      const uint32_t full = ptx::shared_address(&memory.full[ring.stage]);
-      ptx::barrier_wait(ptx::shared_address(&memory.empty[ring.stage]), ring.parity ^ 1U);
-      ptx::barrier_arrive_and_expect(full, static_cast<uint32_t>(kWeightBytes + num_lines * kLineBytes));
-      const uint32_t stage = ptx::shared_address(memory.stages[ring.stage]);
-#pragma unroll
-      for (int half = 0; half < kHalves; ++half) {
-        const WeightBox box = weight_box(kProduct, kTiles, work.expert, work.weight_tile, half, step);
-        const auto& c = box.coordinates;
-        ptx::load_box_5d(stage + static_cast<uint32_t>(half * half_bytes(kTiles)), arguments.weights, full, c[0], c[1],
-                         c[2], c[3], c[4]);
+    int step = work.first_step;
+    if (!may_read_rows) {
+      const int last_ahead = min(work.last_step, step + kStages);
+      for (int ahead = step; ahead < last_ahead; ++ahead) load_weights(work, ahead, ahead - step);
+      wait_for_rows();
+      for (; step < last_ahead; ++step) {
+        load_rows(work, step, ring.stage);
+        ring.advance();
       }
-      for_each_row_box(num_lines, [&](int box, int line) {
-        ptx::load_box_2d(stage + static_cast<uint32_t>(kWeightBytes + line * kLineBytes), arguments.rows[box], full,
-                         rows_policy, step * kStepDepth, work.first_row + line);
-      });
+    }
+    for (; step < work.last_step; ++step) {
+      ptx::barrier_wait(ptx::shared_address(&memory.empty[ring.stage]), ring.parity ^ 1U);
+      load_weights(work, step, ring.stage);
+      load_rows(work, step, ring.stage);
       ring.advance();
     }
   });
+  if (!may_read_rows)
+    wait_for_rows();
   hand_over(WorkItem{});
 }
 
@@ -360,14 +384,18 @@ __global__ void __launch_bounds__(kProductThreads, 1)
     ptx::prefetch_tensor_map(arguments.weights);
     for (const CUtensorMap& map : arguments.rows) ptx::prefetch_tensor_map(map);
   }
-  wait_for_previous_kernels();
-  let_next_kernel_start();
+  // Only the gate and up product may still be running when the down product starts, and that has waited for everything
+  // before it: the tile plan and the weights are there, and weights are on their way before the rows are written.
+  if constexpr (kProduct == Product::kGateUp)
+    wait_for_previous_kernels();
   for (int i = static_cast<int>(threadIdx.x); i <= arguments.num_experts; i += kProductThreads) {
     memory.row_tile_starts[i] = arguments.row_tile_starts[i];
   }
   __syncthreads();
 
   if (threadIdx.x < kConsumers) {
+    wait_for_previous_kernels();
+    let_next_kernel_start();
     ptx::raise_registers<kConsumerRegisters>();
     compute_tiles<T, kProduct>(arguments, memory);
   } else {
@@ -382,7 +410,6 @@ __global__ void __launch_bounds__(kProductThreads, 1)
       schedule.num_steps = arguments.num_steps;
       schedule.num_blocks = static_cast<int>(gridDim.x);
       schedule.rounds_to_divide = are_few(kMaxRows) ? kRoundsToDivide : 1;
-      ptx::fence_async_proxy();  // the kernel before wrote the rows by ordinary stores
       load_tiles<kProduct>(arguments, schedule, memory);
     }
   }

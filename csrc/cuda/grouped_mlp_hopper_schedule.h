@@ -133,20 +133,18 @@ ZEXPERT_HOST_DEVICE int lone_thread_value(int value) {
 #endif
 }
 
-/// Calls fn(work) for the items of block `block`, one after another. Whole tiles are every num_blocks-th one, or in
-/// turn as take_ticket() says, which counts 0, 1, 2, ... over all blocks; it is asked early, since the answer takes
-/// time. Where steps are divided, those of all tiles are counted through.
-template <bool kInTurn, typename TakeTicket, typename Fn>
+/// Calls fn(work) for the items of block `block`, one after another. Whole tiles come in turn, as take_ticket() says,
+/// which counts 0, 1, 2, ... over all blocks; it is asked early, since the answer takes time. Where steps are divided,
+/// those of all tiles are counted through.
+template <typename TakeTicket, typename Fn>
 ZEXPERT_HOST_DEVICE void for_each_item(const Schedule& schedule, int block, const TakeTicket& take_ticket,
                                        const Fn& fn) {
   const int num_tiles = schedule.num_tiles();
   if (num_tiles >= schedule.rounds_to_divide * schedule.num_blocks) {
     for (int tile = block; tile < num_tiles;) {
-      int previous = tile;
-      if constexpr (kInTurn)
-        previous = take_ticket();
+      const int ticket = take_ticket();
       fn(schedule.whole_tile(tile));
-      tile = schedule.num_blocks + lone_thread_value(previous);
+      tile = schedule.num_blocks + lone_thread_value(ticket);
     }
     return;
   }

@@ -211,7 +211,7 @@ Output grouped_product(const Elements& rows, int num_rows, int depth, const Elem
   int num_tickets = 0;
   const auto take_ticket = [&] { return num_tickets++; };
   for (int block = 0; block < num_blocks; ++block)
-    for_each_item<true>(schedule, block, take_ticket, [&](const WorkItem& work) { items.push_back(work); });
+    for_each_item(schedule, block, take_ticket, [&](const WorkItem& work) { items.push_back(work); });
   for (const WorkItem& work : items) {
     const int num_lines = round_up(work.num_rows, kRowStep);
     std::array<PartRows, kWarpgroups> own_rows{};

@@ -96,12 +96,7 @@ TEST(GroupedMlpHopperSchedule, EveryTileOnce) {
       for (const int max_rows : {8, 64, 160, 288}) {
         const std::vector<int> offsets = ascending(segments);
         const std::vector<int> starts = row_tile_starts(segments, max_rows);
-        for (const auto& [blocks, rounds, in_turn] : {std::tuple{7, 1, false},
-                                                      {7, 8, false},
-                                                      {132, 1, false},
-                                                      {132, 1, true},
-                                                      {132, 8, true},
-                                                      {132, 100000, false}}) {
+        for (const auto& [blocks, rounds] : {std::pair{7, 1}, {7, 8}, {132, 1}, {132, 8}, {132, 100000}}) {
           const Schedule schedule{offsets.data(), starts.data(), num_experts, weight_tiles, steps, blocks, rounds};
           const bool divided = schedule.num_tiles() < rounds * blocks;
           std::vector<int> steps_done(static_cast<size_t>(offsets.back() * weight_tiles));
@@ -113,12 +108,7 @@ TEST(GroupedMlpHopperSchedule, EveryTileOnce) {
             int num_steps = 0;
             int num_parts = 0;
             std::vector<WorkItem> items;
-            const auto collect = [&](const WorkItem& work) { items.push_back(work); };
-            if (in_turn) {
-              for_each_item<true>(schedule, block, take_ticket, collect);
-            } else {
-              for_each_item<false>(schedule, block, take_ticket, collect);
-            }
+            for_each_item(schedule, block, take_ticket, [&](const WorkItem& work) { items.push_back(work); });
             for (const WorkItem& work : items) {
               const auto expert = static_cast<size_t>(work.expert);
               ASSERT_GE(work.num_rows, 1);

@@ -5,11 +5,15 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import time
 from collections.abc import Callable, Sequence
 
 import torch
 
 from zexpert.benchmark.timing import Timing
+
+WARMUP_SECONDS = 0.1
+"""A GPU that was idle, as it is while a contender is being compiled, takes a while to reach its clock rate."""
 
 
 def require_gpu(parser: argparse.ArgumentParser) -> None:
@@ -30,8 +34,10 @@ def graph_seconds(calls: Sequence[Callable[[], object]], repeats: int) -> Timing
         with torch.cuda.graph(graph, stream=stream):
             for i in range(num_calls):
                 calls[i % len(calls)]()
-        for _ in range(3):
+        warm_at = time.perf_counter() + WARMUP_SECONDS
+        while time.perf_counter() < warm_at:
             graph.replay()
+            stream.synchronize()
         seconds = []
         for _ in range(repeats):
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
