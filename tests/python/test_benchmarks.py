@@ -217,6 +217,19 @@ def test_roofline_tells_contenders_and_models_apart(tmp_path: Path, monkeypatch:
         assert shown[model].get_marker() == looks["zexpert", model][2]
 
 
+def test_roofline_of_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import roofline
+
+    path = Path(__file__).parents[2] / "docs/benchmarks/gpu_layer.json"
+    results = json.loads(path.read_text())["results"]
+    assert [LayerResult.from_json(result).as_json() for result in results] == results
+    assert roofline.main([str(path), str(tmp_path / "roofline.png")]) == 0
+    assert (tmp_path / "roofline.png").stat().st_size > 10_000
+    with pytest.raises(SystemExit):
+        roofline.main([str(path.with_name("cpu_layer.json")), str(tmp_path / "other.png")])
+    assert "cpu_layer.json is not gpu_layer.py's: it has no 'gpu'" in " ".join(capsys.readouterr().err.split())
+
+
 def test_other_load_is_a_share() -> None:
     with harness.OtherLoad() as others:
         sum(range(10_000))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zexpert.benchmark import harness, plain_moe, torch_routing
+from zexpert.benchmark.timing import Timing
 from zexpert.benchmark.torch_routing import RoutingCase
 from zexpert.layer import FusedMoE
 
@@ -205,6 +206,22 @@ class LayerResult(harness.CaseResult):
     def as_json(self) -> dict[str, Any]:
         sizes = {"model": self.name, "tokens": self.num_tokens}
         return {**super().as_json(), **sizes, "operations": self.operations, "bytes": self.num_bytes}
+
+    @classmethod
+    def from_json(cls, result: Mapping[str, Any]) -> LayerResult:
+        """What as_json wrote, but for the target."""
+        return cls(
+            case=result["case"],
+            subject=result["subject"],
+            floor=result["floor_s"],
+            timings={name: Timing(**timing) for name, timing in result["timings_s"].items()},
+            checks={name: harness.ErrorCheck(**check) for name, check in result["checks"].items()},
+            other_load=result["other_load"],
+            name=result["model"],
+            num_tokens=result["tokens"],
+            operations=result["operations"],
+            num_bytes=result["bytes"],
+        )
 
 
 def run_case(
