@@ -40,16 +40,13 @@ def breakdown(
         routing = layer.router.select_experts(rows, logits)
         plan = zexpert.ops.moe_plan(routing.topk_ids, layer.w13_weight.shape[0])
         top_k = routing.topk_ids.shape[1]
-        permuted = zexpert.ops.moe_permute(rows, plan.row_slots, plan.expert_offsets, top_k)
-        expert_rows = zexpert.ops.grouped_mlp(permuted, plan.expert_offsets, layer.w13_weight, layer.w2_weight)
+        experts = (plan.expert_offsets, layer.w13_weight, layer.w2_weight, plan.row_slots, top_k)
+        expert_rows = zexpert.ops.grouped_mlp(rows, *experts)
         calls: dict[str, Callable[[], object]] = {
             "router projection": lambda x=rows, p=parameters: router_logits(x, p),
             "biased_topk": lambda m=layer, x=rows, y=logits: m.router.select_experts(x, y),
             "moe_plan": lambda r=routing, m=layer: zexpert.ops.moe_plan(r.topk_ids, m.w13_weight.shape[0]),
-            "moe_permute": lambda x=rows, p=plan, k=top_k: zexpert.ops.moe_permute(x, p.row_slots, p.expert_offsets, k),
-            "grouped_mlp": lambda x=permuted, p=plan, m=layer: zexpert.ops.grouped_mlp(
-                x, p.expert_offsets, m.w13_weight, m.w2_weight
-            ),
+            "grouped_mlp": lambda x=rows, e=experts: zexpert.ops.grouped_mlp(x, *e),
             "moe_finalize": lambda y=expert_rows, p=plan, r=routing, x=rows: zexpert.ops.moe_finalize(
                 y, p.slot_rows, r.topk_weights, x, r.zero_weight
             ),

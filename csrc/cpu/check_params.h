@@ -20,18 +20,18 @@ inline void check_pointers(std::initializer_list<std::pair<const char*, const vo
   for (const auto& [name, pointer] : pointers) ZEXPERT_CHECK(pointer != nullptr, name, " must not be null");
 }
 
-/// The sizes and row_slots that moe_permute and its backward take.
+/// The sizes and row_slots that moe_permute, its backward and grouped_mlp take, of which the first num_rows count.
 template <typename Params>
-void check_row_slots(const Params& params) {
+void check_row_slots(const Params& params, int64_t num_rows) {
   check_sizes({{"num_rows", params.num_rows},
                {"num_tokens", params.num_tokens},
                {"top_k", params.top_k},
                {"hidden_size", params.hidden_size}});
-  if (params.num_rows > 0) {
+  if (num_rows > 0) {
     check_pointers({{"row_slots", params.row_slots}});
   }
   const int64_t num_slots = params.num_tokens * params.top_k;
-  const int64_t bad = find_out_of_range(params.row_slots, params.num_rows, 0, num_slots);
+  const int64_t bad = find_out_of_range(params.row_slots, num_rows, 0, num_slots);
   ZEXPERT_CHECK(bad < 0, "row_slots must lie in [0, ", num_slots, ") below the last offset, got ",
                 params.row_slots[bad]);
 }

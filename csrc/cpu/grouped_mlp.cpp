@@ -86,7 +86,11 @@ void grouped_mlp_cpu(const GroupedMlpParams& params) {
                {"intermediate_size", params.intermediate_size}});
   check_pointers({{"expert_offsets", params.expert_offsets}});
   check_expert_offsets(params.expert_offsets, params.num_experts, params.num_rows);
-  if (params.hidden_size == 0 || params.expert_offsets[params.num_experts] == 0) {
+  const int64_t num_rows = params.expert_offsets[params.num_experts];
+  if (params.row_slots != nullptr) {
+    check_row_slots(params, num_rows);
+  }
+  if (params.hidden_size == 0 || num_rows == 0) {
     return;
   }
   check_pointers({{"rows", params.rows}, {"out", params.out}});

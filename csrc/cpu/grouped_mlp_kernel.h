@@ -32,7 +32,9 @@ void pack_rows(const GroupedMlpParams& params, const std::vector<RowGroup>& grou
     for (int64_t g = begin; g < end; ++g) {
       const RowGroup& group = groups[static_cast<size_t>(g)];
       for (int64_t r = 0; r < group.num_rows; ++r) {
-        const T* source = static_cast<const T*>(params.rows) + (group.first_row + r) * params.rows_row_stride;
+        const int64_t row = group.first_row + r;
+        const int64_t place = params.row_slots == nullptr ? row : params.row_slots[row] / params.top_k;
+        const T* source = static_cast<const T*>(params.rows) + place * params.rows_row_stride;
         accumulate_t<T>* target = packed_rows + group.first_packed_row * padded_depth + r * V::kWidth;
         int64_t i = 0;
         for (; i + V::kWidth <= depth; i += V::kWidth) V::load(source + i).store(target + i * group.num_rows);

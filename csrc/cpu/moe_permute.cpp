@@ -22,7 +22,7 @@ int64_t element_size(ScalarType type) {
 }  // namespace
 
 void moe_permute_cpu(const MoePermuteParams& params) {
-  check_row_slots(params);
+  check_row_slots(params, params.num_rows);
   if (params.num_rows == 0 || params.hidden_size == 0) {
     return;
   }

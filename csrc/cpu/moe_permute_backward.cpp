@@ -40,7 +40,7 @@ SlotRows sort_rows_by_slot(const MoePermuteBackwardParams& params) {
 namespace zexpert {
 
 void moe_permute_backward_cpu(const MoePermuteBackwardParams& params) {
-  check_row_slots(params);
+  check_row_slots(params, params.num_rows);
   if (params.num_tokens == 0 || params.hidden_size == 0) {
     return;
   }

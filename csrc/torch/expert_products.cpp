@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "torch/expert_products.h"
 
+#include "cpu/check_params.h"
 #include "cpu/expert_offsets.h"
 #include "torch/matrix_product.h"
 #include "zexpert/moe_permute.h"
@@ -22,14 +23,38 @@ void activate(ScalarType data_type, const Matrix& gate_up, void* activation) {
   silu_and_mul_cpu(params);
 }
 
+/// Copies the tokens that rows `first` .. first + count - 1 stand for, which lie in `tokens`, to `target`.
+void gather_tokens(const GroupedMlpParams& mlp, const void* tokens, int64_t row_stride, int64_t first, int64_t count,
+                   void* target) {
+  MoePermuteParams params;
+  params.hidden_states = tokens;
+  params.row_slots = mlp.row_slots + first;
+  params.rows = target;
+  params.data_type = mlp.data_type;
+  params.num_rows = count;
+  params.num_tokens = mlp.num_tokens;
+  params.top_k = mlp.top_k;
+  params.hidden_size = mlp.hidden_size;
+  params.hidden_row_stride = row_stride;
+  moe_permute_cpu(params);
+}
+
+/// What multiply_experts and differentiate_experts ask of the offsets and row_slots.
+void check_rows(const GroupedMlpParams& params) {
+  check_expert_offsets(params.expert_offsets, params.num_experts, params.num_rows);
+  if (params.row_slots != nullptr) {
+    check_row_slots(params, params.expert_offsets[params.num_experts]);
+  }
+}
+
 /// Memory for one expert's rows, written anew for every expert.
 struct Scratch {
-  Scratch(const GroupedMlpBackwardParams& params, bool gathers, const Tensor& like) {
+  Scratch(const GroupedMlpBackwardParams& params, const Tensor& like) {
     const int64_t num_rows = longest_segment(params.forward.expert_offsets, params.forward.num_experts);
     const int64_t hidden = params.forward.hidden_size;
     const int64_t inner = params.forward.intermediate_size;
     const DType data = like.scalar_type();
-    const int64_t num_gathered = gathers ? num_rows : 0;
+    const int64_t num_gathered = params.forward.row_slots != nullptr ? num_rows : 0;
     gate_up = empty({params.gate_up == nullptr ? num_rows : 0, 2 * inner}, data, like);
     activation = empty({num_rows, inner}, data, like);
     grad_activation = empty({num_rows, inner}, data, like);
@@ -47,14 +72,14 @@ struct Scratch {
 /// The derivatives of one expert after another.
 class ExpertDerivatives {
  public:
-  ExpertDerivatives(const GroupedMlpBackwardParams& params, const RowsOfTokens* tokens,
+  ExpertDerivatives(const GroupedMlpBackwardParams& params, const SlotWeights* weights,
                     const GroupedMlpGradients& gradients)
       : params_(params),
         forward_(params.forward),
-        tokens_(tokens),
+        weights_(weights),
         gradients_(gradients),
         multiply_(gradients.rows),
-        scratch_(params, tokens != nullptr, gradients.rows) {}
+        scratch_(params, gradients.rows) {}
 
   void differentiate(int64_t expert) {
     first_ = forward_.expert_offsets[expert];
@@ -107,20 +132,10 @@ class ExpertDerivatives {
 
   /// The expert's rows of `base`, gathered into `scratch` if that has a row per token.
   Matrix rows_or_tokens(const void* base, int64_t row_stride, const Tensor& scratch) const {
-    if (tokens_ == nullptr) {
+    if (forward_.row_slots == nullptr) {
       return segment(base, forward_.hidden_size, row_stride);
     }
-    MoePermuteParams params;
-    params.hidden_states = base;
-    params.row_slots = tokens_->row_slots + first_;
-    params.rows = scratch.mutable_data_ptr();
-    params.data_type = forward_.data_type;
-    params.num_rows = num_rows_;
-    params.num_tokens = tokens_->num_tokens;
-    params.top_k = tokens_->top_k;
-    params.hidden_size = forward_.hidden_size;
-    params.hidden_row_stride = row_stride;
-    moe_permute_cpu(params);
+    gather_tokens(forward_, base, row_stride, first_, num_rows_, scratch.mutable_data_ptr());
     return scratch_rows(scratch);
   }
 
@@ -131,7 +146,7 @@ class ExpertDerivatives {
     params.gate_up = gate_up.data;
     params.grad_gate_up = scratch_.grad_gate_up.mutable_data_ptr();
     params.out = scratch_.activation.mutable_data_ptr();
-    if (tokens_ != nullptr) {
+    if (weights_ != nullptr) {
       params.row_weight = scratch_.row_weight.const_data_ptr();
       params.grad_row_weight = scratch_.grad_row_weight.mutable_data_ptr();
     }
@@ -146,30 +161,30 @@ class ExpertDerivatives {
   }
 
   void gather_row_weights() const {
-    if (tokens_ != nullptr) {
+    if (weights_ != nullptr) {
       visit_floating(element_type(scratch_.row_weight), [&](auto element) {
         using Weight = decltype(element);
-        const auto* topk_weights = static_cast<const Weight*>(tokens_->topk_weights);
+        const auto* topk_weights = static_cast<const Weight*>(weights_->topk_weights);
         auto* row_weight = static_cast<Weight*>(scratch_.row_weight.mutable_data_ptr());
-        for (int64_t r = 0; r < num_rows_; ++r) row_weight[r] = topk_weights[tokens_->row_slots[first_ + r]];
+        for (int64_t r = 0; r < num_rows_; ++r) row_weight[r] = topk_weights[forward_.row_slots[first_ + r]];
       });
     }
   }
 
   void scatter_grad_row_weights() const {
-    if (tokens_ != nullptr) {
+    if (weights_ != nullptr) {
       visit_floating(element_type(scratch_.row_weight), [&](auto element) {
         using Weight = decltype(element);
         const auto* grad_row_weight = static_cast<const Weight*>(scratch_.grad_row_weight.const_data_ptr());
-        auto* grad_topk_weights = static_cast<Weight*>(tokens_->grad_topk_weights);
-        for (int64_t r = 0; r < num_rows_; ++r) grad_topk_weights[tokens_->row_slots[first_ + r]] = grad_row_weight[r];
+        auto* grad_topk_weights = static_cast<Weight*>(weights_->grad_topk_weights);
+        for (int64_t r = 0; r < num_rows_; ++r) grad_topk_weights[forward_.row_slots[first_ + r]] = grad_row_weight[r];
       });
     }
   }
 
   const GroupedMlpBackwardParams& params_;
   const GroupedMlpParams& forward_;
-  const RowsOfTokens* tokens_;
+  const SlotWeights* weights_;
   const GroupedMlpGradients& gradients_;
   MatrixProduct multiply_;
   Scratch scratch_;
@@ -182,18 +197,25 @@ class ExpertDerivatives {
 void multiply_experts(const GroupedMlpParams& params, int64_t min_rows, const Tensor& gate_up, bool keeps_gate_up) {
   const int64_t hidden = params.hidden_size;
   const int64_t inner = params.intermediate_size;
+  const bool gathers = params.row_slots != nullptr;
   const MatrixProduct multiply(gate_up);
-  const Tensor activation_scratch =
-      empty({longest_segment(params.expert_offsets, params.num_experts), inner}, gate_up.scalar_type(), gate_up);
+  const int64_t longest = longest_segment(params.expert_offsets, params.num_experts);
+  const Tensor activation_scratch = empty({longest, inner}, gate_up.scalar_type(), gate_up);
+  const Tensor rows_scratch = empty({gathers ? longest : 0, hidden}, gate_up.scalar_type(), gate_up);
   void* const activation_data = activation_scratch.mutable_data_ptr();
+  void* const rows_data = rows_scratch.mutable_data_ptr();
   for (int64_t expert = 0; expert < params.num_experts; ++expert) {
     const int64_t first = params.expert_offsets[expert];
     const int64_t num_rows = params.expert_offsets[expert + 1] - first;
     if (num_rows <= min_rows) {
       continue;
     }
-    const Matrix rows =
-        multiply.matrix(params.rows, first * params.rows_row_stride, num_rows, hidden, params.rows_row_stride);
+    if (gathers) {
+      gather_tokens(params, params.rows, params.rows_row_stride, first, num_rows, rows_data);
+    }
+    const Matrix rows = gathers ? multiply.matrix(rows_data, 0, num_rows, hidden, hidden)
+                                : multiply.matrix(params.rows, first * params.rows_row_stride, num_rows, hidden,
+                                                  params.rows_row_stride);
     const Matrix w13 = multiply.matrix(params.w13_weight, expert * params.w13_expert_stride, 2 * inner, hidden, hidden);
     const Matrix w2 = multiply.matrix(params.w2_weight, expert * params.w2_expert_stride, hidden, inner, inner);
     const Matrix segment_gate_up = multiply.matrix(
@@ -209,7 +231,7 @@ void multiply_experts(const GroupedMlpParams& params, int64_t min_rows, const Te
 }
 
 void run_experts_keeping_gate_up(const GroupedMlpParams& params, const Tensor& gate_up) {
-  check_expert_offsets(params.expert_offsets, params.num_experts, params.num_rows);
+  check_rows(params);
   if (params.intermediate_size == 0) {
     grouped_mlp_cpu(params);
   } else if (params.hidden_size == 0) {
@@ -219,12 +241,12 @@ void run_experts_keeping_gate_up(const GroupedMlpParams& params, const Tensor& g
   }
 }
 
-void differentiate_experts(const GroupedMlpBackwardParams& params, const RowsOfTokens* tokens,
+void differentiate_experts(const GroupedMlpBackwardParams& params, const SlotWeights* weights,
                            const GroupedMlpGradients& gradients) {
   const GroupedMlpParams& forward = params.forward;
   const int32_t* offsets = forward.expert_offsets;
-  check_expert_offsets(offsets, forward.num_experts, forward.num_rows);
-  ExpertDerivatives derivatives(params, tokens, gradients);
+  check_rows(forward);
+  ExpertDerivatives derivatives(params, weights, gradients);
   for (int64_t expert = 0; expert < forward.num_experts; ++expert) {
     if (offsets[expert] < offsets[expert + 1]) {
       derivatives.differentiate(expert);

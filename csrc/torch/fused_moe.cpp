@@ -10,19 +10,14 @@
 
 #include "torch/expert_products.h"
 #include "torch/moe_finalize.h"
-#include "torch/moe_permute.h"
 
 HIDDEN_NAMESPACE_BEGIN(zexpert, ops)
 namespace {
 
 std::tuple<Tensor, Tensor> run_experts(const FusedMoeTensors& args) {
-  const Tensor rows = moe_permute(args.hidden_states, args.row_slots, args.expert_offsets, args.topk_weights.size(1),
-                                  std::nullopt, [](MoePermuteParams params, const Tensor& offsets) {
-                                    params.num_rows = last_offset(offsets, params.num_rows);
-                                    moe_permute_cpu(params);
-                                  });
-  auto [results, gate_up] = grouped_mlp_with_gate_up(rows, args.expert_offsets, args.w13_weight, args.w2_weight,
-                                                     &run_experts_keeping_gate_up);
+  auto [results, gate_up] =
+      grouped_mlp_with_gate_up(args.hidden_states, args.expert_offsets, args.w13_weight, args.w2_weight,
+                               &run_experts_keeping_gate_up, {args.row_slots, args.topk_weights.size(1)});
   // What lies past the last offset has no values: the epilogue takes a slot that names it for the error it is.
   const int64_t num_rows = last_offset(as_contiguous(args.expert_offsets), results.size(0));
   return {torch::stable::narrow(results, 0, 0, num_rows), gate_up};

@@ -16,27 +16,22 @@ namespace {
 
 /// The layouts that the kernels take, in the place of arguments that have others.
 struct DenseInputs {
-  Tensor grad_out, gate_up, row_slots, topk_weights;
+  Tensor grad_out, gate_up, topk_weights;
 };
 
 void differentiate(const FusedMoeTensors& args, const DenseInputs& dense, const GroupedMlpNeeds& needs,
                    const Tensor& grad_topk_weights, const GroupedMlpGradients& gradients) {
-  const GroupedMlpInputs inputs(args.hidden_states, args.expert_offsets, args.w13_weight, args.w2_weight);
+  const GroupedMlpInputs inputs(args.hidden_states, args.expert_offsets, args.w13_weight, args.w2_weight,
+                                {args.row_slots, args.topk_weights.size(1)});
   GroupedMlpBackwardParams params;
   params.forward = inputs.params;
-  params.forward.num_rows = dense.row_slots.size(0);
   params.needs = needs;
   params.grad_out = dense.grad_out.const_data_ptr();
   params.grad_out_row_stride = dense.grad_out.stride(0);
   params.gate_up = dense.gate_up.const_data_ptr();
   params.gate_up_row_stride = dense.gate_up.stride(0);
-  RowsOfTokens tokens;
-  tokens.row_slots = dense.row_slots.const_data_ptr<int32_t>();
-  tokens.topk_weights = dense.topk_weights.const_data_ptr();
-  tokens.grad_topk_weights = grad_topk_weights.mutable_data_ptr();
-  tokens.num_tokens = args.topk_weights.size(0);
-  tokens.top_k = args.topk_weights.size(1);
-  differentiate_experts(params, &tokens, gradients);
+  const SlotWeights weights{dense.topk_weights.const_data_ptr(), grad_topk_weights.mutable_data_ptr()};
+  differentiate_experts(params, &weights, gradients);
 }
 
 /// grad_hidden_states[t] = the sum of the token's rows' gradients + zero_weight[t] * grad_out[t]: moe_finalize's
@@ -79,8 +74,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> fused_moe_backward_on_cpu(
   if (num_tokens == 0 || hidden == 0 || inner == 0) {
     zero_gradients(gradients);
   } else {
-    const DenseInputs dense{grad_out_rows, with_unit_inner_stride(gate_up), as_contiguous(row_slots),
-                            as_contiguous(topk_weights)};
+    const DenseInputs dense{grad_out_rows, with_unit_inner_stride(gate_up), as_contiguous(topk_weights)};
     differentiate(args, dense, needs, grad_topk_weights, gradients);
   }
   const Tensor grad_hidden_states =

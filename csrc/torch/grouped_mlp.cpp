@@ -6,6 +6,9 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <optional>
+#include <tuple>
+
 #include "cpu/expert_offsets.h"
 #include "torch/expert_products.h"
 
@@ -13,8 +16,8 @@ HIDDEN_NAMESPACE_BEGIN(zexpert, ops)
 namespace {
 
 Tensor grouped_mlp_on_cpu(const Tensor& rows, const Tensor& expert_offsets, const Tensor& w13_weight,
-                          const Tensor& w2_weight) {
-  return grouped_mlp(rows, expert_offsets, w13_weight, w2_weight, [](GroupedMlpParams params, const Tensor& out) {
+                          const Tensor& w2_weight, const std::optional<Tensor>& row_slots, int64_t top_k) {
+  const auto launch = [](GroupedMlpParams params, const Tensor& out) {
     // torch's product takes no empty matrix.
     params.max_rows =
         params.intermediate_size == 0 ? params.num_rows : few_rows_limit(params.data_type, cpu_capability());
@@ -24,7 +27,8 @@ Tensor grouped_mlp_on_cpu(const Tensor& rows, const Tensor& expert_offsets, cons
       const Tensor scratch = empty({longest, 2 * params.intermediate_size}, out.scalar_type(), out);
       multiply_experts(params, params.max_rows, scratch, false);
     }
-  });
+  };
+  return grouped_mlp(rows, expert_offsets, w13_weight, w2_weight, launch, {row_slots, top_k});
 }
 
 std::tuple<Tensor, Tensor> grouped_mlp_with_gate_up_on_cpu(const Tensor& rows, const Tensor& expert_offsets,

@@ -2,6 +2,7 @@
 // grouped_mlp and grouped_mlp_with_gate_up for tensors on any device: checks, outputs, parameters.
 #pragma once
 
+#include <optional>
 #include <tuple>
 
 #include "torch/checks.h"
@@ -34,9 +35,28 @@ inline void check_grouped_mlp(const Tensor& rows, const Tensor& expert_offsets, 
               "[experts, hidden_size, intermediate_size]");
 }
 
+/// Which token each row is, where an op is given tokens instead of rows.
+struct TokensOfRows {
+  std::optional<Tensor> row_slots = std::nullopt;  ///< [rows]; row r is token row_slots[r] / top_k
+  int64_t top_k = 1;
+
+  void check(const Tensor& tokens) const {
+    ZEXPERT_CHECK(top_k >= 1, "top_k must be at least 1, got ", top_k);
+    if (row_slots) {
+      check_device(*row_slots, "row_slots", tokens, "rows");
+      check_dtype(*row_slots, "row_slots", DType::Int);
+      check_dims(*row_slots, "row_slots", 1, "[rows]");
+      check_row_slots_size(*row_slots, tokens.size(0), top_k);
+    }
+  }
+
+  int64_t num_rows(const Tensor& rows) const { return row_slots ? row_slots->size(0) : rows.size(0); }
+};
+
 /// Checked arguments in the layout that kernels take, and parameters that point at them and lack the output.
 struct GroupedMlpInputs {
-  GroupedMlpInputs(const Tensor& rows_arg, const Tensor& offsets_arg, const Tensor& w13_arg, const Tensor& w2_arg)
+  GroupedMlpInputs(const Tensor& rows_arg, const Tensor& offsets_arg, const Tensor& w13_arg, const Tensor& w2_arg,
+                   const TokensOfRows& tokens = {})
       : rows(with_unit_inner_stride(rows_arg)),
         expert_offsets(as_contiguous(offsets_arg)),
         w13_weight(with_contiguous_matrices(w13_arg)),
@@ -53,23 +73,33 @@ struct GroupedMlpInputs {
     params.rows_row_stride = rows.stride(0);
     params.w13_expert_stride = w13_weight.stride(0);
     params.w2_expert_stride = w2_weight.stride(0);
+    if (tokens.row_slots) {
+      row_slots = as_contiguous(*tokens.row_slots);
+      params.row_slots = row_slots->const_data_ptr<int32_t>();
+      params.num_rows = row_slots->size(0);
+      params.num_tokens = rows.size(0);
+      params.top_k = tokens.top_k;
+    }
   }
 
   Tensor rows;
   Tensor expert_offsets;
   Tensor w13_weight;
   Tensor w2_weight;
+  std::optional<Tensor> row_slots;
   GroupedMlpParams params;
 };
 
-/// Calls launch(params, out) unless there is nothing to compute; `out` gives the launch dtype and device for scratch.
+/// Calls launch(params, out) unless there is nothing to compute; `out`, a row for each of the `tokens`' rows, gives the
+/// launch dtype and device for scratch.
 template <typename Launch>
 Tensor grouped_mlp(const Tensor& rows, const Tensor& expert_offsets, const Tensor& w13_weight, const Tensor& w2_weight,
-                   const Launch& launch) {
+                   const Launch& launch, const TokensOfRows& tokens = {}) {
   check_grouped_mlp(rows, expert_offsets, w13_weight, w2_weight);
-  const Tensor out = empty({rows.size(0), rows.size(1)}, rows.scalar_type(), rows);
+  tokens.check(rows);
+  const Tensor out = empty({tokens.num_rows(rows), rows.size(1)}, rows.scalar_type(), rows);
   if (out.numel() > 0) {
-    GroupedMlpInputs inputs(rows, expert_offsets, w13_weight, w2_weight);
+    GroupedMlpInputs inputs(rows, expert_offsets, w13_weight, w2_weight, tokens);
     inputs.params.out = out.mutable_data_ptr();
     inputs.params.out_row_stride = out.stride(0);
     launch(inputs.params, out);
@@ -82,12 +112,13 @@ Tensor grouped_mlp(const Tensor& rows, const Tensor& expert_offsets, const Tenso
 template <typename Launch>
 std::tuple<Tensor, Tensor> grouped_mlp_with_gate_up(const Tensor& rows, const Tensor& expert_offsets,
                                                     const Tensor& w13_weight, const Tensor& w2_weight,
-                                                    const Launch& launch) {
+                                                    const Launch& launch, const TokensOfRows& tokens = {}) {
   check_grouped_mlp(rows, expert_offsets, w13_weight, w2_weight);
-  const Tensor out = empty({rows.size(0), rows.size(1)}, rows.scalar_type(), rows);
-  const Tensor gate_up = empty({rows.size(0), w13_weight.size(1)}, rows.scalar_type(), rows);
-  if (rows.size(0) > 0) {
-    GroupedMlpInputs inputs(rows, expert_offsets, w13_weight, w2_weight);
+  const int64_t num_rows = tokens.num_rows(rows);
+  const Tensor out = empty({num_rows, rows.size(1)}, rows.scalar_type(), rows);
+  const Tensor gate_up = empty({num_rows, w13_weight.size(1)}, rows.scalar_type(), rows);
+  if (num_rows > 0) {
+    GroupedMlpInputs inputs(rows, expert_offsets, w13_weight, w2_weight, tokens);
     inputs.params.out = out.mutable_data_ptr();
     inputs.params.out_row_stride = out.stride(0);
     launch(inputs.params, gate_up);

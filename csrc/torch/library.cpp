@@ -39,7 +39,9 @@ STABLE_TORCH_LIBRARY(zexpert, m) {
       "moe_permute(Tensor hidden_states, Tensor row_slots, Tensor expert_offsets, int top_k, Tensor? slot_rows=None) "
       "-> Tensor");
   m.def("silu_and_mul(Tensor gate_up, Tensor? expert_offsets=None) -> Tensor");
-  m.def("grouped_mlp(Tensor rows, Tensor expert_offsets, Tensor w13_weight, Tensor w2_weight) -> Tensor");
+  m.def(
+      "grouped_mlp(Tensor rows, Tensor expert_offsets, Tensor w13_weight, Tensor w2_weight, Tensor? row_slots=None, "
+      "int top_k=1) -> Tensor");
   m.def(
       "grouped_mlp_hopper(Tensor rows, Tensor expert_offsets, Tensor w13_weight, Tensor w2_weight, *, "
       "int tile_rows=0) -> Tensor");

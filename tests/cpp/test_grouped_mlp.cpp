@@ -153,6 +153,40 @@ TYPED_TEST(GroupedMlp, LongSegmentsAreLeftToTheCaller) {
   }
 }
 
+/// The tokens that row_slots names, as if they had been gathered.
+TYPED_TEST(GroupedMlp, GathersTokens) {
+  constexpr int64_t kHidden = 37;
+  constexpr int64_t kTopK = 3;
+  Random random;
+  Call<TypeParam> call(random, {0, 9, 1, 40}, kHidden, 22);
+  Rows<TypeParam> tokens(20, kHidden, kHidden + 5);
+  tokens.randomize(random);
+  std::vector<int32_t> row_slots;
+  for (int64_t r = 0; r < call.num_rows - 2; ++r) {
+    row_slots.push_back(static_cast<int32_t>(r * 7 % (20 * kTopK)));
+    std::copy_n(tokens.row(row_slots.back() / kTopK), kHidden, call.rows.row(r));
+  }
+  row_slots.resize(static_cast<size_t>(call.num_rows), -1);  // past the last offset
+  Call<TypeParam> gathering = call;
+  grouped_mlp_cpu(call.params());
+  auto params = gathering.params();
+  params.rows = tokens.data();
+  params.rows_row_stride = tokens.stride();
+  params.row_slots = row_slots.data();
+  params.num_tokens = 20;
+  params.top_k = kTopK;
+  grouped_mlp_cpu(params);
+  for (int64_t r = 0; r < call.num_rows; ++r) {
+    EXPECT_EQ(std::memcmp(gathering.out.row(r), call.out.row(r), kHidden * sizeof(TypeParam)), 0) << "row " << r;
+  }
+
+  row_slots[4] = 60;
+  Call<TypeParam> refused(random, {0, 9, 1, 40}, kHidden, 22);
+  params.out = refused.out.data();
+  EXPECT_EQ(error_of([&] { grouped_mlp_cpu(params); }), "row_slots must lie in [0, 60) below the last offset, got 60");
+  EXPECT_TRUE(refused.out.untouched());
+}
+
 TYPED_TEST(GroupedMlp, NothingToDo) {
   Random random;
   Call<TypeParam> no_rows(random, {0, 0, 0}, 24, 20);

@@ -30,6 +30,31 @@ def test_grouped_mlp(name: str) -> None:
     )
 
 
+@pytest.mark.parametrize("needs", [(True, True, True), (False, True, False), (True, False, False)], ids=str)
+def test_grouped_mlp_of_tokens(needs: tuple[bool, ...]) -> None:
+    """Those of moe_permute and grouped_mlp, one after the other, bit for bit."""
+    plan, num_rows = make_plan()
+    inputs = mlp_inputs(T)
+    upstream = torch.randn(num_rows, H, dtype=torch.float64)
+
+    def gradients(of_tokens: bool) -> list[Tensor | None]:
+        tokens, w13, w2 = (
+            tensor.clone().requires_grad_(is_needed) for tensor, is_needed in zip(inputs, needs, strict=True)
+        )
+        if of_tokens:
+            out = ops.grouped_mlp(tokens, plan.expert_offsets, w13, w2, plan.row_slots, K)
+        else:
+            rows = ops.moe_permute(tokens, plan.row_slots, plan.expert_offsets, K)
+            out = ops.grouped_mlp(rows, plan.expert_offsets, w13, w2)
+        out[:num_rows].backward(upstream)
+        return [tensor.grad for tensor in (tokens, w13, w2)]
+
+    for is_needed, actual, expected in zip(needs, gradients(True), gradients(False), strict=True):
+        assert (actual is not None) == is_needed
+        if actual is not None and expected is not None:
+            assert_equal(actual, expected)
+
+
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
 @pytest.mark.parametrize("name", GROUPED_MLPS)
 def test_grouped_mlp_by_the_error_rule(name: str, dtype: torch.dtype) -> None:

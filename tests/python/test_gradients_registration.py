@@ -58,7 +58,7 @@ def call_of(op: str, num_tokens: int = T, *, requires_grad: bool = True) -> tupl
         "moe_permute_backward": ((rows, plan.row_slots, plan.expert_offsets, num_tokens, K), {}),
         "silu_and_mul": ((data(num_tokens, 2 * F), None), {}),
         "silu_and_mul_backward": ((data(num_tokens, F), data(num_tokens, 2 * F), None), {}),
-        "grouped_mlp": ((rows, *experts), {}),
+        "grouped_mlp": ((data(num_tokens, H), *experts, plan.row_slots, K), {}),
         "grouped_mlp_with_gate_up": ((rows, *experts), {}),
         "grouped_mlp_backward": ((data(num_tokens * K, H), rows, *experts, None), {"needs_w2_weight": False}),
         "moe_finalize": (epilogue, {"residual": data(num_tokens, H), **constants}),

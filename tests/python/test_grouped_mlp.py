@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 import reference
 from testing import FLOAT_DTYPES, assert_equal, assert_error_rule, layouts, unchanged
-from zexpert.ops import grouped_mlp
+from zexpert.ops import grouped_mlp, moe_permute, moe_plan
 
 # None, one, an odd few, the most that stream bfloat16 weights beside AMX, a middling number, and enough for torch's
 # matrix product in every dtype.
@@ -137,6 +138,36 @@ def test_sizes_of_zero(segments: list[int]) -> None:
     assert grouped_mlp(rows[:, :0], expert_offsets, *weights(2, 0, 24)).shape == (num_rows, 0)
 
 
+@pytest.mark.cpu_paths
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+@pytest.mark.parametrize(("num_tokens", "hidden_size"), [(0, 8), (1, 257), (7, 200), (190, 5), (400, 40)])
+def test_gathers_tokens(num_tokens: int, hidden_size: int, dtype: torch.dtype) -> None:
+    """As if moe_permute had gathered them, bit for bit, in experts with few rows and with many."""
+    top_k, num_experts = 3, 4
+    chosen = torch.randint(-1, num_experts, (num_tokens, top_k)).masked_fill(torch.rand(num_tokens, top_k) < 0.3, 0)
+    expert_offsets, row_slots, _ = moe_plan(chosen, num_experts)
+    num_rows = int(expert_offsets[-1])
+    tokens = torch.randn(num_tokens, hidden_size).to(dtype)
+    given = weights(num_experts, hidden_size, 24, dtype)
+    expected = grouped_mlp(moe_permute(tokens, row_slots, expert_offsets, top_k), expert_offsets, *given)[:num_rows]
+    for name, strided in layouts(tokens).items():
+        for slots in (row_slots, row_slots[:num_rows], row_slots.repeat_interleave(2)[::2]):
+            with unchanged(strided, slots):
+                result = grouped_mlp(strided, expert_offsets, *given, slots, top_k)
+            assert result.shape == (len(slots), hidden_size), name
+            assert_equal(result[:num_rows], expected)
+
+
+def test_slots_past_the_last_offset_are_not_read() -> None:
+    expert_offsets = offsets_of([3, 20])
+    row_slots = torch.arange(30, dtype=torch.int32) % 24
+    tokens = torch.randn(12, 40)
+    given = weights(2, 40, 24)
+    expected = grouped_mlp(tokens, expert_offsets, *given, row_slots[:23], 2)
+    row_slots[23:] = -1
+    assert_equal(grouped_mlp(tokens[:12], expert_offsets, *given, row_slots[:24], 2)[:23], expected)
+
+
 def test_gradients_are_not_recorded_inside() -> None:
     """Parameters may ask for gradients; what the op computes with them inside must not."""
     expert_offsets = offsets_of([3, 20])
@@ -153,7 +184,7 @@ def test_gradients_are_not_recorded_inside() -> None:
         assert_equal(grouped_mlp(rows, expert_offsets, *given), expected)
 
 
-def arguments(**changes: Tensor) -> dict[str, Tensor]:
+def arguments(**changes: Any) -> dict[str, Any]:
     w13_weight, w2_weight = weights(2, 8, 4)
     given = {
         "rows": torch.randn(5, 8),
@@ -213,6 +244,32 @@ BAD_INPUT = {
         {"w2_weight": torch.zeros(1, 8, 4)},
         r"^w2_weight must have shape \[2, 8, 4\] .*\[1, 8, 4\]$",
     ),
+    "a slot of no token": (
+        {"rows": torch.randn(2, 8), "row_slots": torch.tensor([0, 1, 2, 6, 3]).int(), "top_k": 3},
+        r"^row_slots must lie in \[0, 6\) below the last offset, got 6$",
+    ),
+    "a negative slot": (
+        {"row_slots": torch.tensor([0, 1, -1, 2, 3]).int()},
+        r"^row_slots must lie in \[0, 5\) below the last offset, got -1$",
+    ),
+    "too many slots": (
+        {"row_slots": torch.zeros(6).int()},
+        r"^row_slots must have at most 1 elements for each of the 5 tokens, got shape \[6\]$",
+    ),
+    "fewer slots than rows": (
+        {"row_slots": torch.zeros(4).int()},
+        r"^expert_offsets must be at most the number of rows \(4\), got 5$",
+    ),
+    "wide slots": ({"row_slots": torch.zeros(5).long()}, r"^row_slots must be int32, got int64$"),
+    "slots of two dimensions": (
+        {"row_slots": torch.zeros(5, 1).int()},
+        r"^row_slots must have 1 dimension \[rows\], got shape \[5, 1\]$",
+    ),
+    "slots elsewhere": (
+        {"row_slots": torch.zeros(5, device="meta").int()},
+        r"^row_slots must be on cpu like rows, got meta$",
+    ),
+    "no slots per token": ({"row_slots": torch.zeros(0).int(), "top_k": 0}, r"^top_k must be at least 1, got 0$"),
     "w2 elsewhere": (
         {"w2_weight": torch.zeros(2, 8, 4, device="meta")},
         r"^w2_weight must be on cpu like rows, got meta$",
@@ -233,6 +290,8 @@ def test_opcheck(segments: list[int], dtype: torch.dtype) -> None:
     rows = torch.randn(sum(segments), 19).to(dtype)
     given = (rows, offsets_of(segments), *weights(2, 19, 8, dtype))
     torch.library.opcheck(torch.ops.zexpert.grouped_mlp.default, given)
+    slots = torch.arange(sum(segments)).int()
+    torch.library.opcheck(torch.ops.zexpert.grouped_mlp.default, (*given, slots, 1))
 
 
 def test_compiled_and_scripted() -> None:
@@ -242,3 +301,5 @@ def test_compiled_and_scripted() -> None:
         given = (torch.randn(sum(segments), 19), offsets_of(segments), *weights(2, 19, 8))
         for function in (compiled, scripted):
             assert_equal(function(*given), grouped_mlp(*given))
+            slots = torch.arange(sum(segments)).int().flip(0)
+            assert_equal(function(*given, slots, 1), grouped_mlp(*given, slots, 1))

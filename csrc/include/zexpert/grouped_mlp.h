@@ -26,10 +26,11 @@ inline int64_t few_rows_limit(ScalarType type, CpuCapability capability) {
 /// For every expert e with expert_offsets[e + 1] - expert_offsets[e] in [1, max_rows], for its rows r:
 ///   out[r] = (silu(rows[r] @ gate_e.T) * (rows[r] @ up_e.T)) @ down_e.T,  [gate_e; up_e] = w13[e], down_e = w2[e].
 /// Sums in float32 (float64 for float64 data); the activation stays in that type and the result is rounded once.
-/// Rows of other experts and rows past the last offset are neither read nor written.
+/// Rows of other experts and rows past the last offset are neither read nor written. With row_slots, rows[r] stands for
+/// tokens[row_slots[r] / top_k].
 /// Strides count elements.
 struct GroupedMlpParams {
-  const void* rows = nullptr;               ///< [num_rows, hidden_size]; unit inner stride
+  const void* rows = nullptr;  ///< [num_rows, hidden_size], with row_slots [num_tokens, hidden_size]; unit inner stride
   const int32_t* expert_offsets = nullptr;  ///< [num_experts + 1]; from 0, ascending, at most num_rows
   const void* w13_weight = nullptr;         ///< [num_experts, 2 * intermediate_size, hidden_size]; inner two contiguous
   const void* w2_weight = nullptr;          ///< [num_experts, hidden_size, intermediate_size]; inner two contiguous
@@ -43,10 +44,14 @@ struct GroupedMlpParams {
   int64_t out_row_stride = 0;
   int64_t w13_expert_stride = 0;
   int64_t w2_expert_stride = 0;
-  int64_t max_rows = INT64_MAX;  ///< segments with more rows are left to the caller
+  int64_t max_rows = INT64_MAX;        ///< segments with more rows are left to the caller
+  const int32_t* row_slots = nullptr;  ///< null, or [num_rows]; in [0, num_tokens * top_k) below the last offset
+  int64_t num_tokens = 0;
+  int64_t top_k = 1;
 };
 
-/// Throws Error, before anything is written, if expert_offsets is not an ascending sequence from 0 to at most num_rows.
+/// Throws Error, before anything is written, if expert_offsets is not an ascending sequence from 0 to at most num_rows,
+/// or an entry of row_slots is out of range.
 void grouped_mlp_cpu(const GroupedMlpParams& params);
 
 // Sizes that grouped_mlp_hopper takes.
@@ -74,7 +79,8 @@ inline int64_t hopper_tile_rows(int64_t num_rows, int64_t num_experts) {
 /// What grouped_mlp_hopper computes from, and where.
 struct GroupedMlpHopperParams {
   /// bfloat16 or float16; sizes as above; pointers aligned to 16 bytes, strides multiples of 8; pointers to device
-  /// memory. Offsets that do not ascend within the rows give segments without rows. max_rows is not looked at.
+  /// memory. Offsets that do not ascend within the rows give segments without rows. max_rows and row_slots are not
+  /// looked at.
   GroupedMlpParams mlp;
   int64_t tile_rows = 0;      ///< a multiple of 8 up to kHopperMaxTileRows; 0: hopper_tile_rows chooses
   void* workspace = nullptr;  ///< grouped_mlp_hopper_workspace_bytes of device memory, aligned to 256 bytes

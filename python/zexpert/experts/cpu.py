@@ -9,7 +9,7 @@ from zexpert.ops.types import DispatchPlan, RoutingResult
 
 
 class CpuExperts(MoEExperts):
-    """Gathers the tokens into one segment of rows per expert and runs each expert over its segment with grouped_mlp.
+    """Runs each expert over its tokens with grouped_mlp, which gathers them.
 
     Where experts or tokens are to have gradients, fused_moe does it all: its backward keeps the least.
     """
@@ -27,12 +27,13 @@ class CpuExperts(MoEExperts):
     ) -> Tensor:
         """[T * K, H] in the plan's order; rows past the last offset are unspecified."""
         top_k = routing.topk_ids.size(1)
-        rows = torch.ops.zexpert.moe_permute(hidden_states, plan.row_slots, plan.expert_offsets, top_k)
-        wants_gradients = rows.requires_grad or w13_weight.requires_grad or w2_weight.requires_grad
-        if wants_gradients and torch.is_grad_enabled() and not torch.jit.is_tracing():
+        if self.fuses_epilogue_for(hidden_states, w13_weight, w2_weight):
             # The backward reads gate_up instead of computing it again.
+            rows = torch.ops.zexpert.moe_permute(hidden_states, plan.row_slots, plan.expert_offsets, top_k)
             trained = torch.ops.zexpert.grouped_mlp_with_gate_up(rows, plan.expert_offsets, w13_weight, w2_weight)
             first: Tensor = trained[0]
             return first
-        output: Tensor = torch.ops.zexpert.grouped_mlp(rows, plan.expert_offsets, w13_weight, w2_weight)
+        output: Tensor = torch.ops.zexpert.grouped_mlp(
+            hidden_states, plan.expert_offsets, w13_weight, w2_weight, plan.row_slots, top_k
+        )
         return output

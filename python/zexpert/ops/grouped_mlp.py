@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Each expert's feed-forward network over its segment of rows."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -8,34 +10,55 @@ from zexpert.ops._autograd import Context, register_autograd, register_not_diffe
 from zexpert.ops._library import check_devices, register_fake
 
 
-def grouped_mlp(rows: Tensor, expert_offsets: Tensor, w13_weight: Tensor, w2_weight: Tensor) -> Tensor:
+def grouped_mlp(
+    rows: Tensor,
+    expert_offsets: Tensor,
+    w13_weight: Tensor,
+    w2_weight: Tensor,
+    row_slots: Tensor | None = None,
+    top_k: int = 1,
+) -> Tensor:
     """``(silu(x @ gate.T) * (x @ up.T)) @ down.T`` for every row x, with the weights of the row's expert.
 
     On the CPU an expert with few rows streams its weights through zexpert's own kernel; one with many goes through
     torch's matrix product, which rounds gate, up and activation to the data's type in between.
 
     Args:
-        rows: [M, H], any floating dtype, any strides; in the order of a DispatchPlan.
+        rows: [M, H], any floating dtype, any strides; in the order of a DispatchPlan. With row_slots, the tokens, [T, H].
         expert_offsets: [R + 1] int32, of the DispatchPlan: from 0, ascending, at most M.
         w13_weight: [R, 2F, H], type of rows: gate rows first, then up. May be a slice of more experts.
         w2_weight: [R, H, F], type of rows: down. May be a slice of more experts.
+        row_slots: [M] int32, of the DispatchPlan, or None. With it the result is that of
+            ``moe_permute(rows, row_slots, expert_offsets, top_k)``, bit for bit: tokens are gathered expert by expert,
+            and no tensor of size [M, H] is needed for them.
+        top_k: K, with row_slots.
 
     Returns:
         [M, H], type of rows. Rows past the last offset hold anything.
 
     Raises:
-        RuntimeError: an argument has a wrong device, dtype or shape; on the CPU, the offsets do not ascend from 0.
+        RuntimeError: an argument has a wrong device, dtype or shape; on the CPU, the offsets do not ascend from 0, or
+            an entry of row_slots is out of range.
 
     Source: SwiGLU experts, arXiv 2002.05202; grouped computation, MegaBlocks, arXiv 2211.15841.
     """
-    out: Tensor = torch.ops.zexpert.grouped_mlp(rows, expert_offsets, w13_weight, w2_weight)
+    out: Tensor = torch.ops.zexpert.grouped_mlp(rows, expert_offsets, w13_weight, w2_weight, row_slots, top_k)
     return out
 
 
 @register_fake("grouped_mlp")
-def _grouped_mlp_fake(rows: Tensor, expert_offsets: Tensor, w13_weight: Tensor, w2_weight: Tensor) -> Tensor:
-    check_devices("rows", rows, expert_offsets=expert_offsets, w13_weight=w13_weight, w2_weight=w2_weight)
-    return rows.new_empty(rows.shape)
+def _grouped_mlp_fake(
+    rows: Tensor,
+    expert_offsets: Tensor,
+    w13_weight: Tensor,
+    w2_weight: Tensor,
+    row_slots: Tensor | None = None,
+    top_k: int = 1,
+) -> Tensor:
+    check_devices(
+        "rows", rows, expert_offsets=expert_offsets, w13_weight=w13_weight, w2_weight=w2_weight, row_slots=row_slots
+    )
+    return rows.new_empty(((rows if row_slots is None else row_slots).shape[0], rows.shape[1]))
 
 
 def grouped_mlp_with_gate_up(
@@ -62,8 +85,23 @@ def _grouped_mlp_with_gate_up_fake(
     return rows.new_empty(rows.shape), rows.new_empty((rows.shape[0], w13_weight.shape[1]))
 
 
-def _setup_context(ctx: Context, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs, None)
+def _setup_context(ctx: Context, inputs: tuple[Any, ...], output: Tensor) -> None:
+    rows, expert_offsets, w13_weight, w2_weight, row_slots, ctx.top_k = inputs
+    ctx.save_for_backward(rows, expert_offsets, w13_weight, w2_weight, row_slots)
+
+
+def _backward(ctx: Context, grad_out: Tensor | None) -> tuple[Tensor | None, ...]:
+    tokens, expert_offsets, w13_weight, w2_weight, row_slots = ctx.saved_tensors
+    if row_slots is None:
+        return (*_gradients(ctx, grad_out, tokens, expert_offsets, w13_weight, w2_weight, None), None, None)
+    rows = torch.ops.zexpert.moe_permute(tokens, row_slots, expert_offsets, ctx.top_k)
+    grad_rows, *others = _gradients(ctx, grad_out, rows, expert_offsets, w13_weight, w2_weight, None)
+    grad_tokens = None
+    if grad_rows is not None:
+        grad_tokens = torch.ops.zexpert.moe_permute_backward(
+            grad_rows, row_slots, expert_offsets, tokens.shape[0], ctx.top_k
+        )
+    return grad_tokens, *others, None, None
 
 
 def _setup_context_with_gate_up(ctx: Context, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -72,15 +110,18 @@ def _setup_context_with_gate_up(ctx: Context, inputs: tuple[Tensor, ...], output
     ctx.save_for_backward(*inputs, gate_up)
 
 
-def _backward(
-    ctx: Context, grad_out: Tensor | None, _grad_gate_up: None = None
-) -> tuple[Tensor | None, None, Tensor | None, Tensor | None]:
+def _backward_with_gate_up(ctx: Context, grad_out: Tensor | None, _grad_gate_up: None) -> tuple[Tensor | None, ...]:
+    return _gradients(ctx, grad_out, *ctx.saved_tensors)
+
+
+def _gradients(ctx: Context, grad_out: Tensor | None, *saved: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Of rows, expert_offsets and both weights."""
     if grad_out is None:
         return None, None, None, None
-    needs_rows, _, needs_w13_weight, needs_w2_weight = ctx.needs_input_grad
+    needs_rows, _, needs_w13_weight, needs_w2_weight = ctx.needs_input_grad[:4]
     grad_rows, grad_w13_weight, grad_w2_weight = torch.ops.zexpert.grouped_mlp_backward(
         grad_out,
-        *ctx.saved_tensors,
+        *saved,
         needs_rows=needs_rows,
         needs_w13_weight=needs_w13_weight,
         needs_w2_weight=needs_w2_weight,
@@ -123,5 +164,5 @@ def _grouped_mlp_backward_fake(
 
 
 register_autograd("grouped_mlp", _setup_context, _backward)
-register_autograd("grouped_mlp_with_gate_up", _setup_context_with_gate_up, _backward)
+register_autograd("grouped_mlp_with_gate_up", _setup_context_with_gate_up, _backward_with_gate_up)
 register_not_differentiable("grouped_mlp_backward")
