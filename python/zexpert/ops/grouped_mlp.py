@@ -24,7 +24,7 @@ def grouped_mlp(
     torch's matrix product, which rounds gate, up and activation to the data's type in between.
 
     Args:
-        rows: [M, H], any floating dtype, any strides; in the order of a DispatchPlan. With row_slots, the tokens, [T, H].
+        rows: [M, H], any floating dtype, any strides; in the order of a DispatchPlan; with row_slots, tokens, [T, H].
         expert_offsets: [R + 1] int32, of the DispatchPlan: from 0, ascending, at most M.
         w13_weight: [R, 2F, H], type of rows: gate rows first, then up. May be a slice of more experts.
         w2_weight: [R, H, F], type of rows: down. May be a slice of more experts.
