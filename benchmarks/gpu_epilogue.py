@@ -25,7 +25,7 @@ TOKENS = (1, 16, 128, 1024, 16384, 65536)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--tokens", type=harness.positive_ints, default=list(TOKENS))
     parser.add_argument("--dtype", default="bfloat16", choices=harness.DTYPES)
     parser.add_argument("--repeats", type=harness.positive_int, default=20)

@@ -270,7 +270,7 @@ def run_rank(rank: int, options: argparse.Namespace, folder: str) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--tokens", type=harness.positive_ints, default=[64, 256, 4096, 16384], help="on each rank")
     parser.add_argument("--experts", type=int, default=512, help="real ones; half as many identity experts join them")

@@ -101,14 +101,11 @@ def run_case(
 
 def tile_rows(text: str) -> list[int]:
     """An argparse type: "0,64" as a list of what grouped_mlp_hopper takes as tile_rows."""
-    values = [int(part) for part in text.split(",")]
-    if any(value % 8 != 0 or not 0 <= value <= 288 for value in values):
-        raise ValueError("values must be multiples of 8 up to 288")
-    return values
+    return harness.integers(text, lambda value: value % 8 == 0 and 0 <= value <= 288, "multiples of 8 up to 288")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--shapes", type=harness.names_of(SHAPES), default=list(SHAPES), help="of " + ", ".join(SHAPES))
     parser.add_argument("--tokens", type=harness.positive_ints, default=list(TOKENS))
     parser.add_argument("--tile-rows", type=tile_rows, default=[0], help="choices of grouped_mlp_hopper's tile_rows")

@@ -28,7 +28,7 @@ SHAPES = {"longcat": MODELS["longcat-flash"], "lite": MODELS["lite"], "qwen3": M
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--shapes", type=harness.names_of(SHAPES), default=list(SHAPES), help="of " + ", ".join(SHAPES))
     parser.add_argument("--tokens", type=harness.positive_ints, default=list(TOKENS))
     parser.add_argument("--repeats", type=harness.positive_int, default=5)
@@ -55,10 +55,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
             harness.print_case(results[-1])
             torch.cuda.empty_cache()
+    settings = {"copy_bandwidth": limits.bandwidth, "matmul_rate": limits.rate}
+    code = harness.finish("gpu_layer", settings, results, options.json)
     if options.plot is not None:
         save_roofline(options.plot, results, limits, device_name=torch.cuda.get_device_name())
-    settings = {"copy_bandwidth": limits.bandwidth, "matmul_rate": limits.rate}
-    return harness.finish("gpu_layer", settings, results, options.json)
+    return code
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ def microseconds(result: CaseResult, name: str) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--tokens", type=harness.positive_ints, default=list(TOKENS))
     cases = harness.names_of(CASES)
     parser.add_argument("--cases", type=cases, default=list(CASES), help="expert counts, of " + ", ".join(CASES))

@@ -157,7 +157,7 @@ def layer_cases(tokens: Sequence[int], repeats: int, limits: harness.Limits) -> 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     cases = {"routing": routing_case, "epilogue": epilogue_case}
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parts = [*cases, "layer"]
     parser.add_argument("--parts", type=harness.names_of(parts), default=parts, help="of " + ", ".join(parts))
     parser.add_argument("--tokens", type=harness.positive_ints, default=list(TOKENS))

@@ -77,7 +77,7 @@ def with_tables(page: str, folder: Path) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     paths = [Path(argument) for argument in (sys.argv[1:] if arguments is None else arguments)]
-    if not paths:
+    if not paths or paths[0].name in ("-h", "--help"):
         print("usage: python benchmarks/markdown_tables.py FILE.json|PAGE.md [...]", file=sys.stderr)
         return 2
     for path in paths:

@@ -19,7 +19,7 @@ from zexpert.benchmark.plots import save_roofline
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("file", type=Path, metavar="FILE.json", help="what gpu_layer.py wrote")
     parser.add_argument("picture", type=Path, metavar="PICTURE.png")
     options = parser.parse_args(arguments)
@@ -30,8 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         results = [LayerResult.from_json(result) for result in benchmark["results"]]
     except (OSError, ValueError) as error:
         parser.error(f"cannot read {options.file}: {error}")
-    except KeyError as error:
-        parser.error(f"{options.file} is not gpu_layer.py's: it has no {error}")
+    except (KeyError, TypeError) as error:
+        parser.error(f"{options.file} is not gpu_layer.py's: {type(error).__name__}: {error}")
     save_roofline(options.picture, results, limits, device_name=gpu)
     return 0
 

@@ -44,7 +44,7 @@ def measure(student: ZedaQwen3MoE, teacher: ZedaQwen3MoE, tokens: Tensor) -> tup
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--target", type=float, default=3.0, help=f"networks per token, between 0 and {TOP_K}")
     parser.add_argument("--seed", type=int, default=0)

@@ -117,7 +117,7 @@ def serve(
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--requests", type=int, default=12)
     parser.add_argument("--places", type=int, default=4)
@@ -127,6 +127,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.device == "auto":
         options.device = "cuda" if torch.cuda.is_available() else "cpu"
     on_gpu = options.device.startswith("cuda")
+    if on_gpu and not torch.cuda.is_available():
+        parser.error(f"--device {options.device} needs a CUDA device: torch.cuda.is_available() is False")
 
     torch.manual_seed(0)
     model = Model(options.hidden_size, torch.bfloat16 if on_gpu else torch.float32).to(options.device).eval()

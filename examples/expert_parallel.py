@@ -76,7 +76,7 @@ def average_gradients(model: Block, mesh: DeviceMesh) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--data-ranks", type=int, default=1, help="rows of the mesh, each with all experts")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--checkpoint", type=Path, metavar="FOLDER", help="save the model there at the end")

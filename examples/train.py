@@ -48,7 +48,7 @@ def print_load(trainer: Trainer) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--text", type=Path, metavar="FILE", help="default: Python's own documentation strings")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--target", type=float, default=3.0, help=f"networks per byte, between 0 and {CONFIG.top_k}")

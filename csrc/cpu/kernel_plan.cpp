@@ -128,17 +128,23 @@ KernelPlan plan_grouped_mlp_on_cuda(const KernelQuery& query) {
     obstacle = obstacle_to_hopper(query);
     if (obstacle.empty()) {
       const bool knows_rows = query.num_experts && (query.num_rows || (query.num_tokens && query.top_k));
-      const std::string limit =
-          knows_rows ? "of up to " + std::to_string(hopper_tile_rows(total_rows(query), *query.num_experts)) + " rows"
-                     : "by the rows";
+      if (!knows_rows) {
+        return {query.op, "cuda", "grouped_mlp_hopper", "The rows of an expert decide on the tiles."};
+      }
+      const int64_t rows = hopper_tile_rows(total_rows(query), *query.num_experts);
+      const char* const weight_rows = rows <= kHopperTallTileRows ? "256" : "128";
       return {query.op, "cuda", "grouped_mlp_hopper",
-              "Tiles " + limit + " of an expert: few rows are bound by reading weights, many by the products."};
+              "Tiles of up to " + std::to_string(rows) + " rows of an expert by " + weight_rows +
+                  " of its weights: few rows are bound by reading weights, many by the products."};
     }
     obstacle = "The kernels for Hopper do not take " + obstacle + ": ";
   }
   const bool fits = query.dtype == "bfloat16" && query.hidden_size.value_or(8) % 8 == 0 &&
                     query.intermediate_size.value_or(8) % 8 == 0;
-  return fits ? KernelPlan{query.op, "torch", "grouped_mm", obstacle + "One grouped matrix product takes all experts."}
+  return fits ? KernelPlan{query.op, "torch", "grouped_mm",
+                           obstacle +
+                               "One grouped matrix product takes all experts; on GPUs of another compute "
+                               "capability than 9 and 10 torch takes them one by one."}
               : KernelPlan{query.op, "torch", "loop",
                            obstacle +
                                "Only bfloat16, with hidden and intermediate sizes that are multiples of 8, fits "

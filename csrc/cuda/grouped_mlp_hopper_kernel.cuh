@@ -106,7 +106,8 @@ __device__ __forceinline__ float silu_and_mul_of(float gate, float up) {
   return __fdividef(gate, 1.0F + __expf(-gate)) * up;
 }
 
-/// The producer: one thread. Its first stages' weights do not wait for the kernel that writes the rows.
+/// The producer: one thread. In the down product its first stages' weights do not wait for the kernel that writes the
+/// rows.
 template <Product kProduct, Tiles kTiles, int kMaxRows, int kStages>
 __device__ __forceinline__ void load_tiles(const ProductArguments& arguments, const Schedule& schedule,
                                            ProductMemory<kTiles, kMaxRows, kStages>& memory) {
@@ -389,12 +390,12 @@ __global__ void __launch_bounds__(kProductThreads, 1)
   if constexpr (kProduct == Product::kGateUp)
     wait_for_previous_kernels();
   for (int i = static_cast<int>(threadIdx.x); i <= arguments.num_experts; i += kProductThreads) {
-    memory.row_tile_starts[i] = arguments.row_tile_starts[i];
+    memory.row_tile_starts[i] = load_older(arguments.row_tile_starts + i);
   }
   __syncthreads();
 
   if (threadIdx.x < kConsumers) {
-    wait_for_previous_kernels();
+    wait_for_previous_kernels();  // which the gate and up product has
     let_next_kernel_start();
     ptx::raise_registers<kConsumerRegisters>();
     compute_tiles<T, kProduct>(arguments, memory);

@@ -65,6 +65,16 @@ ZEXPERT_HOST_DEVICE PartRows rows_of_part(int num_rows, int part, int num_parts)
   return {first_columns, rest > 0 ? rest : 0, rest > 0 ? round_up(rest, kRowStep) : kRowStep};
 }
 
+/// What a kernel wrote that had ended when the one before this was let start this one: also a kernel that has not yet
+/// waited for the one before may read it, but not from the first-level cache, where older values may be.
+ZEXPERT_HOST_DEVICE int load_older(const int* pointer) {
+#ifdef __CUDA_ARCH__
+  return __ldcg(pointer);
+#else
+  return *pointer;
+#endif
+}
+
 /// The work of one product, computed from the experts' offsets. Either blocks have whole tiles, or, where these are few
 /// and a last round of them could leave most blocks idle, the steps of all tiles together are divided equally among
 /// the blocks: then a block may have the end of one tile, whole ones, and the beginning of another.
@@ -99,8 +109,8 @@ struct Schedule {
     }
     work.expert = low;
 
-    const int segment_begin = expert_offsets[low];
-    const int segment_rows = expert_offsets[low + 1] - segment_begin;
+    const int segment_begin = load_older(expert_offsets + low);
+    const int segment_rows = load_older(expert_offsets + low + 1) - segment_begin;
     const int num_row_tiles = row_tile_starts[low + 1] - row_tile_starts[low];
     const int rows_per_tile = round_up((segment_rows + num_row_tiles - 1) / num_row_tiles, kRowStep);
     int index_in_group = tile - row_tile_starts[low] * num_weight_tiles;

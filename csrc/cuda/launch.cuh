@@ -31,9 +31,9 @@ inline int device_attribute(cudaDeviceAttr attribute) {
 inline int num_multiprocessors() { return device_attribute(cudaDevAttrMultiProcessorCount); }
 
 /// Every kernel that launch() starts calls it before it touches device memory: what earlier kernels of the stream wrote
-/// is visible after it. Every thread calls it, also one that has nothing to do, so that a kernel's end implies the end
-/// of all before it. Loads that may be hoisted above it or served from a stale read-only cache (__ldg) have no place in
-/// such kernels.
+/// is visible after it. Every thread that a block's end waits for calls it, so that a kernel's end implies the end of
+/// all before it. Only what the kernel before has waited for by itself may be read earlier, past the first-level cache.
+/// Loads that may be hoisted above it or served from a stale read-only cache (__ldg) have no place in such kernels.
 __device__ __forceinline__ void wait_for_previous_kernels() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");

@@ -18,7 +18,8 @@ std::tuple<Tensor, Tensor> run_experts(const FusedMoeTensors& args) {
   auto [results, gate_up] =
       grouped_mlp_with_gate_up(args.hidden_states, args.expert_offsets, args.w13_weight, args.w2_weight,
                                &run_experts_keeping_gate_up, {args.row_slots, args.topk_weights.size(1)});
-  // What lies past the last offset has no values: the epilogue takes a slot that names it for the error it is.
+  // What lies past the last offset has no values: the epilogue takes a slot that names it for the error it is. Without
+  // tokens nothing has looked at the offsets yet.
   const int64_t num_rows = last_offset(as_contiguous(args.expert_offsets), results.size(0));
   return {torch::stable::narrow(results, 0, 0, num_rows), gate_up};
 }

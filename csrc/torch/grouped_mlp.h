@@ -11,19 +11,36 @@
 
 HIDDEN_NAMESPACE_BEGIN(zexpert, ops)
 
+/// Which token each row is, where an op is given tokens instead of rows.
+struct TokensOfRows {
+  std::optional<Tensor> row_slots;  ///< [rows]; row r is token row_slots[r] / top_k
+  int64_t top_k = 1;
+
+  int64_t num_rows(const Tensor& rows) const { return row_slots ? row_slots->size(0) : rows.size(0); }
+};
+
 /// `name` is what the op calls its rows.
 inline void check_grouped_mlp(const Tensor& rows, const Tensor& expert_offsets, const Tensor& w13_weight,
-                              const Tensor& w2_weight, const char* name = "rows") {
+                              const Tensor& w2_weight, const char* name = "rows", const TokensOfRows& tokens = {}) {
   check_device(expert_offsets, "expert_offsets", rows, name);
   check_device(w13_weight, "w13_weight", rows, name);
   check_device(w2_weight, "w2_weight", rows, name);
+  if (tokens.row_slots) {
+    check_device(*tokens.row_slots, "row_slots", rows, name);
+  }
   check_floating(rows, name);
   check_dtype(expert_offsets, "expert_offsets", DType::Int);
   check_dtype(w13_weight, "w13_weight", rows.scalar_type(), rows, name);
   check_dtype(w2_weight, "w2_weight", rows.scalar_type(), rows, name);
+  if (tokens.row_slots) {
+    check_dtype(*tokens.row_slots, "row_slots", DType::Int);
+  }
   check_dims(rows, name, 2, "[rows, hidden_size]");
   check_expert_offsets_dims(expert_offsets);
   check_dims(w13_weight, "w13_weight", 3, "[experts, 2 * intermediate_size, hidden_size]");
+  if (tokens.row_slots) {
+    check_dims(*tokens.row_slots, "row_slots", 1, "[rows]");
+  }
   const int64_t num_experts = expert_offsets.size(0) - 1;
   const int64_t hidden_size = rows.size(1);
   const int64_t intermediate_size = w13_weight.size(1) / 2;
@@ -33,25 +50,11 @@ inline void check_grouped_mlp(const Tensor& rows, const Tensor& expert_offsets, 
               "[experts, 2 * intermediate_size, hidden_size]");
   check_shape(w2_weight, "w2_weight", {num_experts, hidden_size, intermediate_size},
               "[experts, hidden_size, intermediate_size]");
-}
-
-/// Which token each row is, where an op is given tokens instead of rows.
-struct TokensOfRows {
-  std::optional<Tensor> row_slots = std::nullopt;  ///< [rows]; row r is token row_slots[r] / top_k
-  int64_t top_k = 1;
-
-  void check(const Tensor& tokens) const {
-    ZEXPERT_CHECK(top_k >= 1, "top_k must be at least 1, got ", top_k);
-    if (row_slots) {
-      check_device(*row_slots, "row_slots", tokens, "rows");
-      check_dtype(*row_slots, "row_slots", DType::Int);
-      check_dims(*row_slots, "row_slots", 1, "[rows]");
-      check_row_slots_size(*row_slots, tokens.size(0), top_k);
-    }
+  if (tokens.row_slots) {
+    ZEXPERT_CHECK(tokens.top_k >= 1, "top_k must be at least 1, got ", tokens.top_k);
+    check_row_slots_size(*tokens.row_slots, rows.size(0), tokens.top_k);
   }
-
-  int64_t num_rows(const Tensor& rows) const { return row_slots ? row_slots->size(0) : rows.size(0); }
-};
+}
 
 /// Checked arguments in the layout that kernels take, and parameters that point at them and lack the output.
 struct GroupedMlpInputs {
@@ -95,8 +98,7 @@ struct GroupedMlpInputs {
 template <typename Launch>
 Tensor grouped_mlp(const Tensor& rows, const Tensor& expert_offsets, const Tensor& w13_weight, const Tensor& w2_weight,
                    const Launch& launch, const TokensOfRows& tokens = {}) {
-  check_grouped_mlp(rows, expert_offsets, w13_weight, w2_weight);
-  tokens.check(rows);
+  check_grouped_mlp(rows, expert_offsets, w13_weight, w2_weight, "rows", tokens);
   const Tensor out = empty({tokens.num_rows(rows), rows.size(1)}, rows.scalar_type(), rows);
   if (out.numel() > 0) {
     GroupedMlpInputs inputs(rows, expert_offsets, w13_weight, w2_weight, tokens);
@@ -113,7 +115,7 @@ template <typename Launch>
 std::tuple<Tensor, Tensor> grouped_mlp_with_gate_up(const Tensor& rows, const Tensor& expert_offsets,
                                                     const Tensor& w13_weight, const Tensor& w2_weight,
                                                     const Launch& launch, const TokensOfRows& tokens = {}) {
-  check_grouped_mlp(rows, expert_offsets, w13_weight, w2_weight);
+  check_grouped_mlp(rows, expert_offsets, w13_weight, w2_weight, "rows", tokens);
   const int64_t num_rows = tokens.num_rows(rows);
   const Tensor out = empty({num_rows, rows.size(1)}, rows.scalar_type(), rows);
   const Tensor gate_up = empty({num_rows, w13_weight.size(1)}, rows.scalar_type(), rows);

@@ -83,9 +83,12 @@ def test_only_zero_experts_chosen() -> None:
     torch.testing.assert_close(layer(hidden_states, router_logits), 4.5 * hidden_states)  # 6 of 8 zero experts, times 6
 
 
+@pytest.mark.parametrize("experts_backend", ["auto", "grouped_mm"])  # on Hopper two
 @pytest.mark.parametrize("compile_it", [False, True], ids=["eager", "compiled"])
-def test_no_host_synchronisation_and_a_graph_that_replays_with_other_data(compile_it: bool) -> None:
-    layer = wide_layer()
+def test_no_host_synchronisation_and_a_graph_that_replays_with_other_data(
+    compile_it: bool, experts_backend: str
+) -> None:
+    layer = wide_layer(experts_backend=experts_backend)
     run = torch.compile(layer, fullgraph=True, dynamic=False) if compile_it else layer
     inputs = wide_inputs(64)
     with torch.no_grad():
@@ -111,9 +114,10 @@ def test_no_host_synchronisation_and_a_graph_that_replays_with_other_data(compil
             assert_output(layer, out, *fresh)
 
 
+@pytest.mark.parametrize("experts_backend", ["auto", "grouped_mm"])
 @pytest.mark.parametrize("num_tokens", [1, 8, 64, 256])
-def test_captured_decoding_with_garbage_in_the_rows_that_pad(num_tokens: int) -> None:
-    layer = wide_layer()
+def test_captured_decoding_with_garbage_in_the_rows_that_pad(num_tokens: int, experts_backend: str) -> None:
+    layer = wide_layer(experts_backend=experts_backend)
     inputs = wide_inputs(num_tokens)
     with torch.no_grad():
         out = layer(*inputs)

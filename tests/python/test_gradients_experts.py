@@ -55,6 +55,22 @@ def test_grouped_mlp_of_tokens(needs: tuple[bool, ...]) -> None:
             assert_equal(actual, expected)
 
 
+@pytest.mark.parametrize("left_out", [2, 1, 0])
+def test_grouped_mlp_with_arguments_left_out(left_out: int) -> None:
+    plan, num_rows = make_plan()
+    rows, w13, w2 = (tensor.requires_grad_() for tensor in mlp_inputs(T * K))
+    upstream = torch.randn(num_rows, H, dtype=torch.float64)
+
+    def gradients(*more: object) -> tuple[Tensor, ...]:
+        out = torch.ops.zexpert.grouped_mlp(rows, plan.expert_offsets, w13, w2, *more)
+        return torch.autograd.grad(out[:num_rows], (rows, w13, w2), upstream)
+
+    own_slots = torch.arange(T * K, dtype=torch.int32)
+    for more in ((None, 1), (own_slots, 1)):
+        for actual, expected in zip(gradients(*more[: 2 - left_out]), gradients(), strict=True):
+            assert_equal(actual, expected)
+
+
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
 @pytest.mark.parametrize("name", GROUPED_MLPS)
 def test_grouped_mlp_by_the_error_rule(name: str, dtype: torch.dtype) -> None:
@@ -212,6 +228,20 @@ def test_fused_moe_refuses_slots_past_the_last_offset() -> None:
     slot_rows[0, 0] = num_rows
     with pytest.raises(RuntimeError, match=rf"^slot_rows must lie in \[-1, {num_rows}\), got {num_rows}$"):
         ops.fused_moe(**plan._replace(slot_rows=slot_rows)._asdict(), **fused_inputs())
+
+
+@pytest.mark.parametrize(
+    ("offsets", "message"),
+    [
+        ([0, 2, 4, 4, 22], r"^expert_offsets must be at most the number of rows \(21\), got 22$"),
+        ([0, 2, 4, 4, -1], r"^expert_offsets must ascend, got -1 after 4$"),
+    ],
+)
+def test_fused_moe_refuses_bad_offsets(offsets: list[int], message: str) -> None:
+    plan, _ = make_plan()
+    plan = plan._replace(expert_offsets=torch.tensor(offsets, dtype=torch.int32))
+    with pytest.raises(RuntimeError, match=message):
+        ops.fused_moe(**plan._asdict(), **fused_inputs())
 
 
 def test_fused_moe_gradients_are_those_of_its_parts() -> None:

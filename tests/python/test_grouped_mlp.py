@@ -260,6 +260,10 @@ BAD_INPUT = {
         {"row_slots": torch.zeros(4).int()},
         r"^expert_offsets must be at most the number of rows \(4\), got 5$",
     ),
+    "no slots per token but wide ones": (
+        {"row_slots": torch.zeros(5).long(), "top_k": 0},
+        r"^row_slots must be int32, got int64$",
+    ),
     "wide slots": ({"row_slots": torch.zeros(5).long()}, r"^row_slots must be int32, got int64$"),
     "slots of two dimensions": (
         {"row_slots": torch.zeros(5, 1).int()},

@@ -183,13 +183,17 @@ def test_cuda(op: str, sizes: dict[str, Any], backend: str, kernel: str) -> None
 @pytest.mark.parametrize(
     ("more", "kernel", "reason"),
     [
-        ({}, "grouped_mlp_hopper", r"^Tiles of up to 64 rows of an expert"),
+        ({}, "grouped_mlp_hopper", r"^Tiles of up to 64 rows of an expert by 256 of its weights: "),
         ({"num_rows": 1024 * 12}, "grouped_mlp_hopper", r"^Tiles of up to 160 rows of an expert"),
-        ({"num_rows": 2048 * 12}, "grouped_mlp_hopper", r"^Tiles of up to 288 rows of an expert"),
+        (
+            {"num_rows": 2048 * 12},
+            "grouped_mlp_hopper",
+            r"^Tiles of up to 288 rows of an expert by 128 of its weights: ",
+        ),
         ({"num_rows": 4096 * 12}, "grouped_mlp_hopper", r"^Tiles of up to 160 rows of an expert"),
         ({"dtype": "float16"}, "grouped_mlp_hopper", r"^Tiles "),
-        ({"num_rows": None}, "grouped_mlp_hopper", r"^Tiles by the rows of an expert: "),
-        ({"num_experts": None}, "grouped_mlp_hopper", r"^Tiles by the rows of an expert: "),
+        ({"num_rows": None}, "grouped_mlp_hopper", r"^The rows of an expert decide on the tiles\.$"),
+        ({"num_experts": None}, "grouped_mlp_hopper", r"^The rows of an expert decide on the tiles\.$"),
         (
             {"hidden_size": 72},
             "grouped_mm",

@@ -27,6 +27,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from zexpert._info import build_info
 from zexpert.benchmark import cuda
 from zexpert.benchmark.timing import Timing
 
@@ -243,6 +244,7 @@ def environment() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "last_level_cache_bytes": last_level_cache_bytes(),
         "system": platform.platform(),
+        "git_revision": build_info()["git_revision"],
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "versions": versions,
     }
@@ -405,18 +407,27 @@ def finish(benchmark: str, settings: Mapping[str, Any], results: Sequence[CaseRe
     return 1 if wrong else 0
 
 
+def integers(text: str, is_right: Callable[[int], bool], what: str) -> list[int]:
+    """ "1,16,512" as a list, for argparse types: every number must be right, that is, be `what`."""
+    try:
+        values = [int(part) for part in text.split(",")]
+    except ValueError:
+        values = []
+    if not values or not all(map(is_right, values)):
+        raise argparse.ArgumentTypeError(f"must be {what}, separated by commas, got {text!r}")
+    return values
+
+
 def positive_ints(text: str) -> list[int]:
     """An argparse type: "1,16,512" as a list of positive integers."""
-    values = [int(part) for part in text.split(",")]
-    if any(value < 1 for value in values):
-        raise ValueError("values must be positive")
-    return values
+    return integers(text, lambda value: value >= 1, "positive integers")
 
 
 def positive_int(text: str) -> int:
     """An argparse type."""
-    (value,) = positive_ints(text)
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a positive integer, got {text!r}")
+    return int(text)
 
 
 def names_of(choices: Collection[str]) -> Callable[[str], list[str]]:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from collections.abc import Iterator
@@ -38,7 +39,7 @@ def fail(message: str) -> typer.Exit:
 def parse_positive_ints(option: str, text: str) -> list[int]:
     try:
         return harness.positive_ints(text)
-    except ValueError:
+    except argparse.ArgumentTypeError:
         raise fail(f'{option} must be positive integers with commas between, such as 1,16,256, got "{text}"') from None
 
 

@@ -10,8 +10,9 @@ from zexpert.ops.types import DispatchPlan, RoutingResult
 
 class GroupedMMExperts(MoEExperts):
     """Gathers the tokens into one segment of rows per expert and multiplies all segments by their experts' weights at
-    once, with torch's grouped_mm. Slots of zero experts are in no segment. Nothing waits for the host, so a CUDA graph
-    captures it; differentiable in hidden_states, the weights and topk_weights.
+    once, with torch's grouped_mm. Slots of zero experts are in no segment. On GPUs of compute capability 9 and 10
+    nothing waits for the host, so a CUDA graph captures it; for others torch multiplies segment by segment.
+    Differentiable in hidden_states, the weights and topk_weights.
 
     Takes bfloat16, with hidden and intermediate sizes that are multiples of 8, as torch's grouped_mm asks.
     """

@@ -30,8 +30,8 @@ def grouped_mlp(
         w2_weight: [R, H, F], type of rows: down. May be a slice of more experts.
         row_slots: [M] int32, of the DispatchPlan, or None. With it the result is that of
             ``moe_permute(rows, row_slots, expert_offsets, top_k)``, bit for bit: tokens are gathered expert by expert,
-            and no tensor of size [M, H] is needed for them.
-        top_k: K, with row_slots.
+            and only the backward makes an [M, H] of them.
+        top_k: K; only read with row_slots.
 
     Returns:
         [M, H], type of rows. Rows past the last offset hold anything.
@@ -58,7 +58,7 @@ def _grouped_mlp_fake(
     check_devices(
         "rows", rows, expert_offsets=expert_offsets, w13_weight=w13_weight, w2_weight=w2_weight, row_slots=row_slots
     )
-    return rows.new_empty(((rows if row_slots is None else row_slots).shape[0], rows.shape[1]))
+    return rows.new_empty(((rows if row_slots is None else row_slots).size(0), rows.shape[1]))
 
 
 def grouped_mlp_with_gate_up(
@@ -91,6 +91,8 @@ def _setup_context(ctx: Context, inputs: tuple[Any, ...], output: Tensor) -> Non
 
 
 def _backward(ctx: Context, grad_out: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad_out is None:
+        return (None,) * 6
     tokens, expert_offsets, w13_weight, w2_weight, row_slots = ctx.saved_tensors
     if row_slots is None:
         return (*_gradients(ctx, grad_out, tokens, expert_offsets, w13_weight, w2_weight, None), None, None)

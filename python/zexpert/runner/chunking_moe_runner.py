@@ -11,8 +11,8 @@ from zexpert.runner.moe_runner_base import MoERunnerBase
 
 
 class ChunkingMoERunner(MoERunnerBase):
-    """Takes the tokens through the experts in chunks, so that what grows with tokens times experts per token, the rows
-    of moe_permute and of the experts, is bounded by chunk_size. Any number of tokens goes, 0 included.
+    """Takes the tokens through the experts in chunks, so that what grows with tokens times experts per token, the
+    experts' rows, is bounded by chunk_size. Any number of tokens goes, 0 included.
 
     All tokens are routed at once, since routing needs little memory: the choice, what a capture callback sees and the
     replicas of an expert map are those of DefaultMoERunner bit for bit. The output is too, but for what a
