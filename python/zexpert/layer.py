@@ -317,15 +317,14 @@ class FusedMoE(nn.Module):
                     w2_weight.to(dtype),
                 )
                 constant_vectors = None if constant_vectors is None else constant_vectors.to(dtype)
+        shape = hidden_states.shape
+        if hidden_states.dim() != 2:
+            hidden_states = hidden_states.reshape(-1, self.hidden_size)
+            router_logits = router_logits.reshape(-1, router_logits.size(-1))
         out: Tensor = self.runner(
-            hidden_states.reshape(-1, self.hidden_size),
-            router_logits.reshape(-1, router_logits.size(-1)),
-            w13_weight,
-            w2_weight,
-            self.constant_gate_weight,
-            constant_vectors,
+            hidden_states, router_logits, w13_weight, w2_weight, self.constant_gate_weight, constant_vectors
         )
-        return out.reshape(hidden_states.shape)
+        return out if len(shape) == 2 else out.reshape(shape)
 
     def extra_repr(self) -> str:
         return (

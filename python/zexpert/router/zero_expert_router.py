@@ -77,14 +77,15 @@ class ZeroExpertRouter(BiasedTopKRouter):
     def _observe(self, hidden_states: Tensor, routing: RoutingResult) -> None:
         if not torch.jit.is_scripting():
             if not torch.compiler.is_compiling():
-                self._last_routing = (hidden_states, routing.zero_weight)
+                # Not through nn.Module, which would look for parameters: this is done at every call.
+                self.__dict__["_last_routing"] = (hidden_states, routing.zero_weight)
             if self._capture_fn is not None:
                 self._capture_fn(routing)
 
     def forget_routing(self) -> None:
         """See FusedMoERouter.forget_routing."""
         if not torch.compiler.is_compiling():
-            self._last_routing = None
+            self.__dict__["_last_routing"] = None
 
     @property
     def zero_expert_output(self) -> Tensor | None:

@@ -58,12 +58,10 @@ class MoERunnerBase(MoERunner):
     def _in_dtype_for(self, hidden_states: Tensor, routing: RoutingResult) -> RoutingResult:
         """The routing with weights in the dtype that the data's dtype goes with."""
         weight_dtype = torch.float64 if hidden_states.dtype == torch.float64 else torch.float32
-        return RoutingResult(
-            routing.topk_weights.to(weight_dtype),
-            routing.topk_ids,
-            routing.zero_weight.to(weight_dtype),
-            routing.constant_weight.to(weight_dtype),
-        )
+        weights, ids, zero, constant = routing
+        if weights.dtype == weight_dtype and zero.dtype == weight_dtype and constant.dtype == weight_dtype:
+            return routing
+        return RoutingResult(weights.to(weight_dtype), ids, zero.to(weight_dtype), constant.to(weight_dtype))
 
     def _run(
         self,
