@@ -9,6 +9,7 @@ Prints the tables of a JSON file. In a page, such as docs/performance.md, writes
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import sys
@@ -76,11 +77,9 @@ def with_tables(page: str, folder: Path) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    paths = [Path(argument) for argument in (sys.argv[1:] if arguments is None else arguments)]
-    if not paths or paths[0].name in ("-h", "--help"):
-        print("usage: python benchmarks/markdown_tables.py FILE.json|PAGE.md [...]", file=sys.stderr)
-        return 2
-    for path in paths:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("paths", type=Path, nargs="+", metavar="FILE.json|PAGE.md")
+    for path in parser.parse_args(arguments).paths:
         try:
             if path.suffix == ".md":
                 path.write_text(with_tables(path.read_text(), path.parent))

@@ -6,6 +6,7 @@
 #include <initializer_list>
 #include <utility>
 
+#include "cpu/expert_offsets.h"
 #include "cpu/index_range.h"
 #include "zexpert/error.h"
 
@@ -34,6 +35,15 @@ void check_row_slots(const Params& params, int64_t num_rows) {
   const int64_t bad = find_out_of_range(params.row_slots, num_rows, 0, num_slots);
   ZEXPERT_CHECK(bad < 0, "row_slots must lie in [0, ", num_slots, ") below the last offset, got ",
                 params.row_slots[bad]);
+}
+
+/// The offsets of grouped_mlp, and its row_slots if it has them.
+template <typename Params>
+void check_expert_rows(const Params& params) {
+  check_expert_offsets(params.expert_offsets, params.num_experts, params.num_rows);
+  if (params.row_slots != nullptr) {
+    check_row_slots(params, params.expert_offsets[params.num_experts]);
+  }
 }
 
 }  // namespace zexpert

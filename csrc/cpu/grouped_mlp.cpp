@@ -8,7 +8,6 @@
 
 #include "cpu/aligned_array.h"
 #include "cpu/check_params.h"
-#include "cpu/expert_offsets.h"
 #include "zexpert/parallel.h"
 
 namespace zexpert {
@@ -85,12 +84,8 @@ void grouped_mlp_cpu(const GroupedMlpParams& params) {
                {"hidden_size", params.hidden_size},
                {"intermediate_size", params.intermediate_size}});
   check_pointers({{"expert_offsets", params.expert_offsets}});
-  check_expert_offsets(params.expert_offsets, params.num_experts, params.num_rows);
-  const int64_t num_rows = params.expert_offsets[params.num_experts];
-  if (params.row_slots != nullptr) {
-    check_row_slots(params, num_rows);
-  }
-  if (params.hidden_size == 0 || num_rows == 0) {
+  check_expert_rows(params);
+  if (params.hidden_size == 0 || params.expert_offsets[params.num_experts] == 0) {
     return;
   }
   check_pointers({{"rows", params.rows}, {"out", params.out}});

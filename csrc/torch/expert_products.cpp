@@ -39,14 +39,6 @@ void gather_tokens(const GroupedMlpParams& mlp, const void* tokens, int64_t row_
   moe_permute_cpu(params);
 }
 
-/// What multiply_experts and differentiate_experts ask of the offsets and row_slots.
-void check_rows(const GroupedMlpParams& params) {
-  check_expert_offsets(params.expert_offsets, params.num_experts, params.num_rows);
-  if (params.row_slots != nullptr) {
-    check_row_slots(params, params.expert_offsets[params.num_experts]);
-  }
-}
-
 /// Memory for one expert's rows, written anew for every expert.
 struct Scratch {
   Scratch(const GroupedMlpBackwardParams& params, const Tensor& like) {
@@ -231,7 +223,7 @@ void multiply_experts(const GroupedMlpParams& params, int64_t min_rows, const Te
 }
 
 void run_experts_keeping_gate_up(const GroupedMlpParams& params, const Tensor& gate_up) {
-  check_rows(params);
+  check_expert_rows(params);
   if (params.intermediate_size == 0) {
     grouped_mlp_cpu(params);
   } else if (params.hidden_size == 0) {
@@ -245,7 +237,7 @@ void differentiate_experts(const GroupedMlpBackwardParams& params, const SlotWei
                            const GroupedMlpGradients& gradients) {
   const GroupedMlpParams& forward = params.forward;
   const int32_t* offsets = forward.expert_offsets;
-  check_rows(forward);
+  check_expert_rows(forward);
   ExpertDerivatives derivatives(params, weights, gradients);
   for (int64_t expert = 0; expert < forward.num_experts; ++expert) {
     if (offsets[expert] < offsets[expert + 1]) {

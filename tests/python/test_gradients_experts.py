@@ -55,20 +55,21 @@ def test_grouped_mlp_of_tokens(needs: tuple[bool, ...]) -> None:
             assert_equal(actual, expected)
 
 
-@pytest.mark.parametrize("left_out", [2, 1, 0])
-def test_grouped_mlp_with_arguments_left_out(left_out: int) -> None:
+@pytest.mark.parametrize("given", [(), (None,), (None, 1), ("slots",), ("slots", 1)], ids=str)
+def test_grouped_mlp_with_arguments_left_out(given: tuple[object, ...]) -> None:
     plan, num_rows = make_plan()
     rows, w13, w2 = (tensor.requires_grad_() for tensor in mlp_inputs(T * K))
     upstream = torch.randn(num_rows, H, dtype=torch.float64)
 
-    def gradients(*more: object) -> tuple[Tensor, ...]:
-        out = torch.ops.zexpert.grouped_mlp(rows, plan.expert_offsets, w13, w2, *more)
+    def gradients(out: Tensor) -> tuple[Tensor, ...]:
         return torch.autograd.grad(out[:num_rows], (rows, w13, w2), upstream)
 
     own_slots = torch.arange(T * K, dtype=torch.int32)
-    for more in ((None, 1), (own_slots, 1)):
-        for actual, expected in zip(gradients(*more[: 2 - left_out]), gradients(), strict=True):
-            assert_equal(actual, expected)
+    more = [own_slots if argument == "slots" else argument for argument in given]
+    left_out = torch.ops.zexpert.grouped_mlp(rows, plan.expert_offsets, w13, w2, *more)
+    whole = ops.grouped_mlp(rows, plan.expert_offsets, w13, w2)  # hands all six over
+    for actual, expected in zip(gradients(left_out), gradients(whole), strict=True):
+        assert_equal(actual, expected)
 
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)

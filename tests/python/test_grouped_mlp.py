@@ -160,12 +160,12 @@ def test_gathers_tokens(num_tokens: int, hidden_size: int, dtype: torch.dtype) -
 
 def test_slots_past_the_last_offset_are_not_read() -> None:
     expert_offsets = offsets_of([3, 20])
-    row_slots = torch.arange(30, dtype=torch.int32) % 24
+    row_slots = torch.arange(24, dtype=torch.int32)
     tokens = torch.randn(12, 40)
     given = weights(2, 40, 24)
     expected = grouped_mlp(tokens, expert_offsets, *given, row_slots[:23], 2)
-    row_slots[23:] = -1
-    assert_equal(grouped_mlp(tokens[:12], expert_offsets, *given, row_slots[:24], 2)[:23], expected)
+    row_slots[23] = -1
+    assert_equal(grouped_mlp(tokens, expert_offsets, *given, row_slots, 2)[:23], expected)
 
 
 def test_gradients_are_not_recorded_inside() -> None:

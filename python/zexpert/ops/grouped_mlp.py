@@ -93,17 +93,14 @@ def _setup_context(ctx: Context, inputs: tuple[Any, ...], output: Tensor) -> Non
 def _backward(ctx: Context, grad_out: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad_out is None:
         return (None,) * 6
-    tokens, expert_offsets, w13_weight, w2_weight, row_slots = ctx.saved_tensors
-    if row_slots is None:
-        return (*_gradients(ctx, grad_out, tokens, expert_offsets, w13_weight, w2_weight, None), None, None)
-    rows = torch.ops.zexpert.moe_permute(tokens, row_slots, expert_offsets, ctx.top_k)
+    rows, expert_offsets, w13_weight, w2_weight, row_slots = ctx.saved_tensors
+    num_tokens = rows.shape[0]
+    if row_slots is not None:
+        rows = torch.ops.zexpert.moe_permute(rows, row_slots, expert_offsets, ctx.top_k)
     grad_rows, *others = _gradients(ctx, grad_out, rows, expert_offsets, w13_weight, w2_weight, None)
-    grad_tokens = None
-    if grad_rows is not None:
-        grad_tokens = torch.ops.zexpert.moe_permute_backward(
-            grad_rows, row_slots, expert_offsets, tokens.shape[0], ctx.top_k
-        )
-    return grad_tokens, *others, None, None
+    if row_slots is not None and grad_rows is not None:
+        grad_rows = torch.ops.zexpert.moe_permute_backward(grad_rows, row_slots, expert_offsets, num_tokens, ctx.top_k)
+    return grad_rows, *others, None, None
 
 
 def _setup_context_with_gate_up(ctx: Context, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
