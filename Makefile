@@ -45,7 +45,7 @@ test-python: $(INSTALLED) ## run the Python tests (PYTEST_ARGS="-k router")
 
 .PHONY: test-cpp
 test-cpp: $(INSTALLED) ## build with CMake, warnings as errors, and run the C++ tests
-	@third_party/check_system.sh python googletest
+	@tests/requirements/check_system.sh python googletest
 	cmake -S . -B $(CMAKE_BUILD) -G Ninja -DZEXPERT_TORCH=ON -DZEXPERT_CUDA=OFF \
 	  -DCMAKE_PREFIX_PATH="$$(python -c 'import torch; print(torch.utils.cmake_prefix_path)')"
 	cmake --build $(CMAKE_BUILD) --parallel $(JOBS)
@@ -98,7 +98,7 @@ test-sglang: $(SGLANG_TOOLS) wheel ## test the SGLang plugin against SGLang itse
 
 .PHONY: test-sanitize
 test-sanitize: $(TOOLS) ## run the C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer
-	@third_party/check_system.sh python googletest
+	@tests/requirements/check_system.sh python googletest
 	cmake -S . -B $(SANITIZE_BUILD) -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo \
 	  -DZEXPERT_SANITIZE=address,undefined -DZEXPERT_TORCH=OFF -DZEXPERT_CUDA=OFF
 	cmake --build $(SANITIZE_BUILD) --parallel $(JOBS)
@@ -161,18 +161,18 @@ clean: ## remove what was built, but for the environments
 distclean: clean ## remove the environments as well
 	rm -rf .venv .venv-cuda .venv-oldest .venv-vllm .venv-sglang
 
-$(TOOLS): third_party/requirements-dev.txt
-	@third_party/check_system.sh $(PYTHON)
+$(TOOLS): tests/requirements/dev.txt
+	@tests/requirements/check_system.sh $(PYTHON)
 	@test -x .venv/bin/python || $(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --quiet -r $<
 	@touch $@
 
-$(DOCS_TOOLS): .venv/%.stamp: third_party/requirements-%.txt $(TOOLS)
+$(DOCS_TOOLS): .venv/%.stamp: tests/requirements/%.txt $(TOOLS)
 	python -m pip install --quiet -r $<
 	@touch $@
 
-$(CUDA_TOOLS) $(OLDEST_TOOLS) $(VLLM_TOOLS) $(SGLANG_TOOLS): .venv-%/tools.stamp: third_party/requirements-%.txt
-	@third_party/check_system.sh $(PYTHON)
+$(CUDA_TOOLS) $(OLDEST_TOOLS) $(VLLM_TOOLS) $(SGLANG_TOOLS): .venv-%/tools.stamp: tests/requirements/%.txt
+	@tests/requirements/check_system.sh $(PYTHON)
 	@test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
 	@echo "installing what $< lists into .venv-$*"
 	.venv-$*/bin/python -m pip install --quiet -r $<

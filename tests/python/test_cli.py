@@ -20,7 +20,7 @@ ENVIRONMENT = {**os.environ, "COLUMNS": "120", "NO_COLOR": "1", "OMP_NUM_THREADS
 
 
 def zexpert(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "zexpert.cli", *map(str, arguments)]
+    command = [sys.executable, "-m", "zexpert_tools", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, env={**ENVIRONMENT, **environment}, timeout=300)
 
 
@@ -55,8 +55,8 @@ def test_demo_tells_the_story_and_saves_the_files(demo_folder: Path) -> None:
 
 
 def test_the_titles_of_the_training_curves_are_not_clipped(tmp_path: Path, monkeypatch) -> None:
-    from zexpert.cli import pictures
-    from zexpert.training.trainer import StepRecord
+    from zexpert_tools import pictures
+    from zexpert_tools.trainer import StepRecord
 
     figures = []
     monkeypatch.setattr(pictures.plt, "close", figures.append)
@@ -103,7 +103,7 @@ def test_demo_goes_on_from_a_checkpoint(demo_folder: Path) -> None:
 
 
 def test_interrupted_demo_saves_what_it_has(demo_folder: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "zexpert.cli", "demo", "--text", str(demo_folder / "text.txt")]
+    command = [sys.executable, "-m", "zexpert_tools", "demo", "--text", str(demo_folder / "text.txt")]
     command += ["--steps", "100000", "--out", str(tmp_path / "out"), "--generate-bytes", "0"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
     try:

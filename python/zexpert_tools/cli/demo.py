@@ -15,14 +15,14 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from zexpert.benchmark import plain_moe
-from zexpert.cli.pictures import coloured_text, save_compute_map, save_training_curves
-from zexpert.cli.terminal import has_colours, print_panel, print_table, progress
-from zexpert.cli.text import printable_bytes
 from zexpert.layer import FusedMoE
-from zexpert.models.byte_decoder import ByteDecoder, ByteDecoderConfig
 from zexpert.ops.types import RoutingResult
-from zexpert.training.trainer import StepRecord, Trainer, TrainerConfig, load_checkpoint, save_checkpoint
+from zexpert_tools.benchmark import plain_moe
+from zexpert_tools.byte_decoder import ByteDecoder, ByteDecoderConfig
+from zexpert_tools.cli.terminal import has_colours, print_panel, print_table, progress
+from zexpert_tools.pictures import coloured_text, save_compute_map, save_training_curves
+from zexpert_tools.text import printable_bytes
+from zexpert_tools.trainer import StepRecord, Trainer, TrainerConfig, load_checkpoint, save_checkpoint
 
 
 def run_demo(

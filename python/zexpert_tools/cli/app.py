@@ -10,13 +10,13 @@ from typing import Annotated
 import typer
 
 from zexpert._version import __version__
-from zexpert.cli.bench import bench
-from zexpert.cli.doctor import doctor
-from zexpert.cli.info import info
-from zexpert.cli.plan import plan
-from zexpert.cli.profile import profile
-from zexpert.cli.terminal import MAX_SEED, choose_device, console, fail, users_mistakes
-from zexpert.cli.text import load_text
+from zexpert_tools.cli.bench import bench
+from zexpert_tools.cli.doctor import doctor
+from zexpert_tools.cli.info import info
+from zexpert_tools.cli.plan import plan
+from zexpert_tools.cli.profile import profile
+from zexpert_tools.cli.terminal import MAX_SEED, choose_device, console, fail, users_mistakes
+from zexpert_tools.text import load_text
 
 app = typer.Typer(
     help="Mixture-of-experts layers with zero experts.",
@@ -62,7 +62,7 @@ def demo(
     generate_bytes: Annotated[int, typer.Option(min=0, help="Bytes of text to generate.")] = 300,
 ) -> None:
     """Train a small byte-level LongCat-style model, then show where it spends its compute."""
-    from zexpert.cli.demo import run_demo
+    from zexpert_tools.cli.demo import run_demo
 
     chosen = choose_device(device)
     given = {"--text": text, "--out": None if out == DEFAULT_OUT else out}
@@ -90,8 +90,8 @@ def generate(
     device: Annotated[str, typer.Option(help='"auto" takes the GPU where there is one.')] = "auto",
 ) -> None:
     """Generate text with a model that the demo trained, coloured by the compute each byte used."""
-    from zexpert.cli.demo import show_generated
-    from zexpert.training.trainer import load_model
+    from zexpert_tools.cli.demo import show_generated
+    from zexpert_tools.trainer import load_model
 
     chosen = choose_device(device)
     if not prompt:

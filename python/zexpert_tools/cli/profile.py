@@ -16,10 +16,18 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
 
-from zexpert.cli.terminal import choose_device, console, has_colours, print_panel, print_table, progress, users_mistakes
-from zexpert.cli.text import load_text, printable_bytes
 from zexpert.ops.types import RoutingResult
 from zexpert.telemetry import RoutingStats, moe_runners, track_routing
+from zexpert_tools.cli.terminal import (
+    choose_device,
+    console,
+    has_colours,
+    print_panel,
+    print_table,
+    progress,
+    users_mistakes,
+)
+from zexpert_tools.text import load_text, printable_bytes
 
 SHOWN_CHARACTERS = 480
 DEFAULT_OUT = Path("zexpert-profile")
@@ -68,7 +76,7 @@ def profile(
         print(json.dumps(as_json(model, subject, measured), indent=2))
     else:
         show(subject, measured)
-    from zexpert.cli import pictures
+    from zexpert_tools import pictures
 
     pictures.save_profile(out / "profile.png", measured.stats, top_k=measured.top_k)
     pictures.save_token_map(out / "tokens.png", subject.pieces, measured.ffn_slots, top_k=measured.top_k)
@@ -84,7 +92,7 @@ def load_subject(path: Path, text: Path | None, max_tokens: int, window: int, de
         return load_transformers(path, text, max_tokens, window, device)
     if path.is_dir():
         raise ValueError(f"{path} must be a checkpoint of zexpert demo, or a folder with a config.json, got neither")
-    from zexpert.training.trainer import load_model
+    from zexpert_tools.trainer import load_model
 
     model = load_model(path, device)
     data = load_text(text, min_bytes=1)[:max_tokens]
@@ -163,7 +171,7 @@ def run(subject: Subject) -> Profile:
 
 def show(subject: Subject, measured: Profile) -> None:
     """The start of the text coloured by compute, then a line per layer."""
-    from zexpert.cli.pictures import coloured_text
+    from zexpert_tools.pictures import coloured_text
 
     colours = has_colours(console)
     lengths = itertools.accumulate(map(len, subject.pieces))

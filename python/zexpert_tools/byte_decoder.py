@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zexpert._autocast import full_precision_linear
-from zexpert.layer import FusedMoE
+from zexpert import FusedMoE
 
 
 @dataclass(frozen=True)
@@ -95,7 +94,7 @@ class DecoderLayer(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         hidden_states = hidden_states + self.attention(self.attention_norm(hidden_states))
         normed = self.moe_norm(hidden_states)
-        router_logits = full_precision_linear(normed.float(), self.classifier.weight.float())
+        router_logits = F.linear(normed.float(), self.classifier.weight.float())
         return hidden_states + self.moe(normed, router_logits)  # type: ignore[no-any-return]
 
 

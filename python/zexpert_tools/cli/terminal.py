@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from zexpert.benchmark import harness
+from zexpert_tools.benchmark import harness
 
 #: In a pipe, lines are as long as what they say.
 console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 1000)

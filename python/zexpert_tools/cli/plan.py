@@ -10,8 +10,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from zexpert.cli.terminal import console, parse_positive_ints, print_table, users_mistakes
-from zexpert.distributed_plan import Cluster, LayerPlan, MoEShape, plan_layer, simulate_routing
+from zexpert_tools.cli.terminal import console, parse_positive_ints, print_table, users_mistakes
+from zexpert_tools.cluster_plan import Cluster, LayerPlan, MoEShape, plan_layer, simulate_routing
 
 DEFAULT_GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)
 

@@ -14,8 +14,8 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.lines import Line2D
 
-from zexpert.benchmark.harness import CaseResult, Limits, counted, format_seconds
-from zexpert.benchmark.layer import LayerResult
+from zexpert_tools.benchmark.harness import CaseResult, Limits, counted, format_seconds
+from zexpert_tools.benchmark.layer import LayerResult
 
 
 def save_roofline(path: Path, results: Sequence[LayerResult], limits: Limits, *, device_name: str) -> None:

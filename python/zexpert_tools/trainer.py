@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zexpert.models.byte_decoder import ByteDecoder, ByteDecoderConfig
 from zexpert.telemetry import track_routing
 from zexpert.training.bias_controllers import LongCatBiasController
+from zexpert_tools.byte_decoder import ByteDecoder, ByteDecoderConfig
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from zexpert.telemetry import RoutingStats
-    from zexpert.training.trainer import StepRecord
+    from zexpert_tools.trainer import StepRecord
 
 COLOR_MAP = "cividis"  # ordered in lightness, so it also reads in grey and to colour-blind eyes
 

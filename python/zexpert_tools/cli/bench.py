@@ -17,8 +17,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from zexpert.benchmark import epilogue, harness, layer, routing
-from zexpert.cli.terminal import (
+from zexpert_tools.benchmark import epilogue, harness, layer, routing
+from zexpert_tools.cli.terminal import (
     choose_device,
     console,
     fail,
@@ -226,7 +226,7 @@ def wrong_outputs(results: Sequence[harness.CaseResult]) -> list[str]:
 
 
 def draw(path: Path, results: Sequence[harness.CaseResult], limits: harness.Limits, device_name: str) -> None:
-    from zexpert.benchmark import plots
+    from zexpert_tools.benchmark import plots
 
     layers = [result for result in results if isinstance(result, layer.LayerResult)]
     with users_mistakes():
