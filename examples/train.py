@@ -18,8 +18,9 @@ from pathlib import Path
 import torch
 
 from zexpert_tools.byte_decoder import ByteDecoder, ByteDecoderConfig
+from zexpert_tools.checkpoint import save_checkpoint
 from zexpert_tools.text import load_text
-from zexpert_tools.trainer import Trainer, TrainerConfig, save_checkpoint
+from zexpert_tools.trainer import Trainer, TrainerConfig
 
 CONFIG = ByteDecoderConfig(
     hidden_size=64,

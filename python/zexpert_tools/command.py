@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from io import TextIOWrapper
@@ -19,6 +20,9 @@ def main() -> None:
             stream.reconfigure(errors="replace")  # print a question mark for what the terminal cannot show
     if sys.argv[1:] == ["doctor"]:
         sys.exit(doctor.main())  # needs neither zexpert nor PyTorch, whose import may crash the process
+    if sys.argv[1:2] != ["bench"]:  # which measures PyTorch as it comes
+        # Threads sleep while they wait. Spinning ones, the default, take the processors from each other on a busy machine.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         from zexpert_tools.cli.app import app
     except ImportError as error:

@@ -30,9 +30,10 @@ from zexpert._loader import CUDA_LIBRARY
 from zexpert_tools import pictures
 from zexpert_tools.benchmark import harness, layer, torch_routing
 from zexpert_tools.byte_decoder import ByteDecoder, ByteDecoderConfig
+from zexpert_tools.checkpoint import save_checkpoint
 from zexpert_tools.cli import bench, doctor, terminal
 from zexpert_tools.cli.app import app
-from zexpert_tools.trainer import Trainer, TrainerConfig, save_checkpoint
+from zexpert_tools.trainer import Trainer, TrainerConfig
 
 PACKAGE = Path(package.__file__).parent
 PNG = b"\x89PNG"
@@ -420,7 +421,7 @@ def test_running_out_of_memory_is_told(by: str, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(bench, "measure", measure)
     result = run_here("bench", "layer")
     assert result.exit_code == 2
-    assert "error: the memory does not suffice" in result.stderr
+    assert "error: out of memory: try fewer tokens or a smaller model" in result.stderr
 
 
 def test_a_layer_too_large_for_the_memory_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -514,7 +515,7 @@ def test_profile_of_a_model_of_transformers(longcat_folder: Path, text: Path, tm
     (longcat_folder / "tokenizer_config.json").unlink()
     broken = zexpert("profile", longcat_folder, *arguments)
     assert broken.returncode == 2
-    assert "must hold a tokenizer beside the model" in broken.stderr
+    assert "must hold a tokenizer, too" in broken.stderr
 
 
 @pytest.mark.parametrize(
@@ -522,7 +523,7 @@ def test_profile_of_a_model_of_transformers(longcat_folder: Path, text: Path, tm
     [
         ("nothing", None, "cannot read checkpoint"),
         ("file", b"no checkpoint", "is no checkpoint of a byte decoder"),
-        ("folder/x", b"", "must be a checkpoint of zexpert demo, or a folder with a config.json, got neither"),
+        ("folder/x", b"", "folder must have a config.json; profile accepts checkpoints of zexpert demo and folders"),
         (
             "qwen/config.json",
             b'{"model_type": "qwen3_moe"}',
