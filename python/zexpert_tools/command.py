@@ -21,7 +21,7 @@ def main() -> None:
     if sys.argv[1:] == ["doctor"]:
         sys.exit(doctor.main())  # needs neither zexpert nor PyTorch, whose import may crash the process
     if sys.argv[1:2] != ["bench"]:  # which measures PyTorch as it comes
-        # Threads sleep while they wait. Spinning ones, the default, take the processors from each other on a busy machine.
+        # Threads that wait sleep. By default they spin, and on a busy machine take the processors from each other.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         from zexpert_tools.cli.app import app
