@@ -315,6 +315,22 @@ def test_cpu_routing_runs(tmp_path: Path) -> None:
     assert len(results) == 4 * len(torch_routing.CASES)
 
 
+def test_host_time_runs(tmp_path: Path) -> None:
+    import host_time
+
+    threads = torch.get_num_threads()
+    try:
+        report = run_benchmark(host_time, ["--device", "cpu", "--repeats", "2"], tmp_path / "host_time.json")
+    finally:
+        torch.set_num_threads(threads)
+    medians = report["median_us"]
+    assert isinstance(medians, dict)
+    assert "layer" in medians
+    assert any(name.startswith("biased_topk") for name in medians)
+    assert any(name in medians for name in ("fused_moe", "grouped_mlp"))
+    assert all(median > 0 for median in medians.values())
+
+
 @pytest.mark.usefixtures("small_machine")
 def test_cpu_layer_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import cpu_layer

@@ -80,7 +80,7 @@ def matmul_rate(dtype: torch.dtype) -> float:
     """Floating-point operations per second of a large matrix product, its inputs in `dtype` or converted to float32."""
     products = [
         (2 * size**3, torch.randn(size, size).to(each), torch.randn(size, size).to(each))
-        for size in (1024, 2048)
+        for size in (512, 1024, 2048)
         for each in {dtype, torch.float32}
     ]
     return largest(lambda: max(operations / seconds(torch.mm, a, b) for operations, a, b in products))
