@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     if not 0 < options.target < TOP_K:
-        parser.error(f"--target must lie between 0 and {TOP_K}, got {options.target}")
+        parser.error(f"--target must be between 0 and {TOP_K}, got {options.target}")
 
     torch.manual_seed(options.seed)
     centres = 2.0 * torch.randn(64, HIDDEN)

@@ -63,7 +63,7 @@ def test_train(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--target", "4"), "--target must lie between 0 and 4, got 4.0"),
+        (("--target", "4"), "--target must be between 0 and 4, got 4.0"),
         (("--steps", "0"), "--steps must be at least 1, got 0"),
         (("--out", "/no/such/folder/train.pt"), "--out must be in a folder that exists, got /no/such/folder/train.pt"),
         (("--text", "/no/such/file"), "cannot read /no/such/file: No such file or directory"),
