@@ -6,7 +6,7 @@ Usage: python save_layer.py FOLDER
 
 from __future__ import annotations
 
-import sys
+import argparse
 from pathlib import Path
 
 import torch
@@ -16,7 +16,9 @@ import zexpert
 
 @torch.no_grad()
 def main() -> None:
-    folder = Path(sys.argv[1])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="for layer.pt, tokens.pt and output.pt")
+    folder = parser.parse_args().folder
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     block = zexpert.models.LongcatFlashMoE(

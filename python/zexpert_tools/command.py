@@ -18,9 +18,18 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")  # print a question mark for what the terminal cannot show
+    try:
+        run()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except OSError as error:
+        sys.exit(f"error: the output cannot be written: {error.strerror or error}")
+
+
+def run() -> None:
     if sys.argv[1:] == ["doctor"]:
         sys.exit(doctor.main())  # needs neither zexpert nor PyTorch, whose import may crash the process
-    if sys.argv[1:2] != ["bench"]:  # measures PyTorch with its defaults
+    if sys.argv[1:2] != ["bench"]:  # which measures PyTorch with its defaults
         # Waiting threads sleep. By default they spin, which slows a busy machine down.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:

@@ -157,7 +157,12 @@ def test_doctor_tells_of_another_package_of_this_name(copy_of_the_package: Path,
             f"{PACKAGE} comes before the zexpert that is installed, /venv/zexpert",
         ),
         (Path("/venv/zexpert"), Path("/venv/zexpert"), "note", "here Python imports zexpert from /venv/zexpert; this "),
-        (Path("/x/zexpert.py"), PACKAGE, "problem", "here Python imports zexpert from /x/zexpert.py; this command belongs "),
+        (
+            Path("/x/zexpert.py"),
+            PACKAGE,
+            "problem",
+            "here Python imports zexpert from /x/zexpert.py; this command belongs ",
+        ),
     ],
 )
 def test_which_of_several_packages_is_meant(

@@ -27,6 +27,7 @@ from zexpert_tools.cli.terminal import (
     print_table,
     progress,
 )
+from zexpert_tools.files import prepare_folder
 
 
 class Suite(str, Enum):
@@ -41,6 +42,8 @@ class Suite(str, Enum):
 #: Tokens of a run without --tokens, by device.
 TOKENS = {"cpu": [1, 16, 256], "cuda": [1, 16, 256, 4096, 16384]}
 TRAINING_TOKENS = [256]
+
+PICTURE_BYTES = 1 << 20
 
 #: A case is repeated so often, with the limits measured anew, while a contender beats its floor.
 MOST_REPETITIONS = 3
@@ -96,6 +99,8 @@ def bench(
         raise fail(f"--plot must be in a folder that exists, got {plot}")
     if plot is not None and plot.suffix not in (".png", ".pdf", ".svg"):
         raise fail(f"--plot must end in .png, .pdf or .svg, got {plot}")
+    if plot is not None:
+        prepare_folder(plot.resolve().parent, PICTURE_BYTES)
     if threads is not None:
         torch.set_num_threads(threads)
     if chosen.type == "cuda" and chosen.index is not None:
