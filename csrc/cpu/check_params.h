@@ -3,22 +3,25 @@
 #pragma once
 
 #include <cstdint>
-#include <initializer_list>
-#include <utility>
 
 #include "cpu/expert_offsets.h"
 #include "cpu/index_range.h"
+#include "zexpert/check_params.h"
 #include "zexpert/error.h"
 
 namespace zexpert {
 
-inline void check_sizes(std::initializer_list<std::pair<const char*, int64_t>> sizes) {
-  for (const auto& [name, size] : sizes) ZEXPERT_CHECK(size >= 0, name, " must not be negative, got ", size);
-}
+using detail::check_pointers;
+using detail::check_sizes;
 
-/// Of arrays that have elements.
-inline void check_pointers(std::initializer_list<std::pair<const char*, const void*>> pointers) {
-  for (const auto& [name, pointer] : pointers) ZEXPERT_CHECK(pointer != nullptr, name, " must not be null");
+/// How many of the rows do work, read from host memory; `last_offset` null: all do.
+inline int64_t num_working_rows(const int32_t* last_offset, int64_t num_rows) {
+  if (last_offset == nullptr) {
+    return num_rows;
+  }
+  ZEXPERT_CHECK(*last_offset >= 0 && *last_offset <= num_rows,
+                "expert_offsets must end between 0 and the number of rows (", num_rows, "), got ", *last_offset);
+  return *last_offset;
 }
 
 /// The sizes and row_slots that moe_permute, its backward and grouped_mlp take, of which the first num_rows count.

@@ -47,6 +47,11 @@ __device__ __forceinline__ void let_next_kernel_start() {
 #endif
 }
 
+/// Whether a row does work; `last_offset` is in device memory, or null: all rows do.
+__device__ __forceinline__ bool does_work(const int32_t* last_offset, int64_t row) {
+  return last_offset == nullptr || row < *last_offset;
+}
+
 /// The sum of every lane's value; the same bits in every lane.
 template <typename T>
 __device__ __forceinline__ T warp_sum(T value) {

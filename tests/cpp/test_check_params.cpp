@@ -16,7 +16,6 @@
 #include "zexpert/moe_permute_backward.h"
 #include "zexpert/moe_plan.h"
 #include "zexpert/silu_and_mul.h"
-#include "zexpert/silu_and_mul_backward.h"
 #include "zexpert/zero_expert_accumulate.h"
 #include "zexpert/zero_expert_accumulate_backward.h"
 

@@ -19,7 +19,6 @@
 #include "zexpert/moe_permute_backward.h"
 #include "zexpert/moe_plan.h"
 #include "zexpert/silu_and_mul.h"
-#include "zexpert/silu_and_mul_backward.h"
 #include "zexpert/zero_expert_accumulate.h"
 #include "zexpert/zero_expert_accumulate_backward.h"
 
@@ -339,15 +338,20 @@ TYPED_TEST(CudaTyped, SiluAndMul) {
     Shared<int32_t> last_offset(std::vector<int32_t>{kWorking});
     Shared<T> out[2] = {Shared<T>(kTokens * inner), Shared<T>(kTokens * inner)};
     Shared<T> gradients[2] = {Shared<T>(kTokens * 2 * inner), Shared<T>(kTokens * 2 * inner)};
+    Shared<accumulate_t<T>> row_weight(this->random.template normal<accumulate_t<T>>(kTokens));
+    Shared<T> weighted_out[2] = {Shared<T>(kTokens * inner), Shared<T>(kTokens * inner)};
+    Shared<T> weighted_gradients[2] = {Shared<T>(kTokens * 2 * inner), Shared<T>(kTokens * 2 * inner)};
+    Shared<accumulate_t<T>> grad_row_weight[2] = {Shared<accumulate_t<T>>(kTokens), Shared<accumulate_t<T>>(kTokens)};
     for (const bool on_device : {false, true}) {
       SiluAndMulParams params;
       params.gate_up = gate_up.data();
       params.out = out[on_device].data();
       params.data_type = TypeTraits<T>::kType;
-      params.num_rows = on_device ? kTokens : kWorking;
+      params.num_rows = kTokens;
       params.intermediate_size = params.out_row_stride = inner;
       params.gate_up_row_stride = 2 * inner;
-      on_device ? silu_and_mul_cuda(params, last_offset.data(), nullptr) : silu_and_mul_cpu(params);
+      params.last_offset = last_offset.data();
+      on_device ? silu_and_mul_cuda(params, nullptr) : silu_and_mul_cpu(params);
 
       SiluAndMulBackwardParams backward;
       backward.grad_out = upstream.data();
@@ -357,12 +361,21 @@ TYPED_TEST(CudaTyped, SiluAndMul) {
       backward.num_rows = params.num_rows;
       backward.intermediate_size = backward.grad_out_row_stride = inner;
       backward.gate_up_row_stride = backward.grad_gate_up_row_stride = 2 * inner;
-      on_device ? silu_and_mul_backward_cuda(backward, last_offset.data(), nullptr)
-                : silu_and_mul_backward_cpu(backward);
+      backward.last_offset = last_offset.data();
+      on_device ? silu_and_mul_backward_cuda(backward, nullptr) : silu_and_mul_backward_cpu(backward);
+      backward.grad_gate_up = weighted_gradients[on_device].data();
+      backward.out = weighted_out[on_device].data();
+      backward.out_row_stride = inner;
+      backward.row_weight = row_weight.data();
+      backward.grad_row_weight = grad_row_weight[on_device].data();
+      on_device ? silu_and_mul_backward_cuda(backward, nullptr) : silu_and_mul_backward_cpu(backward);
     }
     wait();
     expect_near(out[1], out[0], 4);
     expect_near(gradients[1], gradients[0], 8);
+    expect_near(weighted_gradients[1], weighted_gradients[0], 8);
+    expect_near(weighted_out[1], weighted_out[0], 8);
+    expect_near(grad_row_weight[1], grad_row_weight[0], static_cast<double>(inner));
   }
 }
 
