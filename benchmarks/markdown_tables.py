@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from zexpert.benchmark import harness
+from zexpert_tools.benchmark import harness
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

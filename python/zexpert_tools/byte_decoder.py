@@ -10,19 +10,23 @@ to train on a CPU in minutes; nothing in it is specific to bytes but the vocabul
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zexpert._autocast import full_precision_linear
-from zexpert.layer import FusedMoE
+from zexpert import FusedMoE
 
 
 @dataclass(frozen=True)
 class ByteDecoderConfig:
-    """Sizes of a ByteDecoder. `zero_expert_num=0` gives an ordinary mixture of experts."""
+    """Sizes of a ByteDecoder. `zero_expert_num=0` gives an ordinary mixture of experts.
+
+    Raises:
+        ValueError: a size is not a positive integer, the factor is not finite, or a head's size is not even.
+    """
 
     hidden_size: int = 128
     num_layers: int = 4
@@ -33,6 +37,16 @@ class ByteDecoderConfig:
     top_k: int = 6
     intermediate_size: int = 128
     routed_scaling_factor: float = 4.0
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value, least = getattr(self, field.name), int(field.name != "zero_expert_num")
+            if field.type == "int" and (type(value) is not int or value < least):
+                raise ValueError(f"{field.name} must be an integer of at least {least}, got {value!r}")
+            if field.type == "float" and (type(value) not in (int, float) or not math.isfinite(value)):
+                raise ValueError(f"{field.name} must be a finite number, got {value!r}")
+        if self.hidden_size % (2 * self.num_heads) != 0:
+            raise ValueError(f"hidden_size must be a multiple of 2 * num_heads, got {self.hidden_size}")
 
     def to_dict(self) -> dict[str, int | float]:
         return dataclasses.asdict(self)
@@ -95,7 +109,7 @@ class DecoderLayer(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         hidden_states = hidden_states + self.attention(self.attention_norm(hidden_states))
         normed = self.moe_norm(hidden_states)
-        router_logits = full_precision_linear(normed.float(), self.classifier.weight.float())
+        router_logits = F.linear(normed.float(), self.classifier.weight.float())
         return hidden_states + self.moe(normed, router_logits)  # type: ignore[no-any-return]
 
 
@@ -135,8 +149,10 @@ class ByteDecoder(nn.Module):
         for _ in range(length):
             logits = self(text[None, -self.config.context_length :])[0, -1].float()
             if temperature > 0:
+                # In float64, and from 0 downwards: the smallest temperatures give no infinity that softmax cannot have.
+                scaled = (logits.double() - logits.max()) / temperature
                 # Sampled on the CPU, whose generator gives the same bytes whatever the device.
-                probabilities = torch.softmax(logits / temperature, dim=-1).cpu()
+                probabilities = torch.softmax(scaled, dim=-1).float().cpu()
                 following = torch.multinomial(probabilities, 1, generator=generator).to(text.device)
             else:
                 following = logits.argmax(dim=-1, keepdim=True)

@@ -8,14 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.lines import Line2D
 
-from zexpert.benchmark.harness import CaseResult, Limits, counted, format_seconds
-from zexpert.benchmark.layer import LayerResult
+from zexpert_tools.benchmark.harness import CaseResult, Limits, counted, format_seconds
+from zexpert_tools.benchmark.layer import LayerResult
+from zexpert_tools.pictures import save
 
 
 def save_roofline(path: Path, results: Sequence[LayerResult], limits: Limits, *, device_name: str) -> None:
@@ -67,8 +65,7 @@ def save_roofline(path: Path, results: Sequence[LayerResult], limits: Limits, *,
     axes.set_title(title, fontsize=10)
     axes.legend(handles=legend, fontsize=9, loc="upper left", frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    save(figure, path, dpi=120)
 
 
 def save_bars(path: Path, results: Sequence[CaseResult], limits: Limits, *, device_name: str) -> None:
@@ -96,5 +93,4 @@ def save_bars(path: Path, results: Sequence[CaseResult], limits: Limits, *, devi
         f"{limits.bandwidth / 1e9:,.0f} GB/s.",
         fontsize=10,
     )
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    save(figure, path, dpi=120)

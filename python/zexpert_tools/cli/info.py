@@ -16,9 +16,9 @@ from rich.table import Table
 
 from zexpert import ops
 from zexpert._info import build_info
-from zexpert.benchmark.harness import processor_name
-from zexpert.cli.terminal import console, print_table
 from zexpert.ops._autograd import NOT_DIFFERENTIABLE
+from zexpert_tools.benchmark.harness import processor_name
+from zexpert_tools.cli.terminal import console, print_table
 
 #: Packages that the extras name, or that zexpert works with.
 OPTIONAL_PACKAGES = ("transformers", "vllm", "sglang", "flashinfer-python", "typer", "rich", "matplotlib")

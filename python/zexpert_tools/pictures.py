@@ -16,14 +16,25 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.colors import TwoSlopeNorm, to_hex
 
+from zexpert_tools.files import whole_file
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
     from zexpert.telemetry import RoutingStats
-    from zexpert.training.trainer import StepRecord
+    from zexpert_tools.trainer import StepRecord
 
 COLOR_MAP = "cividis"  # ordered in lightness, so it also reads in grey and to colour-blind eyes
+
+
+def save(figure: Figure, path: Path, *, dpi: int = 110) -> None:
+    """Writes the picture, whole or not at all."""
+    try:
+        with whole_file(path) as partial:
+            figure.savefig(partial, dpi=dpi)
+    finally:
+        plt.close(figure)
 
 
 def printable(byte: int) -> str:
@@ -86,12 +97,12 @@ def draw_token_lines(
             cmap=COLOR_MAP,
             vmin=0,
             vmax=top_k,
-            extent=(0, counts.shape[1], num_layers + 0.5, 0.5),
+            extent=(0, counts.shape[1], num_layers - 0.5, -0.5),
         )
         axis.set_xlim(0, columns)
         axis.set_xticks([i + 0.5 for i in range(counts.shape[1])], labels[part])
         axis.tick_params(axis="x", length=0, labelsize=label_size, labelfontfamily="monospace", pad=2)
-        axis.set_yticks(range(1, num_layers + 1) if num_layers <= 6 else [1, num_layers])
+        axis.set_yticks(range(num_layers) if num_layers <= 6 else [0, num_layers - 1])
         axis.tick_params(axis="y", labelsize=8)
         axis.set_ylabel("layer", fontsize=9)
         axis.spines[:].set_visible(False)
@@ -136,8 +147,7 @@ def save_compute_map(
         "end), a row a layer",
         fontsize=13,
     )
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save(figure, path)
 
 
 def save_training_curves(path: Path, history: Sequence[StepRecord], *, top_k: int, target: float) -> None:
@@ -172,8 +182,7 @@ def save_training_curves(path: Path, history: Sequence[StepRecord], *, top_k: in
     slots_axis.legend(frameon=False)
     for axis in (loss_axis, slots_axis):
         axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save(figure, path)
 
 
 def save_profile(path: Path, stats: Mapping[str, RoutingStats], *, top_k: int) -> None:
@@ -184,11 +193,11 @@ def save_profile(path: Path, stats: Mapping[str, RoutingStats], *, top_k: int) -
     shares = 100 * histogram / histogram.sum(dim=1, keepdim=True)
     load = torch.stack([one.expert_load for one in layers]).double().cpu()
     load = load / load.mean(dim=1, keepdim=True).clamp(min=1e-9)
-    rows = range(1, len(layers) + 1)
+    rows = range(len(layers))  # numbered from 0, as in the table
     figure, (shares_axis, mean_axis, load_axis) = plt.subplots(
         1, 3, figsize=(16, 2.4 + 0.35 * len(layers)), width_ratios=[3, 2, 5], layout="constrained", sharey=True
     )
-    extent = (-0.5, top_k + 0.5, len(layers) + 0.5, 0.5)
+    extent = (-0.5, top_k + 0.5, len(layers) - 0.5, -0.5)
     image = shares_axis.imshow(shares.numpy(), aspect="auto", cmap=COLOR_MAP, vmin=0, extent=extent)
     figure.colorbar(image, ax=shares_axis, label="% of tokens")
     shares_axis.set(xlabel=f"feed-forward experts a token used (of {top_k} chosen)", ylabel="layer", title="Compute")
@@ -204,15 +213,14 @@ def save_profile(path: Path, stats: Mapping[str, RoutingStats], *, top_k: int) -
     most = max(2.0, float(load.max()))
     image = load_axis.imshow(
         load.numpy(), aspect="auto", cmap="coolwarm", norm=TwoSlopeNorm(1.0, 0.0, most),
-        extent=(-0.5, load.shape[1] - 0.5, len(layers) + 0.5, 0.5),
+        extent=(-0.5, load.shape[1] - 0.5, len(layers) - 0.5, -0.5),
     )  # fmt: skip
     figure.colorbar(image, ax=load_axis, label="load over the layer's mean")
     load_axis.set(xlabel="feed-forward expert", title="Load: red experts do more than their share, blue ones less")
-    shares_axis.set_yticks([row for row in rows if row == 1 or len(layers) <= 20 or row % 5 == 0])
+    shares_axis.set_yticks([row for row in rows if len(layers) <= 20 or row % 5 == 0])
     tokens = int(histogram[0].sum())
     figure.suptitle(f"Where the model spends its compute, {tokens:,} tokens", fontsize=13)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save(figure, path)
 
 
 def save_token_map(path: Path, pieces: Sequence[str], ffn_slots: Tensor, *, top_k: int) -> None:
@@ -227,8 +235,7 @@ def save_token_map(path: Path, pieces: Sequence[str], ffn_slots: Tensor, *, top_
     size = 11 if is_bytes else 8
     draw_token_lines(figure, list(panels[:, 0]), labels, ffn_slots, top_k=top_k, columns=columns, label_size=size)
     figure.suptitle(f"A column is a token of the text, a row a layer; every token chose {top_k} experts", fontsize=13)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save(figure, path)
 
 
 def label(piece: str) -> str:

@@ -17,15 +17,15 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from zexpert.benchmark import epilogue, harness, layer, routing
-from zexpert.cli.terminal import (
+from zexpert_tools.benchmark import epilogue, harness, layer, routing
+from zexpert_tools.cli.terminal import (
+    DeviceOption,
     choose_device,
     console,
     fail,
     parse_positive_ints,
     print_table,
     progress,
-    users_mistakes,
 )
 
 
@@ -60,7 +60,7 @@ def bench(
         str | None, typer.Option(help="float32, bfloat16 or float16. Default: by device and suite.")
     ] = None,
     repeats: Annotated[int | None, typer.Option(min=1, help="Timed repetitions. Default: 15, 5 for training.")] = None,
-    device: Annotated[str, typer.Option(help='"auto" takes the GPU where there is one.')] = "auto",
+    device: DeviceOption = "auto",
     threads: Annotated[
         int | None, typer.Option(min=1, max=os.cpu_count(), help="CPU threads. Default: PyTorch's.")
     ] = None,
@@ -99,7 +99,7 @@ def bench(
         torch.cuda.set_device(chosen)
 
     notes: list[str] = []
-    with users_mistakes(), torch.inference_mode(not training):
+    with torch.inference_mode(not training):
         limits, results = measure(suite, shape, numbers, kind, chosen, times, notes.append)
     name_of_device = harness.device_name(chosen)
     if json_output:
@@ -226,14 +226,13 @@ def wrong_outputs(results: Sequence[harness.CaseResult]) -> list[str]:
 
 
 def draw(path: Path, results: Sequence[harness.CaseResult], limits: harness.Limits, device_name: str) -> None:
-    from zexpert.benchmark import plots
+    from zexpert_tools.benchmark import plots
 
     layers = [result for result in results if isinstance(result, layer.LayerResult)]
-    with users_mistakes():
-        if layers:
-            plots.save_roofline(path, layers, limits, device_name=device_name)
-        else:
-            plots.save_bars(path, results, limits, device_name=device_name)
+    if layers:
+        plots.save_roofline(path, layers, limits, device_name=device_name)
+    else:
+        plots.save_bars(path, results, limits, device_name=device_name)
 
 
 def parse_dtype(name: str | None, suite: Suite, device: torch.device) -> torch.dtype:

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zexpert.benchmark import harness, plain_moe, torch_routing
-from zexpert.benchmark.timing import Timing
-from zexpert.benchmark.torch_routing import RoutingCase
 from zexpert.layer import FusedMoE
+from zexpert_tools.benchmark import harness, plain_moe, torch_routing
+from zexpert_tools.benchmark.timing import Timing
+from zexpert_tools.benchmark.torch_routing import RoutingCase
 
 SUBJECT = "zexpert"
 CHECKED_TOKENS = 64

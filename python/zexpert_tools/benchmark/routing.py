@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from zexpert import ops
-from zexpert.benchmark import harness, torch_routing
-from zexpert.benchmark.torch_routing import RoutingCase
+from zexpert_tools.benchmark import harness, torch_routing
+from zexpert_tools.benchmark.torch_routing import RoutingCase
 
 SUBJECT = "zexpert"
 CHECKED_TOKENS = 4096  # rows compared with the float64 reference

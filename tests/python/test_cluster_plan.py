@@ -10,8 +10,8 @@ pytest.importorskip("rich")
 
 from typer.testing import CliRunner
 
-from zexpert.cli.app import app
-from zexpert.distributed_plan import Cluster, MoEShape, expected_ranks_per_token, plan_layer, simulate_routing
+from zexpert_tools.cli.app import app
+from zexpert_tools.cluster_plan import Cluster, MoEShape, expected_ranks_per_token, plan_layer, simulate_routing
 
 SMALL = MoEShape(num_experts=4, top_k=3, hidden_size=10, intermediate_size=5, ffn_experts=2, num_layers=7)
 

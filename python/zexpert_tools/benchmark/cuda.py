@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from zexpert.benchmark.timing import Timing
+from zexpert_tools.benchmark.timing import Timing
 
 WARMUP_SECONDS = 0.1
 """A GPU that was idle, as it is while a contender is being compiled, takes a while to reach its clock rate."""

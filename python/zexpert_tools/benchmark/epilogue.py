@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from zexpert import ops
-from zexpert.benchmark import harness
-from zexpert.benchmark.torch_routing import RoutingCase
+from zexpert_tools.benchmark import harness
+from zexpert_tools.benchmark.torch_routing import RoutingCase
 
 SUBJECT = "zexpert"
 CHECKED_TOKENS = 256

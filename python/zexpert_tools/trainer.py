@@ -6,16 +6,15 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zexpert.models.byte_decoder import ByteDecoder, ByteDecoderConfig
 from zexpert.telemetry import track_routing
-from zexpert.training.bias_controllers import LongCatBiasController
+from zexpert.training import LongCatBiasController
+from zexpert_tools.byte_decoder import ByteDecoder
 
 
 @dataclass(frozen=True)
@@ -41,6 +40,17 @@ class StepRecord:
     bits_per_byte: float
     ffn_slots_per_token: float
     held_out_bits_per_byte: float | None = None
+
+    @classmethod
+    def from_dict(cls, record: dict[str, Any]) -> StepRecord:
+        """The inverse of dataclasses.asdict."""
+        held_out = record["held_out_bits_per_byte"]
+        return cls(
+            int(record["step"]),
+            float(record["bits_per_byte"]),
+            float(record["ffn_slots_per_token"]),
+            None if held_out is None else float(held_out),
+        )
 
 
 def split_text(text: Tensor, held_out_share: float = 0.1) -> tuple[Tensor, Tensor]:
@@ -156,33 +166,9 @@ class Trainer:
         """Continues from `state_dict`, made by a trainer of the same model configuration and text."""
         self.model.load_state_dict(state_dict["model"])
         self.optimizer.load_state_dict(state_dict["optimizer"])
+        for parameter, state in self.optimizer.state.items():
+            for name, value in state.items():
+                if name != "step" and value.shape != parameter.shape:
+                    raise ValueError(f"the optimizer's {name} must have shape {list(parameter.shape)}")
         self.generator.set_state(state_dict["generator"].cpu())
-        self.history = [StepRecord(**record) for record in state_dict["history"]]
-
-
-def save_checkpoint(trainer: Trainer, path: Path) -> None:
-    """Writes the trainer's state to `path`, replacing what is there only once the new file is whole."""
-    partial = path.with_name(path.name + ".partial")
-    torch.save(trainer.state_dict(), partial)
-    partial.replace(path)
-
-
-def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """The state in `path`; ValueError, in one sentence, if there is none that can be read."""
-    try:
-        state = torch.load(path, map_location=device, weights_only=True)
-    except OSError as error:
-        raise ValueError(f"cannot read checkpoint {path}: {error.strerror}") from error
-    except Exception as error:  # what the unpickler raises for bytes of another kind has no end
-        raise ValueError(f"{path} is no checkpoint of a byte decoder") from error
-    if not isinstance(state, dict) or "model_config" not in state:
-        raise ValueError(f"{path} is no checkpoint of a byte decoder")
-    return state
-
-
-def load_model(path: Path, device: torch.device | str = "cpu") -> ByteDecoder:
-    """The trained model in the checkpoint `path`, in eval mode."""
-    state = load_checkpoint(path, device)
-    model = ByteDecoder(ByteDecoderConfig(**state["model_config"])).to(device)
-    model.load_state_dict(state["model"])
-    return model.eval()
+        self.history = [StepRecord.from_dict(record) for record in state_dict["history"]]

@@ -16,13 +16,27 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
 
-from zexpert.cli.terminal import choose_device, console, has_colours, print_panel, print_table, progress, users_mistakes
-from zexpert.cli.text import load_text, printable_bytes
-from zexpert.ops.types import RoutingResult
+from zexpert import RoutingResult
 from zexpert.telemetry import RoutingStats, moe_runners, track_routing
+from zexpert_tools.checkpoint import load_model
+from zexpert_tools.cli.terminal import (
+    DeviceOption,
+    TextOption,
+    choose_device,
+    console,
+    first_line,
+    has_colours,
+    print_panel,
+    print_table,
+    progress,
+)
+from zexpert_tools.files import prepare_folder
+from zexpert_tools.text import load_text, printable_bytes
 
 SHOWN_CHARACTERS = 480
 DEFAULT_OUT = Path("zexpert-profile")
+PICTURE_BYTES = 4 << 20  # space for the two pictures
+ACCEPTED = "profile accepts checkpoints of zexpert demo and folders with a LongCat-Flash of transformers"
 
 
 @dataclass(frozen=True)
@@ -49,26 +63,22 @@ def profile(
     model: Annotated[
         Path, typer.Argument(help="A checkpoint of `zexpert demo`, or a folder with a LongCat-Flash of transformers.")
     ],
-    text: Annotated[
-        Path | None, typer.Option(help="File to read; without it, the documentation strings of Python's library.")
-    ] = None,
+    text: TextOption = None,
     out: Annotated[Path, typer.Option(file_okay=False, help="Folder for the pictures.")] = DEFAULT_OUT,
     max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of the text to read.")] = 8192,
     window: Annotated[int, typer.Option(min=1, help="Tokens read at a time, at most the model's context.")] = 256,
-    device: Annotated[str, typer.Option(help='"auto" takes the GPU where there is one.')] = "auto",
+    device: DeviceOption = "auto",
     json_output: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
     """Show the feed-forward experts per token and the load of the experts, layer by layer, on a text."""
-    chosen = choose_device(device)
-    with users_mistakes():
-        subject = load_subject(model, text, max_tokens, window, chosen)
-        out.mkdir(parents=True, exist_ok=True)
+    subject = load_subject(model, text, max_tokens, window, choose_device(device))
+    prepare_folder(out, PICTURE_BYTES)
     measured = run(subject)
     if json_output:
         print(json.dumps(as_json(model, subject, measured), indent=2))
     else:
         show(subject, measured)
-    from zexpert.cli import pictures
+    from zexpert_tools import pictures
 
     pictures.save_profile(out / "profile.png", measured.stats, top_k=measured.top_k)
     pictures.save_token_map(out / "tokens.png", subject.pieces, measured.ffn_slots, top_k=measured.top_k)
@@ -79,22 +89,18 @@ def profile(
 
 
 def load_subject(path: Path, text: Path | None, max_tokens: int, window: int, device: torch.device) -> Subject:
-    """The model at `path`. Raises ValueError, in one sentence, for what is none or lacks something."""
+    """The model at `path`. Raises ValueError, in one sentence, for anything else."""
     if (path / "config.json").is_file():
         return load_transformers(path, text, max_tokens, window, device)
     if path.is_dir():
-        raise ValueError(f"{path} must be a checkpoint of zexpert demo, or a folder with a config.json, got neither")
-    from zexpert.training.trainer import load_model
-
-    model = load_model(path, device)
+        raise ValueError(f"{path} must have a config.json; {ACCEPTED}")
+    try:
+        model = load_model(path, device)
+    except ValueError as error:
+        raise ValueError(f"{error}; {ACCEPTED}") from error
     data = load_text(text, min_bytes=1)[:max_tokens]
-    return Subject(
-        "byte decoder",
-        model,
-        data.long().to(device),
-        printable_bytes(data.tolist()),
-        min(window, model.config.context_length),
-    )
+    pieces = printable_bytes(data.tolist())
+    return Subject("byte decoder", model, data.long().to(device), pieces, min(window, model.config.context_length))
 
 
 def load_transformers(path: Path, text: Path | None, max_tokens: int, window: int, device: torch.device) -> Subject:
@@ -104,7 +110,7 @@ def load_transformers(path: Path, text: Path | None, max_tokens: int, window: in
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{path / 'config.json'} must be a model's configuration, got something else") from error
     if kind != "longcat_flash":
-        raise ValueError(f'{path} must hold a model of model_type "longcat_flash", got {kind!r}')
+        raise ValueError(f'{path} must hold a model of model_type "longcat_flash", got {kind!r}; {ACCEPTED}')
     try:
         import transformers
 
@@ -114,12 +120,15 @@ def load_transformers(path: Path, text: Path | None, max_tokens: int, window: in
     given: Any = transformers
     try:
         tokenizer = given.AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except Exception as error:  # what is raised for a folder without one depends on the model's family
-        raise ValueError(f"{path} must hold a tokenizer beside the model: {first_line(error)}") from error
+    except Exception as error:  # which one depends on the model's family
+        raise ValueError(f"{path} must hold a tokenizer, too: {first_line(error)}") from error
     try:
         model = given.AutoModelForCausalLM.from_pretrained(path, dtype="auto", local_files_only=True)
     except Exception as error:
         raise ValueError(f"{path} holds no model that transformers can load: {first_line(error)}") from error
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise ValueError(f"{name} in {path} must be finite")
     patch(model.eval().to(device))
     words = bytes(load_text(text, min_bytes=1).tolist()).decode("utf-8", errors="replace")
     ids = tokenizer(words[: 16 * max_tokens], add_special_tokens=False)["input_ids"][:max_tokens]
@@ -132,14 +141,9 @@ def load_transformers(path: Path, text: Path | None, max_tokens: int, window: in
     return Subject(type(model).__name__, model, torch.tensor(ids, device=device), pieces, window)
 
 
-def first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
-
-
 @torch.no_grad()
 def run(subject: Subject) -> Profile:
-    """Takes the model over the text, window by window."""
+    """Runs the model over the text, window by window."""
     stats = track_routing(subject.model)
     for one in stats.values():
         one.reset()
@@ -163,7 +167,7 @@ def run(subject: Subject) -> Profile:
 
 def show(subject: Subject, measured: Profile) -> None:
     """The start of the text coloured by compute, then a line per layer."""
-    from zexpert.cli.pictures import coloured_text
+    from zexpert_tools.pictures import coloured_text
 
     colours = has_colours(console)
     lengths = itertools.accumulate(map(len, subject.pieces))

@@ -28,8 +28,8 @@ import torch
 from torch import Tensor
 
 from zexpert._info import build_info
-from zexpert.benchmark import cuda
-from zexpert.benchmark.timing import Timing
+from zexpert_tools.benchmark import cuda
+from zexpert_tools.benchmark.timing import Timing
 
 Input = TypeVar("Input")
 

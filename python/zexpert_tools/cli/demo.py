@@ -6,8 +6,11 @@ from __future__ import annotations
 import shlex
 import signal
 import statistics
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,102 +18,145 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from zexpert.benchmark import plain_moe
-from zexpert.cli.pictures import coloured_text, save_compute_map, save_training_curves
-from zexpert.cli.terminal import has_colours, print_panel, print_table, progress
-from zexpert.cli.text import printable_bytes
-from zexpert.layer import FusedMoE
-from zexpert.models.byte_decoder import ByteDecoder, ByteDecoderConfig
-from zexpert.ops.types import RoutingResult
-from zexpert.training.trainer import StepRecord, Trainer, TrainerConfig, load_checkpoint, save_checkpoint
+from zexpert import FusedMoE, RoutingResult
+from zexpert_tools.benchmark import plain_moe
+from zexpert_tools.byte_decoder import ByteDecoder, ByteDecoderConfig
+from zexpert_tools.checkpoint import load_trainer, save_checkpoint
+from zexpert_tools.cli.terminal import has_colours, print_panel, print_table, progress
+from zexpert_tools.files import prepare_folder
+from zexpert_tools.pictures import coloured_text, save_compute_map, save_training_curves
+from zexpert_tools.text import printable_bytes
+from zexpert_tools.trainer import StepRecord, Trainer, TrainerConfig
+
+#: Space for the demo's two pictures.
+PICTURE_BYTES = 4 << 20
 
 
-def run_demo(
-    console: Console,
-    *,
-    text: Tensor,
-    steps: int,
-    seed: int,
-    out: Path,
-    resume: Path | None,
-    device: torch.device,
-    generate_bytes: int,
-    resume_options: str = "",
-) -> None:
-    """Trains on `text` (uint8 [n]) and shows the result; files go to the folder `out`.
+@dataclass(frozen=True)
+class DemoOptions:
+    """What the user asked for."""
 
-    Interrupted, it saves what it has and tells the command that goes on, with `resume_options` at its end.
+    steps: int
+    seed: int
+    out: Path
+    resume: Path | None
+    overwrite: bool
+    device: torch.device
+    generate_bytes: int
+    resume_options: str
+    """Options of the command that continues an interrupted demo."""
 
-    Raises ValueError or OSError, with one sentence, for a checkpoint that does not fit or a folder that cannot be made.
+    @property
+    def checkpoint(self) -> Path:
+        return self.out / "checkpoint.pt"
+
+
+def run_demo(console: Console, text: Tensor, options: DemoOptions) -> None:
+    """Trains on `text` (uint8 [n]) and shows the result; files go to the folder `options.out`.
+
+    Ctrl-C and SIGTERM end the training after a whole step: the checkpoint is saved, and the command that continues is
+    printed.
+
+    Raises:
+        ValueError: a checkpoint cannot be resumed, or must not be replaced; the folder has too little space.
+        OSError: the folder cannot be written.
     """
-    torch.manual_seed(seed)
-    state = load_checkpoint(resume, device) if resume is not None else None
-    config = ByteDecoderConfig(**state["model_config"]) if state is not None else ByteDecoderConfig()
-    model = ByteDecoder(config).to(device)
-    trainer = Trainer(model, text, TrainerConfig(steps=steps, seed=seed))
-    if state is not None:
-        trainer.load_state_dict(state)
-        if trainer.step >= steps:
-            raise ValueError(f"--steps must be above the {trainer.step} steps that {resume} has done, got {steps}")
-    out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(options.seed)
+    trainer = make_trainer(text, options)
+    prepare_folder(options.out, checkpoint_bytes(trainer.model) + PICTURE_BYTES)
+    introduce(console, trainer)
+    with stop_requests() as stopped:  # saving included: a second Ctrl-C must not lose it
+        train(console, trainer, stopped)
+        save_checkpoint(trainer, options.checkpoint)
+    if trainer.step < options.steps:
+        say(console, f"Interrupted at step {trainer.step} of {options.steps}. Saved {options.checkpoint}; go on with")
+        resume = f"--resume {shlex.quote(str(options.checkpoint))} --steps {options.steps}"
+        say(console, f"  zexpert demo {resume}{options.resume_options}")
+        return
+    show_results(console, trainer)
+    show_compute(console, trainer, options.out)
+    if options.generate_bytes:
+        prompt = bytes(trainer.held_out_text[:64].tolist())
+        length = options.generate_bytes
+        show_generated(console, trainer.model, prompt, length, temperature=0.7, seed=options.seed)
+    time_layer(console, trainer)
+    say(
+        console,
+        f"Saved {options.out / 'compute_map.png'}, {options.out / 'training.png'} and the checkpoint. More text:",
+    )
+    say(console, f"  zexpert generate --checkpoint {shlex.quote(str(options.checkpoint))} --prompt 'Return the '")
 
+
+def say(console: Console, line: str) -> None:
+    """Prints a line as it is: a path may look like rich's markup."""
+    console.print(line, soft_wrap=True, highlight=False, markup=False)
+
+
+def make_trainer(text: Tensor, options: DemoOptions) -> Trainer:
+    """A new trainer, or the one of the checkpoint to resume. Raises ValueError if its checkpoint would replace another
+    that the user did not name."""
+    config = TrainerConfig(steps=options.steps, seed=options.seed)
+    resumed = options.resume is not None and options.checkpoint.exists() and options.checkpoint.samefile(options.resume)
+    if options.checkpoint.exists() and not resumed and not options.overwrite:
+        raise ValueError(
+            f"{options.checkpoint} is there already: --resume {options.checkpoint} continues it, --overwrite replaces "
+            "it, --out names another folder"
+        )
+    if options.resume is None:
+        return Trainer(ByteDecoder(ByteDecoderConfig()).to(options.device), text, config)
+    trainer = load_trainer(options.resume, text, config, options.device)
+    if trainer.step >= options.steps:
+        done = f"{trainer.step} steps that {options.resume} has done"
+        raise ValueError(f"--steps must be above the {done}, got {options.steps}")
+    return trainer
+
+
+def checkpoint_bytes(model: ByteDecoder) -> int:
+    """About the size of its checkpoint: weights and AdamW's two moments in float32."""
+    return 3 * 4 * sum(parameter.numel() for parameter in model.parameters())
+
+
+def introduce(console: Console, trainer: Trainer) -> None:
+    model, config = trainer.model, trainer.model.config
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print_panel(
         console,
         "zexpert demo",
-        f"A byte-level decoder, {parameters / 1e6:.1f} M parameters, {config.num_layers} layers, on {device}.\n"
+        f"A byte-level decoder, {parameters / 1e6:.1f} M parameters, {config.num_layers} layers, on {trainer.device}.\n"
         f"In every layer each byte picks {config.top_k} experts, of {config.num_experts} with a feed-forward "
         f"network and {config.zero_expert_num} without, the zero experts.\n"
         "A zero expert returns its input and costs nothing. A controller moves the mean towards "
         f"{trainer.controller.target_ffn_experts:g} feed-forward experts per byte. Which bytes get more, and which "
         "fewer, the model learns.",
     )
-    completed = train(console, trainer)
-    checkpoint = out / "checkpoint.pt"
-    save_checkpoint(trainer, checkpoint)
-    if not completed:
-        console.print(f"Interrupted at step {trainer.step} of {steps}. Saved {checkpoint}; go on with")
-        command = f"  zexpert demo --resume {shlex.quote(str(checkpoint))} --steps {steps}{resume_options}"
-        console.print(command, soft_wrap=True, highlight=False, markup=False)
-        return
-    show_results(console, trainer)
-    show_compute(console, trainer, out)
-    if generate_bytes:
-        prompt = bytes(trainer.held_out_text[:64].tolist())
-        show_generated(console, model, prompt, generate_bytes, temperature=0.7, seed=seed)
-    time_layer(console, trainer)
-    console.print(
-        f"Saved [bold]{out / 'compute_map.png'}[/], [bold]{out / 'training.png'}[/] and the checkpoint. More text:"
-    )
-    console.print(
-        f"  zexpert generate --checkpoint {checkpoint} --prompt 'Return the '", soft_wrap=True, highlight=False
-    )
 
 
-def train(console: Console, trainer: Trainer) -> bool:
-    """Trains to the configured number of steps; False if Ctrl-C stopped it after a whole step."""
+@contextmanager
+def stop_requests() -> Iterator[threading.Event]:
+    """An event that Ctrl-C and SIGTERM set in the block, instead of ending the process."""
+    stopped = threading.Event()
+    signals = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, lambda *_: stopped.set()) for number in signals}
+    try:
+        yield stopped
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def train(console: Console, trainer: Trainer, stopped: threading.Event) -> None:
+    """Trains to the configured number of steps, or to the step in which `stopped` is set."""
 
     def describe(record: StepRecord) -> str:
         return f"{record.bits_per_byte:.2f} bits/byte, {record.ffn_slots_per_token:.2f} experts/byte"
 
-    interrupted = False
-
-    def finish_step(signal_number: int, frame: object) -> None:
-        nonlocal interrupted  # a step is not torn in two, however often Ctrl-C is pressed
-        interrupted = True
-
-    previous = signal.signal(signal.SIGINT, finish_step)
-    try:
-        with progress("training") as bar:
-            task = bar.add_task("", total=trainer.config.steps, completed=trainer.step)
-            while trainer.step < trainer.config.steps and not interrupted:
-                record = trainer.train_step()
-                bar.update(task, completed=trainer.step, description=describe(record))
-                if not console.is_terminal and trainer.step % 25 == 0:
-                    console.print(f"step {trainer.step}: {describe(record)}")
-    finally:
-        signal.signal(signal.SIGINT, previous)
-    return trainer.step == trainer.config.steps
+    with progress("training") as bar:
+        task = bar.add_task("", total=trainer.config.steps, completed=trainer.step)
+        while trainer.step < trainer.config.steps and not stopped.is_set():
+            record = trainer.train_step()
+            bar.update(task, completed=trainer.step, description=describe(record))
+            if not console.is_terminal and trainer.step % 25 == 0:
+                console.print(f"step {trainer.step}: {describe(record)}")
 
 
 def show_results(console: Console, trainer: Trainer) -> None:

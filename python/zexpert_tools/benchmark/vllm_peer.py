@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zexpert.benchmark.epilogue import Inputs
-from zexpert.benchmark.layer import Shape, Weights
-from zexpert.benchmark.torch_routing import RoutingCase
+from zexpert_tools.benchmark.epilogue import Inputs
+from zexpert_tools.benchmark.layer import Shape, Weights
+from zexpert_tools.benchmark.torch_routing import RoutingCase
 
 
 def zero_expert_router(case: RoutingCase, bias: Tensor | None) -> Any:

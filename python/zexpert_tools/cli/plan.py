@@ -10,8 +10,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from zexpert.cli.terminal import console, parse_positive_ints, print_table, users_mistakes
-from zexpert.distributed_plan import Cluster, LayerPlan, MoEShape, plan_layer, simulate_routing
+from zexpert_tools.cli.terminal import console, parse_positive_ints, print_table
+from zexpert_tools.cluster_plan import Cluster, LayerPlan, MoEShape, plan_layer, simulate_routing
 
 DEFAULT_GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)
 
@@ -32,8 +32,7 @@ def plan(
     """Estimate bytes, times and memory of LongCat-Flash's experts spread over a cluster."""
     cluster = Cluster(gpus_per_node, nvlink * 1e9, network * 1e9, latency * 1e-6, memory * 1e12, matmul * 1e12)
     numbers = DEFAULT_GPUS if gpus is None else parse_positive_ints("--gpus", gpus)
-    with users_mistakes():
-        show_plan(console, numbers, tokens, MoEShape(ffn_experts=ffn_experts), cluster)
+    show_plan(console, numbers, tokens, MoEShape(ffn_experts=ffn_experts), cluster)
 
 
 def show_plan(console: Console, gpus: Sequence[int], tokens: int, shape: MoEShape, cluster: Cluster) -> None:

@@ -21,7 +21,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-PACKAGE = Path(__file__).resolve().parents[1]
+PACKAGE = Path(__file__).resolve().parents[2] / "zexpert"
 OLDEST_PYTHON = (3, 10)
 OLDEST_TORCH = (2, 10)
 
