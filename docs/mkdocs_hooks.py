@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the documentation site adds to MkDocs: pages from the repository's root, and links as GitHub reads them.
+"""What the documentation site adds to MkDocs: pages from the repository's root, and links to the repository's files.
 
-Pages link to files of the repository, such as ../examples/plain_moe.py. Where mkdocs.yml has a repo_url, such a link
-leads there; without one its text stays. A link to a file that does not exist is left for `mkdocs build --strict` to
-stop at.
+Pages link to files of the repository, such as ../examples/train.py. If mkdocs.yml has a repo_url, such a link points
+there. Otherwise its text stays without a link. A link to a file that does not exist is not changed, and `mkdocs build
+--strict` stops at it.
 """
 
 from __future__ import annotations

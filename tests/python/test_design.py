@@ -170,3 +170,11 @@ def test_router_is_complete(kind: type) -> None:
 
 def test_every_kind_of_router_has_a_routing_method_type() -> None:
     assert len(routers()) == len(list(zexpert.RoutingMethodType))
+
+
+def test_files_that_the_page_names_exist() -> None:
+    """Those of its examples aside."""
+    named = set(re.findall(r"`((?:csrc|python|tests|docs)/[^`\s]+)`", text("docs/design.md")))
+    examples = {path for path in named if re.search(r"my_op|expert_choice", path)}
+    assert len(examples) > 5
+    assert not missing_files(*sorted(named - examples))
