@@ -59,7 +59,18 @@ def test_navigation_has_every_page() -> None:
     """mkdocs warns of a page that the navigation leaves out; `make docs` is not in every test run."""
     named = set(re.findall(r": ([\w/]+\.md)$", (ROOT / "mkdocs.yml").read_text(), flags=re.MULTILINE))
     pages = {page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md")}
-    assert named - {"index.md", "contributing.md", "changelog.md"} == pages
+    assert named - {"index.md", "contributing.md", "changelog.md", "api.md"} == pages
+
+
+def test_api_page_has_every_public_class_and_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(DOCS))
+    import api_page
+
+    modules = (zexpert, zexpert.ops, zexpert.router, zexpert.runner, zexpert.models, zexpert.training)
+    public = {name for module in modules for name in module.__all__ if callable(getattr(module, name))}
+    headings = re.findall(r"^### (\w+)$", api_page.page(), flags=re.MULTILINE)
+    assert public <= set(headings)
+    assert len(headings) == len(set(headings))
 
 
 SIZES = {"num_experts": 16, "top_k": 4, "hidden_size": 64, "intermediate_size": 32}
