@@ -21,8 +21,8 @@ from zexpert import _C, ops, router
 
 ROOT = Path(__file__).resolve().parents[2]
 
-#: Operators on the kernels of another operator: the header and the kernels' files are the other's.
-KERNELS_OF = {"biased_topk_and_plan": "biased_topk"}
+#: Operators that are cases of another operator: header, kernels and C++ tests may be in the other's files.
+CASES_OF = {"biased_topk_and_plan": "biased_topk", "zero_expert_accumulate": "moe_finalize"}
 #: Operators made of other operators: they have no kernels of their own.
 MADE_OF = {"fused_moe": ("moe_permute", "grouped_mlp", "moe_finalize")}
 #: Older names that stay for one release, in the files of the operator that replaced them.
@@ -67,12 +67,12 @@ def test_operator_has_all_of_its_files(op: str) -> None:
         f"docs/ops/{op}.md",
     )
     if op not in MADE_OF:
-        kernels = KERNELS_OF.get(op, op)
+        files = (op, CASES_OF.get(op, op))
         missing += missing_files(
-            f"csrc/include/zexpert/{kernels}.h",
-            f"csrc/cpu/{kernels}.cpp",
-            (f"csrc/cuda/{kernels}.cu", f"csrc/cuda/{kernels}"),
-            f"tests/cpp/test_{op}.cpp",
+            tuple(f"csrc/include/zexpert/{name}.h" for name in files),
+            tuple(f"csrc/cpu/{name}.cpp" for name in files),
+            tuple(f"csrc/cuda/{name}{end}" for name in files for end in (".cu", "")),
+            tuple(f"tests/cpp/test_{name}.cpp" for name in files),
         )
     assert not missing, f"operator {op} lacks {missing}: see docs/design.md"
 
@@ -115,7 +115,7 @@ def test_backward_is_in_the_files_of_its_forward(backward: str) -> None:
 
 def test_pages_and_the_lists_above_are_of_operators_that_exist() -> None:
     assert {page.stem for page in (ROOT / "docs/ops").glob("*.md")} == set(OPERATORS)
-    assert {*KERNELS_OF, *KERNELS_OF.values(), *MADE_OF, *ALIASES.values()} <= set(OPERATORS)
+    assert {*CASES_OF, *CASES_OF.values(), *MADE_OF, *ALIASES.values()} <= set(OPERATORS)
     assert {part for parts in MADE_OF.values() for part in parts} <= set(OPERATORS)
 
 
