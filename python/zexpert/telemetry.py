@@ -3,12 +3,14 @@
 
 import copy
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from zexpert._values import values_kept
 from zexpert.runner.moe_runner import MoERunner
 
 
@@ -111,6 +113,15 @@ class RoutingStats(nn.Module):
         """Starts again from zero, in place."""
         self.expert_load.zero_()
         self.ffn_slots_histogram.zero_()
+
+    def reset_parameters(self) -> None:
+        """reset, under the name that frameworks call after they have materialised a model."""
+        self.reset()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RoutingStats":
+        with values_kept(self):
+            super()._apply(fn, recurse)
+        return self
 
     def clone(self) -> "RoutingStats":
         """A copy that no runner adds to."""

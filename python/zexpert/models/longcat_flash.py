@@ -149,6 +149,11 @@ class LongcatFlashMoE(CheckpointBlock):
             device=device,
         )
 
+    def reset_parameters(self) -> None:
+        """Sets the selection bias to 0. The submodules' reset_parameters draw the weights."""
+        with torch.no_grad():
+            self.e_score_correction_bias.zero_()
+
     @property
     def e_score_correction_bias(self) -> Tensor:
         """[N], the selection bias that routing reads: what a controller updates."""
