@@ -37,8 +37,9 @@ class MoEPlusPlusConfig:
         top_k: K.
         gating_residual: add the previous layer's logits, through a matrix, to this layer's.
         two_layer_gate: logits from tanh(x @ W1.T) @ W2.T, W1 [8N, H], instead of x @ W.T.
-        logits_std: None, or: softmax takes each token's logits divided by their standard deviation over the experts
-            and times this. The residual takes them as they are.
+        logits_std: None, or: softmax gets each token's logits divided by their standard deviation over the experts and
+            multiplied by this. The next layer's residual gets them undivided. Logits that are all the same are not
+            divided.
         drop_before_renormalize: weights of zero experts become 0 before the K weights are divided by their sum.
         scale_input_by_top_k: the experts get K * x.
     """
@@ -158,7 +159,7 @@ class MoEPlusPlusBlock(CheckpointBlock):
         super().__init__()
         require_config(config, MoEPlusPlusConfig)
         self.config = config
-        self.logits_std = config.logits_std
+        self.logits_std = config.logits_std if config.num_experts > 1 else None
         self.input_scale = float(config.top_k) if config.scale_input_by_top_k else 1.0
         zero_experts = {
             "identity": config.num_copy_experts,
@@ -198,7 +199,7 @@ class MoEPlusPlusBlock(CheckpointBlock):
         routed_logits = logits
         logits_std = self.logits_std
         if logits_std is not None:
-            routed_logits = logits / (logits.std(dim=-1, keepdim=True) / logits_std)
+            routed_logits = logits / (spread(logits, logits_std) / logits_std)
         if self.input_scale != 1.0:
             hidden_states = hidden_states * self.input_scale
         return self.experts(hidden_states, routed_logits), logits
@@ -236,6 +237,16 @@ class MoEPlusPlusBlock(CheckpointBlock):
             for expert, tensor in enumerate(weights.get(f"experts.{ours}", ()), first):
                 published[f"moe.experts.experts.{expert}.{theirs}"] = tensor
         return published
+
+
+def spread(logits: Tensor, otherwise: float) -> Tensor:
+    """[..., 1], the standard deviation of each token's logits [..., N]. Where they are all the same, but for rounding, it
+    is `otherwise`: a padding token, or a gate of zeros, has no spread to divide by."""
+    std = logits.std(dim=-1, keepdim=True)
+    eps = 2.0**-52 if logits.dtype == torch.float64 else 2.0**-23
+    # Below 1e-12 the gradient of a division by it would overflow.
+    smallest = (eps * logits.detach().abs().amax(dim=-1, keepdim=True)).clamp(min=1e-12)
+    return torch.where(std > smallest, std, otherwise)
 
 
 def permute_gate(state_dict: dict[str, Any], prefix: str, order: list[int]) -> None:
