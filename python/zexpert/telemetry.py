@@ -154,7 +154,7 @@ class RoutingStats(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RoutingStats":
         with values_kept(self):
-            super()._apply(fn, recurse)
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def clone(self) -> "RoutingStats":

@@ -300,9 +300,9 @@ def test_logits_without_spread_train(logits_std: float, two_layer_gate: bool, ze
         out, _ = block(x, torch.zeros(12, SMALL.num_experts))
         assert bool(out.isfinite().all())
         out.square().sum().backward()
-        for name, parameter in block.named_parameters():
-            assert parameter.grad is not None and bool(parameter.grad.isfinite().all()), name
-        assert x.grad is not None and bool(x.grad.isfinite().all())
+        for name, tensor in [*block.named_parameters(), ("x", x)]:
+            assert tensor.grad is not None, name
+            assert bool(tensor.grad.isfinite().all()), name
         optimizer.step()
     assert int(stats.num_tokens) == 36
     assert float(stats.ffn_slots_histogram[0]) < 36
@@ -315,10 +315,9 @@ def test_tokens_with_spread_do_not_feel_those_without() -> None:
     """Bit for bit what the published formula gives them."""
     block = MoEPlusPlusBlock(SMALL)
     x = flat_tokens(SMALL)
-    _, logits = block(x)
     usual = [0, 1, 2, 4, 5, 6, 11]
-    published = logits / (logits.std(dim=-1, keepdim=True) / 1.0)
-    expected = block.experts(x[usual], published[usual])
+    logits = block.gate(x[usual])
+    expected = block.experts(x[usual], logits / (logits.std(dim=-1, keepdim=True) / 1.0))
     assert_equal(block(x[usual])[0], expected)
     assert_equal(torch.jit.script(block)(x)[0], block(x)[0])
     one = MoEPlusPlusConfig(8, 8, 1, 0, 0, 0, top_k=1)

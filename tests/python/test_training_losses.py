@@ -206,4 +206,5 @@ def test_logits_far_below_zero_have_finite_gradients(scoring_func: str) -> None:
     loss = loss + group_loss(logits, load, 2, 2, target_ffn_experts=1.0, scoring_func=scoring_func)
     loss.backward()
     assert bool(loss.isfinite())
-    assert logits.grad is not None and bool(logits.grad.isfinite().all())
+    assert logits.grad is not None
+    assert bool(logits.grad.isfinite().all())

@@ -81,7 +81,7 @@ class BaseRouter(FusedMoERouter):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "BaseRouter":
         with values_kept(self):
-            super()._apply(fn, recurse)
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def set_capture_fn(self, capture_fn: Callable[[RoutingResult], None] | None) -> None:

@@ -65,8 +65,7 @@ class BiasController:
         check_tensor("expert_load", expert_load)
         if e_score_correction_bias.dtype not in (torch.float32, torch.float64):
             raise ValueError(
-                "e_score_correction_bias must be float32 or float64, because lower precision rounds small updates away, "
-                "got "
+                "e_score_correction_bias must be float32 or float64, which small updates do not vanish in, got "
                 f"{e_score_correction_bias.dtype}"
             )
         if expert_load.dim() != 1 or not 1 <= expert_load.numel() <= e_score_correction_bias.numel():
@@ -106,9 +105,9 @@ class BiasController:
         Only forwards in training mode count: put the model into train() for steps and into eval() for validation.
         Tracked layers without a bias are left alone, with their counts.
 
-        If torch.distributed is initialised, every rank must call this. One all_reduce sums the counts of all layers over
-        the ranks, so that every rank makes the same update. With an expert map, an expert's load is the sum over its
-        replicas.
+        If torch.distributed is initialised, every rank must call this. One all_reduce sums the counts of all layers
+        over the ranks, so that every rank makes the same update. With an expert map, an expert's load is the sum over
+        its replicas.
 
         Args:
             model: a module whose layers zexpert.telemetry.track_routing tracks.
@@ -127,9 +126,7 @@ class BiasController:
                 stacklevel=3,  # past torch.no_grad's wrapper
             )
         device = layers[0][0].device
-        counts = torch.cat(
-            [torch.cat((load, stats.num_training_tokens[None])).to(device) for _, load, stats in layers]
-        )
+        counts = torch.cat([torch.cat((load, stats.num_training_tokens[None])).to(device) for _, load, stats in layers])
         if is_distributed():
             dist.all_reduce(counts, group=process_group)
         sizes = [load.numel() + 1 for _, load, _ in layers]
