@@ -151,16 +151,17 @@ class MoEPlusPlusBlock(CheckpointBlock):
             "constant": config.num_constant_experts,
             "drop": config.num_zero_experts,
         }
+        has_zero_experts = any(zero_experts.values())
         self.gate = MoEPlusPlusGate(config, options.get("device"))
         self.experts = FusedMoE(
             config.num_ffn_experts,
             config.top_k,
             config.hidden_size,
             config.intermediate_size,
-            zero_expert_type=zero_experts if any(zero_experts.values()) else None,
+            zero_expert_type=zero_experts if has_zero_experts else None,
             scoring_func="softmax",
             renormalize=True,
-            drop_before_renormalize=config.drop_before_renormalize,
+            drop_before_renormalize=config.drop_before_renormalize and has_zero_experts,
             **options,
         )
 
