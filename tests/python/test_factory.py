@@ -178,8 +178,14 @@ def test_expert_map_and_callback() -> None:
             r"^e_score_correction_bias must have shape \[12\], one entry per expert, got \[8\]$",
         ),
         ({"custom_routing_function": 3}, r"^custom_routing_function must be callable, got int$"),
-        (GROUPED | CUSTOM, r"^custom_routing_function must be None when use_grouped_topk is set, .*, got <function custom"),
-        (ZERO | CUSTOM, r"^custom_routing_function must be None when zero_expert_type is set, .*, got <function custom"),
+        (
+            GROUPED | CUSTOM,
+            r"^custom_routing_function must be None when use_grouped_topk is set, .*, got <function custom",
+        ),
+        (
+            ZERO | CUSTOM,
+            r"^custom_routing_function must be None when zero_expert_type is set, .*, got <function custom",
+        ),
         (ZERO | GROUPED | CUSTOM, r"^custom_routing_function must be None when zero_expert_type is set, "),
         ({"drop_before_renormalize": True}, r"^drop_before_renormalize needs zero_expert_type, got None$"),
         (GROUPED | {"drop_before_renormalize": True}, r"^drop_before_renormalize needs zero_expert_type, got None$"),

@@ -127,7 +127,7 @@ class MoEPlusPlusBlock(CheckpointBlock):
     load_state_dict accepts this block's own state dict and, under the same prefix, the published code's names
     ("moe.gate.wg.weight" or "moe.gate.wg.{0,2}.weight", "moe.gate.gate_map.weight", "moe.experts.experts.{i}.*"). That
     code orders the experts [FFN | constant | copy | zero]: the rows of the gate, and rows and columns of the residual's
-    matrix, are permuted to FusedMoE's order. Without gating_residual the unused "gate_map" of the checkpoint is ignored.
+    matrix, are permuted to FusedMoE's order. Without gating_residual the checkpoint's unused "gate_map" is ignored.
 
     Args:
         config: sizes and switches.
