@@ -16,7 +16,7 @@ from testing import assert_equal
 from zexpert import FusedMoE
 from zexpert.integrations.transformers import patch, unpatch
 
-peft = pytest.importorskip("peft", reason="peft is not installed: pip install -r third_party/requirements-dev.txt")
+peft = pytest.importorskip("peft", reason="peft is not installed (pip install peft)")
 
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 TARGETS: dict[str, dict[str, Any]] = {

@@ -183,9 +183,7 @@ def test_tensor_parallelism_of_transformers_is_refused(ranks: Ranks, tmp_path: P
 @pytest.mark.parametrize("patch_first", [False, True])
 @pytest.mark.parametrize("to_disk", [False, True])
 def test_offloaded_weights(to_disk: bool, patch_first: bool, tmp_path: Path) -> None:
-    accelerate = pytest.importorskip(
-        "accelerate", reason="accelerate is not installed: pip install -r third_party/requirements-dev.txt"
-    )
+    accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed (pip install accelerate)")
     model = longcat()
     expected = patch(longcat())(TOKENS).logits
     if patch_first:
@@ -206,9 +204,7 @@ def test_offloaded_weights(to_disk: bool, patch_first: bool, tmp_path: Path) -> 
 @pytest.mark.parametrize("patch_first", [False, True])
 def test_an_offloaded_router_is_refused(patch_first: bool) -> None:
     """transformers' own router reads the weight of its classifier without the hook that loads it."""
-    accelerate = pytest.importorskip(
-        "accelerate", reason="accelerate is not installed: pip install -r third_party/requirements-dev.txt"
-    )
+    accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed (pip install accelerate)")
     model = patch(longcat()) if patch_first else longcat()
     accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
     with pytest.raises(ValueError, match=r"^mlp\.router must be on a device, got .* accelerate offloads"):
@@ -217,9 +213,7 @@ def test_an_offloaded_router_is_refused(patch_first: bool) -> None:
 
 @pytest.mark.parametrize("to_disk", [False, True])
 def test_an_offloaded_layer(to_disk: bool, tmp_path: Path) -> None:
-    accelerate = pytest.importorskip(
-        "accelerate", reason="accelerate is not installed: pip install -r third_party/requirements-dev.txt"
-    )
+    accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed (pip install accelerate)")
     block = Block()
     x = torch.randn(5, 16)
     expected = block(x)
