@@ -122,6 +122,22 @@ class SelectionBiasBlock(CheckpointBlock):
             self.e_score_correction_bias.zero_()
 
 
+def checkpoint_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict of a model, with every block's entries under the names of its published checkpoint.
+
+    transformers' save_pretrained(folder, state_dict=...) then writes files that other programs can read. With groups,
+    all of their ranks must call this.
+    """
+    weights: dict[str, Tensor] = dict(model.state_dict())
+    for name, block in model.named_modules():
+        if isinstance(block, CheckpointBlock):
+            prefix = f"{name}." if name else ""
+            for key in block.state_dict():
+                del weights[prefix + key]
+            weights |= {prefix + key: tensor for key, tensor in block.checkpoint_state_dict().items()}
+    return weights
+
+
 def load_checkpoint_names(
     module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *_: object
 ) -> None:

@@ -29,7 +29,8 @@ class MoEPlusPlusConfig:
         num_copy_experts: experts that return x.
         num_zero_experts: experts that return 0.
         top_k: K.
-        gating_residual: add the previous layer's logits, through a matrix, to this layer's.
+        gating_residual: add the previous layer's logits, through a matrix, to this layer's. False for the first layer:
+            its matrix would get no gradient, for which DistributedDataParallel stops.
         two_layer_gate: logits from tanh(x @ W1.T) @ W2.T, W1 [8N, H], instead of x @ W.T.
         logits_std: None, or: softmax gets each token's logits divided by their standard deviation over the experts and
             multiplied by this. The next layer's residual gets them undivided. Logits that are all the same are not
@@ -117,15 +118,16 @@ class MoEPlusPlusBlock(CheckpointBlock):
         out = sum_k w_k * E_k(x),    w = p_k / sum of the chosen p, the zero experts' p counting 0,
         p = softmax(G(x)), the K largest; E is a feed-forward network, x, a1 * x + a2 * v, or 0.
 
-    forward gives the logits too, for the next layer's gating residual:
+    forward returns the logits too, for the next layer's gating residual. The first layer has none:
 
+        blocks = [MoEPlusPlusBlock(replace(config, gating_residual=layer > 0)) for layer in range(num_layers)]
         out, logits = blocks[0](x)
-        out, logits = blocks[1](x, logits)
+        out, logits = blocks[1](out, logits)
 
-    load_state_dict takes this block's own state dict and, under the same prefix, the published code's names
-    ("moe.gate.wg.weight" or "moe.gate.wg.{0,2}.weight", "moe.gate.gate_map.weight", "moe.experts.experts.{i}.*"). Its
-    experts are ordered [FFN | constant | copy | zero]: rows of the gate, and columns too of the residual's matrix, are
-    permuted to FusedMoE's order. Without gating_residual the first layer's unused "gate_map" is left out.
+    load_state_dict accepts this block's own state dict and, under the same prefix, the published code's names
+    ("moe.gate.wg.weight" or "moe.gate.wg.{0,2}.weight", "moe.gate.gate_map.weight", "moe.experts.experts.{i}.*"). That
+    code orders the experts [FFN | constant | copy | zero]: the rows of the gate, and rows and columns of the residual's
+    matrix, are permuted to FusedMoE's order. Without gating_residual the checkpoint's unused "gate_map" is ignored.
 
     Args:
         config: sizes and switches.
@@ -133,7 +135,7 @@ class MoEPlusPlusBlock(CheckpointBlock):
         chunk_size, recompute, experts_backend, expert_parallel_group, tensor_parallel_group, device: see FusedMoE.
 
     Raises:
-        ValueError: if config is no MoEPlusPlusConfig, or a size is out of range.
+        ValueError: if config is not a MoEPlusPlusConfig, or a size is out of range.
     """
 
     __jit_ignored_attributes__ = ["config"]  # noqa: RUF012
@@ -149,16 +151,17 @@ class MoEPlusPlusBlock(CheckpointBlock):
             "constant": config.num_constant_experts,
             "drop": config.num_zero_experts,
         }
+        has_zero_experts = any(zero_experts.values())
         self.gate = MoEPlusPlusGate(config, options.get("device"))
         self.experts = FusedMoE(
             config.num_ffn_experts,
             config.top_k,
             config.hidden_size,
             config.intermediate_size,
-            zero_expert_type=zero_experts if any(zero_experts.values()) else None,
+            zero_expert_type=zero_experts if has_zero_experts else None,
             scoring_func="softmax",
             renormalize=True,
-            drop_before_renormalize=config.drop_before_renormalize,
+            drop_before_renormalize=config.drop_before_renormalize and has_zero_experts,
             **options,
         )
 
@@ -167,7 +170,8 @@ class MoEPlusPlusBlock(CheckpointBlock):
 
         Args:
             hidden_states: [..., H], of the experts' dtype.
-            previous_logits: [..., N], what the previous MoE++ block returned; None in the first.
+            previous_logits: [..., N], the logits of the previous MoE++ block; None for the first. A block without
+                gating_residual ignores them.
 
         Returns:
             [..., H] in the dtype of hidden_states, and logits [..., N] in float32 (float64 for float64).

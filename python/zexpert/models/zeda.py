@@ -49,7 +49,7 @@ class ZedaQwen3Config:
         return ZedaQwen3Config(
             hidden_size=config_value(config, "hidden_size"),
             moe_intermediate_size=config_value(config, "moe_intermediate_size"),
-            num_experts=config_value(config, "num_experts"),
+            num_experts=config_value(config, "num_experts", other_name="num_local_experts"),
             num_zero_experts=count_zero_experts(config),
             num_experts_per_tok=config_value(config, "num_experts_per_tok"),
             norm_topk_prob=bool(config_value(config, "norm_topk_prob", False)),
