@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import zexpert
-from zexpert_tools.benchmark import harness
+from zexpert_tools.benchmark import harness, machine, rates
 from zexpert_tools.byte_decoder import ByteDecoder, ByteDecoderConfig
 
 CONFIG = ByteDecoderConfig(
@@ -161,7 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     contenders: dict[str, Callable[[int], Tensor]] = {
         name: (lambda index, model=model: train_step(model, *inputs[index])) for name, model in models.items()
     }
-    with harness.OtherLoad() as load:
+    with machine.OtherLoad() as load:
         timings = harness.measure(contenders, num_inputs=len(inputs), repeats=options.repeats)
 
     num_tokens = options.batch_size * CONFIG.context_length
@@ -170,7 +170,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     result = harness.CaseResult(
         case=f"training step, {num_tokens} tokens, float32, {options.threads} threads",
         subject="zexpert",
-        floor=products / harness.matmul_rate(torch.float32),
+        floor=products / rates.matmul_rate(torch.float32),
         timings=timings,
         checks=checks,
         other_load=load.share,

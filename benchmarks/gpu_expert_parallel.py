@@ -32,7 +32,7 @@ from zexpert import FusedMoE, RoutingResult
 from zexpert.experts import create_experts
 from zexpert.runner import DefaultMoERunner, ExpertParallelMoERunner
 from zexpert.runner.expert_exchange import RaggedExchange, RaggedTrip
-from zexpert_tools.benchmark import harness
+from zexpert_tools.benchmark import harness, machine, parse
 from zexpert_tools.cluster_plan import Cluster, MoEShape, plan_layer
 
 TOP_K = 12
@@ -260,7 +260,7 @@ def run_rank(rank: int, options: argparse.Namespace, folder: str) -> None:
     if rank == 0:
         report = {
             "benchmark": "gpu_expert_parallel",
-            "environment": harness.environment(),
+            "environment": machine.environment(),
             "matmul_rate": rate,
             "results": [asdict(result) for result in results],
         }
@@ -272,7 +272,7 @@ def run_rank(rank: int, options: argparse.Namespace, folder: str) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--tokens", type=harness.positive_ints, default=[64, 256, 4096, 16384], help="on each rank")
+    parser.add_argument("--tokens", type=parse.positive_ints, default=[64, 256, 4096, 16384], help="on each rank")
     parser.add_argument("--experts", type=int, default=512, help="real ones; half as many identity experts join them")
     parser.add_argument("--hidden-size", type=int, default=6144)
     parser.add_argument("--intermediate-size", type=int, default=2048)

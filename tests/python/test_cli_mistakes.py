@@ -25,7 +25,7 @@ from typer.testing import CliRunner
 from test_cli import ENVIRONMENT
 from zexpert_tools import checkpoint as checkpoints
 from zexpert_tools import files
-from zexpert_tools.benchmark import harness, layer, torch_routing
+from zexpert_tools.benchmark import layer, rates, torch_routing
 from zexpert_tools.byte_decoder import ByteDecoder, ByteDecoderConfig
 from zexpert_tools.cli import bench, demo
 from zexpert_tools.cli.app import app
@@ -51,8 +51,8 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(demo, "ByteDecoderConfig", lambda: TINY)
     monkeypatch.setattr(demo, "time_layer", lambda *_: None)
-    monkeypatch.setattr(harness, "last_level_cache_bytes", lambda: 1 << 12)
-    monkeypatch.setattr(harness, "measure_limits", lambda device, dtype: harness.Limits(1e9, 1e9))
+    monkeypatch.setattr(rates, "last_level_cache_bytes", lambda: 1 << 12)
+    monkeypatch.setattr(rates, "measure_limits", lambda device, dtype: rates.Limits(1e9, 1e9))
     tiny = layer.Shape(torch_routing.RoutingCase("tiny", 8, 4, 0, 3, has_bias=True), 32, 16)
     monkeypatch.setitem(layer.MODELS, "small", tiny)
 

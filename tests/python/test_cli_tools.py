@@ -28,7 +28,7 @@ from typer.testing import CliRunner
 from test_cli import ENVIRONMENT, zexpert
 from zexpert._loader import CUDA_LIBRARY
 from zexpert_tools import pictures
-from zexpert_tools.benchmark import harness, layer, torch_routing
+from zexpert_tools.benchmark import layer, rates, torch_routing
 from zexpert_tools.byte_decoder import ByteDecoder, ByteDecoderConfig
 from zexpert_tools.checkpoint import save_checkpoint
 from zexpert_tools.cli import bench, doctor, terminal
@@ -319,8 +319,8 @@ def test_which_gpus_an_image_runs_on(archs: list[str], capability: tuple[int, in
 @pytest.fixture
 def small_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine whose cache is small and whose rates are known, and a model that is smaller still."""
-    monkeypatch.setattr(harness, "last_level_cache_bytes", lambda: 1 << 12)
-    monkeypatch.setattr(harness, "measure_limits", lambda device, dtype: harness.Limits(1e9, 1e9))
+    monkeypatch.setattr(rates, "last_level_cache_bytes", lambda: 1 << 12)
+    monkeypatch.setattr(rates, "measure_limits", lambda device, dtype: rates.Limits(1e9, 1e9))
     tiny = layer.Shape(torch_routing.RoutingCase("tiny", 8, 4, 0, 3, has_bias=True), 32, 16)
     monkeypatch.setitem(layer.MODELS, "small", tiny)
 
@@ -350,6 +350,16 @@ def test_bench_measures_and_draws(suite: str, tmp_path: Path) -> None:
         assert all(check["passed"] for check in one["checks"].values())
         assert {"median", "lower_quartile", "upper_quartile", "repeats"} == set(one["timings_s"]["zexpert"])
     assert picture.read_bytes().startswith(PNG)
+
+
+@pytest.mark.usefixtures("small_machine")
+def test_a_floor_that_is_beaten_is_measured_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = iter([rates.Limits(1.0, 1.0), rates.Limits(2.0, 1e15), rates.Limits(1e15, 1.0)])
+    monkeypatch.setattr(rates, "measure_limits", lambda device, dtype: next(measured))
+    monkeypatch.setattr(rates, "read_rate", lambda num_bytes: 1.0)
+    report = json.loads(run_bench("--tokens", "5", "--json").stdout)
+    assert report["limits"] == {"bytes_per_s": 1e15, "operations_per_s": 1e15}
+    assert max(report["results"][0]["share_of_floor"].values()) < 1.0
 
 
 @pytest.mark.usefixtures("small_machine")

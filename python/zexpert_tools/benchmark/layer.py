@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zexpert.layer import FusedMoE
-from zexpert_tools.benchmark import harness, plain_moe, torch_routing
+from zexpert_tools.benchmark import harness, machine, plain_moe, rates, torch_routing
 from zexpert_tools.benchmark.timing import Timing
 from zexpert_tools.benchmark.torch_routing import RoutingCase
 
@@ -229,7 +231,7 @@ def run_case(
     num_tokens: int,
     weights: Sequence[Weights],
     *,
-    limits: harness.Limits,
+    limits: rates.Limits,
     repeats: int,
     training: bool = False,
     router_projection: bool = True,
@@ -255,7 +257,7 @@ def run_contenders(
     shape: Shape,
     num_tokens: int,
     weights: Sequence[Weights],
-    limits: harness.Limits,
+    limits: rates.Limits,
     repeats: int,
     training: bool,
     router_projection: bool,
@@ -294,25 +296,29 @@ def run_contenders(
 
     outputs = {name: run(0) for name, run in (in_turns | apart).items()}
     checks = check_outputs(shape, outputs, inputs[0], logits[0], weights[0], training=training)
-    with harness.OtherLoad() as load:
+    with machine.OtherLoad() as load:
         timings = harness.measure_on(device, in_turns, num_inputs=count, repeats=repeats, graphs=graphs)
         if apart:
             timings |= harness.measure_on(device, apart, num_inputs=count, repeats=repeats, graphs=False)
-    operations, num_bytes, floor = means_over_inputs(shape, weights, logits, limits, training=training)
+    work = work_of_inputs(shape, weights, logits)
+    in_turn = min(sum(read for _, read in work), len(weights) * shape.weight_bytes(dtype))
+    limits = dataclasses.replace(limits, bandwidth=rates.bandwidth_for(in_turn, device, limits.bandwidth))
+    passes = 3 if training else 1
+    work = [(passes * operations, passes * num_bytes) for operations, num_bytes in work]
     threads = "" if device.type == "cuda" else ", " + harness.counted(torch.get_num_threads(), "thread")
     what = f"{'training step' if training else 'layer'}, {harness.counted(num_tokens, 'token')}"
     return LayerResult(
         case=f"{shape.routing.name}: {what}, {harness.dtype_name(dtype)}{threads}",
         subject=SUBJECT,
-        floor=floor,
+        floor=statistics.fmean(limits.floor(*one) for one in work),
         timings=timings,
         checks=checks,
         other_load=0.0 if device.type == "cuda" else load.share,
         target=target,
         name=shape.routing.name,
         num_tokens=num_tokens,
-        operations=operations,
-        num_bytes=num_bytes,
+        operations=statistics.fmean(operations for operations, _ in work),
+        num_bytes=statistics.fmean(num_bytes for _, num_bytes in work),
     )
 
 
@@ -380,17 +386,12 @@ def check_outputs(
     return {name: harness.check_error(output[sampled], plain, expected) for name, output in outputs.items()}
 
 
-def means_over_inputs(
-    shape: Shape, weights: Sequence[Weights], logits: Sequence[Tensor], limits: harness.Limits, *, training: bool
-) -> tuple[float, float, float]:
-    """(operations, bytes of weights, floor in seconds) of a call, means over the inputs."""
-    passes = 3 if training else 1
-    totals = [0.0, 0.0, 0.0]
+def work_of_inputs(shape: Shape, weights: Sequence[Weights], logits: Sequence[Tensor]) -> list[tuple[int, int]]:
+    """(operations, bytes of weights) of a forward of each input."""
+    work = []
     for index, one in enumerate(logits):
         topk_ids = torch_routing.route(one, weights[index % len(weights)].bias, shape.routing)[1]
         busy = topk_ids[topk_ids >= 0]
-        operations = passes * 2 * busy.numel() * shape.values_per_expert
-        num_bytes = passes * int(busy.unique().numel()) * shape.values_per_expert * weights[0].w2.element_size()
-        for which, value in enumerate((operations, num_bytes, limits.floor(operations, num_bytes))):
-            totals[which] += value / len(logits)
-    return totals[0], totals[1], totals[2]
+        weight_bytes = int(busy.unique().numel()) * shape.values_per_expert * weights[0].w2.element_size()
+        work.append((2 * busy.numel() * shape.values_per_expert, weight_bytes))
+    return work

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from zexpert import ops
-from zexpert_tools.benchmark import harness, torch_routing
+from zexpert_tools.benchmark import harness, machine, rates, torch_routing
 from zexpert_tools.benchmark.torch_routing import RoutingCase
 
 SUBJECT = "zexpert"
@@ -153,7 +153,7 @@ def run_case(
 ) -> harness.CaseResult:
     """Times zexpert, torch operations and `others`, whose results are compared with float64, and `unchecked` ones.
 
-    The floor is the time to read the logits; on a GPU, to write the results as well.
+    The floor is the time to read the logits; on a GPU, to write the results as well. `bandwidth` is the memory's.
     """
     entries: dict[str, Route] = {**contenders(case), **(others or {})}
     timed: dict[str, Route] = {**entries, **(unchecked or {})}
@@ -176,8 +176,9 @@ def run_case(
         name: harness.check_error(dense(route(logits[0], bias)), plain, reference) for name, route in entries.items()
     }
     runs = {name: harness.on_inputs(functools.partial(route, bias=bias), logits) for name, route in timed.items()}
-    with harness.OtherLoad() as load:
+    with machine.OtherLoad() as load:
         timings = harness.measure_on(device, runs, num_inputs=count, repeats=repeats)
+    bandwidth = rates.bandwidth_for(count * input_bytes, device, bandwidth)
     return harness.CaseResult(
         case=f"{case.name} {num_tokens} x {case.num_experts}, K {case.top_k}, {harness.dtype_name(dtype)} logits",
         subject=SUBJECT,

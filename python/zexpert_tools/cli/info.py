@@ -17,7 +17,7 @@ from rich.table import Table
 from zexpert import ops
 from zexpert._info import build_info
 from zexpert.ops._autograd import NOT_DIFFERENTIABLE
-from zexpert_tools.benchmark.harness import processor_name
+from zexpert_tools.benchmark.machine import processor_name
 from zexpert_tools.cli.terminal import console, print_table
 
 #: Packages that the extras name, or that zexpert works with.
