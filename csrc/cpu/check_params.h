@@ -24,7 +24,13 @@ inline int64_t num_working_rows(const int32_t* last_offset, int64_t num_rows) {
   return *last_offset;
 }
 
-/// The sizes and row_slots that moe_permute, its backward and grouped_mlp take, of which the first num_rows count.
+/// Throws Error unless the first num_rows entries of row_slots, those of rows that do work, are slots.
+inline void check_row_slots(const int32_t* row_slots, int64_t num_rows, int64_t num_slots) {
+  const int64_t bad = find_out_of_range(row_slots, num_rows, 0, num_slots);
+  ZEXPERT_CHECK(bad < 0, "row_slots must lie in [0, ", num_slots, ") below the last offset, got ", row_slots[bad]);
+}
+
+/// The sizes and row_slots of grouped_mlp, of which the first num_rows count.
 template <typename Params>
 void check_row_slots(const Params& params, int64_t num_rows) {
   check_sizes({{"num_rows", params.num_rows},
@@ -34,10 +40,7 @@ void check_row_slots(const Params& params, int64_t num_rows) {
   if (num_rows > 0) {
     check_pointers({{"row_slots", params.row_slots}});
   }
-  const int64_t num_slots = params.num_tokens * params.top_k;
-  const int64_t bad = find_out_of_range(params.row_slots, num_rows, 0, num_slots);
-  ZEXPERT_CHECK(bad < 0, "row_slots must lie in [0, ", num_slots, ") below the last offset, got ",
-                params.row_slots[bad]);
+  check_row_slots(params.row_slots, num_rows, params.num_tokens * params.top_k);
 }
 
 /// The offsets of grouped_mlp, and its row_slots if it has them.

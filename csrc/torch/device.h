@@ -52,7 +52,7 @@ ZEXPERT_DEVICE_NAMESPACE_END
 #define ZEXPERT_DEVICE_NAMESPACE_BEGIN HIDDEN_NAMESPACE_BEGIN(zexpert, ops, on_cpu)
 #define ZEXPERT_DEVICE_NAMESPACE_END HIDDEN_NAMESPACE_END(zexpert, ops, on_cpu)
 #define ZEXPERT_OPERATORS(m) STABLE_TORCH_LIBRARY_IMPL(zexpert, CPU, m)
-#define ZEXPERT_LAUNCH(op, params, device) op##_cpu(params)
+#define ZEXPERT_LAUNCH(op, params, device) (static_cast<void>(device), op##_cpu(params))
 
 ZEXPERT_DEVICE_NAMESPACE_BEGIN
 
