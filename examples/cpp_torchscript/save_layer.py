@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes what run_layer reads: a scripted layer in LongCat-Flash's routing shape, tokens for it, and the output.
+"""Writes the input of run_layer: a scripted layer in LongCat-Flash's routing shape, tokens for it, and its output.
 
 Usage: python save_layer.py FOLDER
 """
@@ -16,8 +16,8 @@ import zexpert
 
 @torch.no_grad()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="for layer.pt, tokens.pt and output.pt")
+    parser = argparse.ArgumentParser(description="Writes layer.pt, tokens.pt and output.pt, which run_layer reads.")
+    parser.add_argument("folder", type=Path, help="where; made if it is not there")
     folder = parser.parse_args().folder
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
