@@ -104,7 +104,7 @@ class CheckpointBlock(nn.Module):
 
 
 class SelectionBiasBlock(CheckpointBlock):
-    """A CheckpointBlock whose router has a selection bias, float32 and 0 at first."""
+    """A CheckpointBlock with a selection bias, float32 and 0 at first."""
 
     __jit_unused_properties__ = ["e_score_correction_bias"]  # noqa: RUF012
     __jit_ignored_attributes__ = ["config", "e_score_correction_bias"]  # noqa: RUF012
@@ -193,7 +193,7 @@ def trim_stacked_experts(state_dict: dict[str, Any], prefix: str, experts: Fused
     Raises:
         RuntimeError: if a tensor has another shape.
     """
-    # A rank of several may hold only a part of these: FusedMoE takes it out of the whole.
+    # With groups a rank holds a part of these. FusedMoE selects it from the whole.
     num_real_experts = experts.num_experts
     hidden_size, intermediate_size = experts.hidden_size, experts.intermediate_size
     first_sizes = sorted({num_real_experts, experts.router.num_experts or num_real_experts})
