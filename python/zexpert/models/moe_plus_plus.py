@@ -59,8 +59,8 @@ class MoEPlusPlusConfig:
 
     @staticmethod
     def from_hf(config: object) -> "MoEPlusPlusConfig":
-        """From the configuration in the published code, or its config.json as a mapping. That code always has two constant
-        experts, one copy expert, one zero expert, and two experts per token.
+        """From the configuration in the published code, or its config.json as a mapping. That code always has two
+        constant experts, one copy expert, one zero expert, and two experts per token.
 
         Raises:
             ValueError: if an entry is missing, or the block does not support its value.
