@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from zexpert.layer import FusedMoE
-from zexpert.models.checkpoint import SelectionBiasBlock
+from zexpert.models.checkpoint import SelectionBiasBlock, experts_of
 from zexpert.models.config import LayerOptions, config_value, require_config, require_silu
 from zexpert.models.float32_linear import Float32Linear
 
@@ -135,8 +135,8 @@ class LongcatFlashMoE(SelectionBiasBlock):
         return out
 
     def checkpoint_names(self) -> dict[str, str]:
-        names = super().checkpoint_names()
-        return {"router.e_score_correction_bias": "experts.runner.router.e_score_correction_bias", **names}
+        bias = f"{experts_of(self)[0]}.runner.router.e_score_correction_bias"
+        return {"router.e_score_correction_bias": bias, **super().checkpoint_names()}
 
     def checkpoint_state_dict(self) -> dict[str, Tensor]:
         """See CheckpointBlock. The layout is that of transformers' LongcatFlashMoE: experts.gate_up_proj has N expert

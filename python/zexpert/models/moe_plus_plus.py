@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from zexpert.layer import FusedMoE
-from zexpert.models.checkpoint import CheckpointBlock, rename
+from zexpert.models.checkpoint import CheckpointBlock, experts_of, rename
 from zexpert.models.config import LayerOptions, config_value, require_config, require_silu
 from zexpert.models.expert_tensors import ExpertTensor, module_list
 from zexpert.models.float32_linear import Float32Linear
@@ -190,7 +190,7 @@ class MoEPlusPlusBlock(CheckpointBlock):
 
     def expert_tensors(self) -> dict[str, ExpertTensor]:
         config, name = self.config, "moe.experts.experts.{}."
-        places = module_list(self.experts, name, gate_proj=False)
+        places = module_list(experts_of(self)[1], name, gate_proj=False)
         for index in range(config.num_constant_experts):
             constant = name.format(config.num_ffn_experts + index)
             places[f"{constant}wg.weight"] = ExpertTensor("constant_gate_weight", index, None, [2, config.hidden_size])
@@ -207,11 +207,12 @@ class MoEPlusPlusBlock(CheckpointBlock):
     def checkpoint_state_dict(self) -> dict[str, Tensor]:
         """See CheckpointBlock. Names and order of experts are the published code's."""
         weights = super().checkpoint_state_dict()
+        experts, _ = experts_of(self)
         order = expert_order(self.config)
         permute_gate(weights, "moe.gate.", [order.index(expert) for expert in range(len(order))])
         published = {name: tensor for name, tensor in weights.items() if name.startswith("moe.gate.")}
         for name, place in self.expert_tensors().items():
-            published[name] = weights[f"experts.{place.weight}"][place.expert]
+            published[name] = weights[f"{experts}.{place.weight}"][place.expert]
         return published
 
 

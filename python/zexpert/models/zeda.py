@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zexpert.layer import FusedMoE
-from zexpert.models.checkpoint import CheckpointBlock, SelectionBiasBlock
+from zexpert.models.checkpoint import CheckpointBlock, SelectionBiasBlock, experts_of
 from zexpert.models.config import LayerOptions, config_value, require_config, require_silu
 from zexpert.models.float32_linear import Float32Linear
 
@@ -232,10 +232,11 @@ class ZedaGlm4MoE(SelectionBiasBlock):
         return out
 
     def checkpoint_names(self) -> dict[str, str]:
+        experts, _ = experts_of(self)
         names = super().checkpoint_names()
-        names["gate.e_score_correction_bias"] = "experts.runner.router.e_score_correction_bias"
+        names["gate.e_score_correction_bias"] = f"{experts}.runner.router.e_score_correction_bias"
         if self.config.n_shared_experts > 0:
-            names["shared_experts."] = "experts.runner.shared_experts."
+            names["shared_experts."] = f"{experts}.runner.shared_experts."
         return names
 
 
