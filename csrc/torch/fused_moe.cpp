@@ -34,9 +34,9 @@ std::tuple<Tensor, Tensor> fused_moe_on_cpu(const Tensor& hidden_states, const T
                              row_slots,     slot_rows,    w13_weight,  w2_weight};
   check_fused_moe(args);
   const auto [rows, gate_up] = run_experts(args);
-  const Tensor out = moe_finalize(
+  const Tensor out = on_cpu::moe_finalize(
       {rows, slot_rows, topk_weights, hidden_states, zero_weight, residual, constant_weight, constant_vectors},
-      &moe_finalize_cpu);
+      on_cpu::CurrentDevice(hidden_states));
   return {out, gate_up};
 }
 

@@ -62,8 +62,8 @@ STABLE_TORCH_LIBRARY(zexpert, m) {
       "zero_expert_accumulate_backward(Tensor grad_out, Tensor hidden_states, Tensor zero_weight) "
       "-> (Tensor grad_hidden_states, Tensor grad_zero_weight)");
   m.def(
-      "moe_permute_backward(Tensor grad_rows, Tensor row_slots, Tensor expert_offsets, SymInt num_tokens, int top_k) "
-      "-> Tensor grad_hidden_states");
+      "moe_permute_backward(Tensor grad_rows, Tensor row_slots, Tensor expert_offsets, SymInt num_tokens, int top_k, "
+      "Tensor? slot_rows=None) -> Tensor grad_hidden_states");
   m.def("silu_and_mul_backward(Tensor grad_out, Tensor gate_up, Tensor? expert_offsets=None) -> Tensor grad_gate_up");
   m.def(
       "grouped_mlp_with_gate_up(Tensor rows, Tensor expert_offsets, Tensor w13_weight, Tensor w2_weight) "

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from gradients import as_tuple, random_like
-from testing import assert_equal
+from testing import UNWRITTEN_INTEGER, assert_equal, filled_memory
 from zexpert import FusedMoE, ops
 
 T, K, R, H, F = 5, 3, 4, 16, 8
@@ -55,8 +55,8 @@ def call_of(op: str, num_tokens: int = T, *, requires_grad: bool = True) -> tupl
         "biased_topk_backward": ((*gradients, logits, torch.rand(R + 5), K), ROUTING),
         "zero_expert_accumulate": ((data(num_tokens, H), data(num_tokens)), {}),
         "zero_expert_accumulate_backward": ((data(num_tokens, H), data(num_tokens, H), data(num_tokens)), {}),
-        "moe_permute": ((data(num_tokens, H), plan.row_slots, plan.expert_offsets, K), {}),
-        "moe_permute_backward": ((rows, plan.row_slots, plan.expert_offsets, num_tokens, K), {}),
+        "moe_permute": ((data(num_tokens, H), plan.row_slots, plan.expert_offsets, K, plan.slot_rows), {}),
+        "moe_permute_backward": ((rows, plan.row_slots, plan.expert_offsets, num_tokens, K, plan.slot_rows), {}),
         "silu_and_mul": ((data(num_tokens, 2 * F), None), {}),
         "silu_and_mul_backward": ((data(num_tokens, F), data(num_tokens, 2 * F), None), {}),
         "grouped_mlp": ((data(num_tokens, H), *experts, plan.row_slots, K), {}),
@@ -85,6 +85,16 @@ FORWARD = [
     "fused_moe",
 ]
 BACKWARD = [f"{op}_backward" for op in FORWARD if op not in ("biased_topk_and_plan", "grouped_mlp_with_gate_up")]
+
+
+@pytest.mark.parametrize("num_tokens", [0, T])
+@pytest.mark.parametrize("op", FORWARD + BACKWARD)
+def test_every_output_is_written(op: str, num_tokens: int) -> None:
+    arguments, keywords = call_of(op, num_tokens, requires_grad=False)
+    with filled_memory():
+        outputs = as_tuple(packet(op)(*arguments, **keywords))
+    for output in outputs:
+        assert not bool((output == UNWRITTEN_INTEGER).any() or output.isnan().any())
 
 
 def packet(op: str) -> Callable[..., Any]:
