@@ -6,6 +6,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include "zexpert/error.h"
 #include "zexpert/scalar_types.h"
 
 namespace zexpert::cuda {
@@ -45,22 +46,58 @@ __device__ __forceinline__ __half Computed<__half>::to(float value) {
   return __float2half_rn(value);
 }
 
-/// Calls `fn` with an element of the type: float32, bfloat16 or float16.
+/// is_floating() as a constant: device code cannot call the function.
+template <ScalarType type>
+inline constexpr bool kIsFloating = is_floating(type);
+
+/// The CUDA type of a floating ScalarType.
+template <ScalarType type>
+struct DeviceTypeOf;
+template <>
+struct DeviceTypeOf<ScalarType::kFloat32> {
+  using type = float;
+};
+template <>
+struct DeviceTypeOf<ScalarType::kFloat64> {
+  using type = double;
+};
+template <>
+struct DeviceTypeOf<ScalarType::kBFloat16> {
+  using type = __nv_bfloat16;
+};
+template <>
+struct DeviceTypeOf<ScalarType::kFloat16> {
+  using type = __half;
+};
+template <ScalarType type>
+using DeviceType = typename DeviceTypeOf<type>::type;
+
+/// Calls `fn` with an element of the type. Throws Error unless that is one of the four floating types.
+template <typename Fn>
+void visit_any_data_type(ScalarType type, Fn&& fn) {
+  switch (type) {
+    case ScalarType::kFloat32: return fn(float{});
+    case ScalarType::kFloat64: return fn(double{});
+    case ScalarType::kBFloat16: return fn(__nv_bfloat16{});
+    case ScalarType::kFloat16: return fn(__half{});
+    case ScalarType::kInt32:
+    case ScalarType::kInt64: break;
+  }
+  detail::throw_error("data must be of a floating type, got ", name(type));
+}
+
+/// The same for float32, bfloat16 and float16 alone.
 template <typename Fn>
 void visit_data_type(ScalarType type, Fn&& fn) {
   switch (type) {
+    case ScalarType::kFloat32: return fn(float{});
     case ScalarType::kBFloat16: return fn(__nv_bfloat16{});
     case ScalarType::kFloat16: return fn(__half{});
-    default: return fn(float{});
+    case ScalarType::kFloat64:
+    case ScalarType::kInt32:
+    case ScalarType::kInt64: break;
   }
-}
-
-/// The same, with float64.
-template <typename Fn>
-void visit_any_data_type(ScalarType type, Fn&& fn) {
-  if (type == ScalarType::kFloat64)
-    return fn(double{});
-  visit_data_type(type, fn);
+  detail::throw_error("data must be float32, bfloat16 or float16, got ", name(type));
 }
 
 }  // namespace zexpert::cuda
