@@ -168,6 +168,11 @@ inline Tensor empty(std::initializer_list<int64_t> sizes, DType dtype, const Ten
   return tensor;
 }
 
+/// Uninitialised scratch for an operator's workspace, on the device of `like`; none for 0 bytes.
+inline std::optional<Tensor> empty_workspace(int64_t num_bytes, const Tensor& like) {
+  return num_bytes > 0 ? std::optional<Tensor>(empty({num_bytes}, DType::Byte, like)) : std::nullopt;
+}
+
 /// Sets the rows (indices of the first dimension) `first` .. first + count - 1 to 0.
 inline void zero_rows(const Tensor& tensor, int64_t first, int64_t count) {
   if (count > 0 && tensor.numel() > 0) {

@@ -1,15 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
-// From keys to the experts with the largest. A part of biased_topk_kernel.h, compiled once per instruction set.
+// From keys to the experts with the largest keys. A part of biased_topk_kernel-inl.h, compiled once per instruction
+// set.
 //
-// The largest keys of kLanes interleaved parts of the row are kept; the k-th largest of those is a lower bound of the
-// row's k-th key that few keys reach (15 of 768 for k = 12). Those few are sorted by counting, for each, how many are
-// larger: no step branches on the data.
+// The row is divided into kLanes interleaved parts. The k-th largest of the parts' largest keys is a lower bound of the
+// row's k-th key, and few keys reach it (15 of 768 for k = 12). Those few are sorted by counting, for each of them, how
+// many are larger. No step branches on the data.
 
-/// Up to this many candidates are sorted by counting; more, as when whole rows tie, by insertion.
+/// Up to this many candidates are sorted by counting. More, for example of rows that are all ties, are sorted by
+/// insertion.
 constexpr int64_t kMaxCounted = 128;
 
-/// order[r] = where the r-th largest of the values is, equal values in the order in which they are. Both arrays are
-/// whole vectors.
+/// order[r] = index of the r-th largest value, equal values in their order. Both arrays are whole vectors.
 template <typename T>
 void order_by_counting(const T* values, int64_t num_values, int32_t* order) {
   using V = Vec<T>;
@@ -30,8 +31,8 @@ void order_by_counting(const T* values, int64_t num_values, int32_t* order) {
   }
 }
 
-/// The k-th largest of the largest keys of kLanes interleaved parts of the row; -inf where fewer than k parts have a
-/// choosable key.
+/// The k-th largest of the largest keys of kLanes interleaved parts of the row; -inf if fewer than k parts have a key
+/// that can be chosen.
 template <int64_t kLanes, typename T>
 T bound_kth_key(const T* keys, int64_t padded_experts, int64_t k) {
   using V = Vec<T>;
@@ -65,13 +66,13 @@ int64_t collect_candidates(const T* keys, int64_t padded_experts, T bound, int32
       const Mask mask = V::greater_equal(V::load(keys + block + j), V::broadcast(bound));
       found |= static_cast<uint64_t>(mask) << j;
     }
-    // A block seldom has more than kAtOnce: writing that many whatever was found leaves no branch to mispredict.
+    // A block seldom has more than kAtOnce. It always writes that many: there is no branch to mispredict.
     const int64_t end = count + __builtin_popcountll(found);
     do {
       for (int64_t j = 0; j < kAtOnce; ++j) {
         const int64_t expert = block + __builtin_ctzll(found | (uint64_t{1} << (kBlock - 1)));
         candidates[count + j] = static_cast<int32_t>(expert);
-        __asm__("" : : : "memory");  // keeps the stores apart: joined into a vector they take longer
+        __asm__("" : : : "memory");  // prevents joining the stores into a vector, which is slower
         found &= found - 1;
       }
       count += kAtOnce;
@@ -81,15 +82,15 @@ int64_t collect_candidates(const T* keys, int64_t padded_experts, T bound, int32
   return count;
 }
 
-/// The k first of at most kMaxCounted candidates by descending key, equal keys in the order in which they are; returns
-/// how many. Writes up to a vector's width past the last candidate.
+/// The k first of at most kMaxCounted candidates by descending key, equal keys in their order; returns how many. Writes
+/// up to a vector's width past the last candidate.
 template <typename T>
 int64_t sort_by_counting(const T* keys, int32_t* candidates, int64_t num_candidates, int64_t k, int32_t* sorted) {
   using V = Vec<T>;
   static_assert(V::kWidth <= Workspace<T>::kSlack, "writes past the last candidate must stay in the workspace");
   alignas(64) T values[kMaxCounted];
   int32_t order[kMaxCounted];
-  // Whole vectors throughout: loops whose length changed with every row would be mispredicted in every row.
+  // Only whole vectors: the length of a loop that depended on the row would be mispredicted.
   const int64_t last_vector = std::max<int64_t>(num_candidates - 1, 0) / V::kWidth * V::kWidth;
   const int64_t padded = last_vector + V::kWidth;
   std::fill(candidates + num_candidates, candidates + num_candidates + V::kWidth, 0);
@@ -104,7 +105,7 @@ int64_t sort_by_counting(const T* keys, int32_t* candidates, int64_t num_candida
   return count;
 }
 
-/// The k first of the candidates by descending key, equal keys in the order in which they are; returns how many.
+/// The k first of the candidates by descending key, equal keys in their order; returns how many.
 template <typename T>
 int64_t sort_by_insertion(const T* keys, const int32_t* candidates, int64_t num_candidates, int64_t k,
                           int32_t* sorted) {
@@ -121,8 +122,8 @@ int64_t sort_by_insertion(const T* keys, const int32_t* candidates, int64_t num_
   return count;
 }
 
-/// The experts with the k largest keys, descending, equal keys in expert order; returns how many, fewer than k where
-/// fewer are choosable.
+/// The experts with the k largest keys, descending, equal keys in expert order; returns how many, fewer than k if fewer
+/// can be chosen.
 template <typename T>
 int64_t select_top_k(const T* keys, int64_t padded_experts, int64_t k, int32_t* candidates, int32_t* chosen) {
   T bound;

@@ -1,29 +1,29 @@
 // SPDX-License-Identifier: Apache-2.0
-// The routing of biased_topk_warp.cuh and the plan of its slots in one launch, for few tokens: all blocks form one
-// cluster.
+// The routing of warp.cuh and the plan of its slots in one launch, for few tokens: all blocks form one cluster.
 //
-// A token chooses an expert at most once. So which tokens chose an expert is a set, a bit per token, and the plan needs
-// neither sorting nor an order among threads: a slot's row is its expert's first row plus the number of earlier tokens
-// in the set. All blocks enter their tokens in the shared memory of the first block, which makes the plan.
+// A token chooses an expert at most once. So the tokens that chose an expert are a set with a bit per token, and the
+// plan needs neither sorting nor an order among threads: a slot's row is its expert's first row plus the number of
+// earlier tokens in the set. All blocks write their tokens into the shared memory of the first block, which makes the
+// plan.
 #pragma once
 
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
 
-#include "cuda/biased_topk_warp.cuh"
+#include "cuda/biased_topk/warp.cuh"
 #include "cuda/host_device.h"
 #include "cuda/launch.cuh"
-#include "zexpert/biased_topk_and_plan.h"
+#include "zexpert/biased_topk.h"
 #include "zexpert/moe_plan.h"
 
 namespace zexpert::cuda {
 
 inline constexpr int kMaxPlannedWarps = 16;  // per block
 inline constexpr int kTokensPerWord = 32;
-inline constexpr int kExpertsPerThread = 4;  // that a thread of the planning block sums up: a vector of sets
+inline constexpr int kExpertsPerThread = 4;  // a thread of the planning block sums up a vector of sets
 
-/// Where biased_topk_and_plan writes.
+/// Outputs of routing and plan.
 struct PlannedRouting {
   RoutingOutputs routing;
   MoePlanParams plan;
@@ -49,7 +49,7 @@ struct PlanOutputs {
   TokenOfSlot token_of_slot;
 };
 
-/// Where things lie in the shared memory of the block that plans; offsets in bytes, all multiples of 16.
+/// The shared memory of the block that plans: offsets in bytes, all of them multiples of 16.
 struct PlanLayout {
   int num_experts;
   int expert_stride;  // num_experts rounded up
@@ -64,16 +64,16 @@ struct PlanLayout {
 
   /// uint32_t [num_words, expert_stride]: bit t % 32 of word t / 32 is set if token t chose the expert.
   __host__ __device__ int tokens() const { return 0; }
-  /// int16_t [num_slots]: row's slot, -1 for none.
+  /// int16_t [num_slots]: a row's slot, -1 for none.
   __host__ __device__ int row_slots() const { return num_words * expert_stride * 4; }
-  /// int16_t [num_slots]: slot's real expert, -1 for none.
+  /// int16_t [num_slots]: a slot's real expert, -1 for none.
   __host__ __device__ int experts() const { return row_slots() + round_up(num_slots * 2, 16); }
   /// int16_t [num_words, expert_stride]: row of the first of the word's tokens.
   __host__ __device__ int first_rows() const { return experts() + round_up(num_slots * 2, 16); }
   __host__ __device__ int num_bytes() const { return first_rows() + num_words * expert_stride * 2; }
 };
 
-/// Hands a lane its slot, for the kernel to enter and write.
+/// Output of route_token that hands the lane's slot back to the kernel.
 struct SlotOfLane {
   Slot& slot;
 };
@@ -106,7 +106,7 @@ __device__ __forceinline__ void store_in_first_block(unsigned address, int16_t v
   asm volatile("st.shared::cluster.b16 [%0], %1;" ::"r"(address), "h"(value) : "memory");
 }
 
-/// Makes the sets empty and the rows nobody's. The whole block calls it.
+/// Makes the sets empty and the rows' slots -1. The whole block calls it.
 __device__ __forceinline__ void clear_plan(const PlanLayout& layout, unsigned char* memory) {
   constexpr int kBytes = static_cast<int>(sizeof(uint4));
   for (int i = static_cast<int>(threadIdx.x); i < layout.experts() / kBytes; i += static_cast<int>(blockDim.x)) {
@@ -115,7 +115,7 @@ __device__ __forceinline__ void clear_plan(const PlanLayout& layout, unsigned ch
   }
 }
 
-/// Enters a slot of a block that is alone.
+/// Adds a slot to the plan of a block that is alone.
 __device__ __forceinline__ void enter_slot(const PlanLayout& layout, unsigned char* memory, int token, int slot,
                                            int expert) {
   reinterpret_cast<int16_t*>(memory + layout.experts())[slot] = static_cast<int16_t>(expert);
@@ -125,7 +125,7 @@ __device__ __forceinline__ void enter_slot(const PlanLayout& layout, unsigned ch
   }
 }
 
-/// The same in the shared memory of the cluster's first block.
+/// The same, in the shared memory of the cluster's first block.
 __device__ __forceinline__ void enter_slot_in_first_block(const PlanLayout& layout, const unsigned char* memory,
                                                           int token, int slot, int expert) {
   const unsigned first = address_in_first_block(memory);
@@ -136,8 +136,8 @@ __device__ __forceinline__ void enter_slot_in_first_block(const PlanLayout& layo
   }
 }
 
-/// Makes the plan of the slots entered. The whole block calls it, after a barrier; it has a thread for every
-/// kExpertsPerThread experts.
+/// Writes the plan of the slots that were added. The whole block calls it, after a barrier; the block has a thread for
+/// every kExpertsPerThread experts.
 __device__ __forceinline__ void write_plan(const PlanLayout& layout, unsigned char* memory, const PlanOutputs& plan) {
   __shared__ int warp_sums[kMaxPlannedWarps];
   const auto thread = static_cast<int>(threadIdx.x);
@@ -189,7 +189,7 @@ __device__ __forceinline__ void write_plan(const PlanLayout& layout, unsigned ch
   }
   __syncthreads();
 
-  // Place the slots. Rows are scattered: they go through shared memory, so that device memory sees whole lines.
+  // Place the slots. Rows are scattered, so they are collected in shared memory and written in order.
   for (int slot = thread; slot < layout.num_slots; slot += num_threads) {
     const int expert = experts[slot];
     int row = -1;
@@ -208,7 +208,7 @@ __device__ __forceinline__ void write_plan(const PlanLayout& layout, unsigned ch
 
 #endif  // __CUDA_ARCH__ >= 900
 
-/// All blocks are one cluster. Dynamic shared memory: PlanLayout, then what the routing takes.
+/// All blocks are one cluster. Dynamic shared memory: PlanLayout, then routing_memory_floats().
 template <typename Logit, int kWidth>
 __global__ void __launch_bounds__(kMaxPlannedWarps* kWarpSize, 1)
     biased_topk_and_plan_warp(const RoutingArguments arguments, const RoutingOutputs outputs, const PlanOutputs plan) {
@@ -220,8 +220,8 @@ __global__ void __launch_bounds__(kMaxPlannedWarps* kWarpSize, 1)
   const PlanLayout layout(arguments);
   const bool is_alone = gridDim.x == 1;
 
-  // Nothing of this depends on earlier kernels. The first block must have done it, and have started, before another one
-  // writes into its memory.
+  // This does not depend on earlier kernels. The first block must have done it before another block writes into its
+  // memory.
   if (blockIdx.x == 0)
     clear_plan(layout, memory);
   if (is_alone) {
@@ -270,7 +270,7 @@ __global__ void __launch_bounds__(kMaxPlannedWarps* kWarpSize, 1)
     if (is_entered)
       enter_slot_in_first_block(layout, memory, token, index, expert);
     cluster_arrive();
-    write_token();  // not before: the arrival would wait until device memory has it
+    write_token();  // after the arrival, which would otherwise wait for these writes
     cluster_wait();
     if (blockIdx.x != 0)
       return;
@@ -279,7 +279,8 @@ __global__ void __launch_bounds__(kMaxPlannedWarps* kWarpSize, 1)
 #endif  // __CUDA_ARCH__ >= 900
 }
 
-/// Starts the kernel, `warps_per_block` warps per block or more; returns false where the device takes no such launch.
+/// Starts the kernel with `warps_per_block` warps per block or more. Returns false, and starts nothing, if the device
+/// cannot run it.
 template <typename Logit, int kWidth>
 bool launch_planned(const RoutingArguments& arguments, const PlannedRouting& outputs, int warps_per_block,
                     cudaStream_t stream) {
@@ -302,10 +303,10 @@ bool launch_planned(const RoutingArguments& arguments, const PlannedRouting& out
                          stream, arguments, outputs.routing, plan);
 }
 
-/// The overload for routing and plan: two launches where the device does not take the one.
+/// The overload for routing and plan: two launches if the device cannot run the one.
 template <typename Logit, int kWidth>
 void launch_biased_topk_warp(const RoutingArguments& arguments, const PlannedRouting& outputs, cudaStream_t stream) {
-  // As few tokens on a multiprocessor as a cluster allows.
+  // As few tokens per multiprocessor as a cluster allows.
   constexpr int64_t kTokensOfSmallBlocks = 128;
   const int warps_per_block = arguments.num_tokens <= kTokensOfSmallBlocks ? 8 : kMaxPlannedWarps;
   if (!launch_planned<Logit, kWidth>(arguments, outputs, warps_per_block, stream)) {

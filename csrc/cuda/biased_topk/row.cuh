@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-// A row of logits, and the bias, as biased_topk_warp.cuh holds them: spread over the registers of a warp.
+// A row of logits, and the bias, in the registers of a warp: loads and stores for warp.cuh.
 #pragma once
 
 #include <cstdint>
 
-#include "cuda/biased_topk_common.cuh"
+#include "cuda/biased_topk/common.cuh"
 
 namespace zexpert::cuda {
 
-/// How a row of kRowWidth logits lies in a warp's registers: element v of load j of a lane is expert
+/// A row of kRowWidth logits in a warp's registers: element v of load j of a lane is expert
 /// (j * 32 + lane) * kVector + v.
 template <typename Logit, int kRowWidth>
 struct RowLayout {
@@ -23,13 +23,13 @@ struct RowLayout {
     const auto i = static_cast<unsigned>(element);
     return static_cast<int>((i / kVector * kWarpSize + static_cast<unsigned>(lane)) * kVector + i % kVector);
   }
-  /// The expert of the place element * 32 + lane.
+  /// The expert whose place is element * 32 + lane.
   __device__ static int expert_of_place(unsigned place) {
     return expert(static_cast<int>(place % kWarpSize), static_cast<int>(place / kWarpSize));
   }
 };
 
-/// Loads a lane's part of a row; every element of it lies at a constant distance from the first.
+/// Loads a lane's part of an aligned row.
 template <typename Layout, typename T>
 __device__ __forceinline__ void load_vectors(const T* row, int lane, float (&values)[Layout::kPerLane]) {
   constexpr int kVector = Layout::kVector;
@@ -43,7 +43,7 @@ __device__ __forceinline__ void load_vectors(const T* row, int lane, float (&val
   }
 }
 
-/// Adds a lane's part of a row.
+/// Adds a lane's part of an aligned row to `values`.
 template <typename Layout, typename T>
 __device__ __forceinline__ void add_vectors(const T* row, int lane, float (&values)[Layout::kPerLane]) {
   constexpr int kVector = Layout::kVector;
@@ -57,7 +57,7 @@ __device__ __forceinline__ void add_vectors(const T* row, int lane, float (&valu
   }
 }
 
-/// Loads a lane's part of a row of any alignment; NaN past its end.
+/// Loads a lane's part of a row of any alignment, with NaN past its end.
 template <typename Layout, typename T>
 __device__ __forceinline__ void load_row(const T* row, bool fits_vectors, int num_experts, int lane,
                                          float (&values)[Layout::kPerLane]) {
@@ -95,8 +95,8 @@ __device__ __forceinline__ void store_row(T* row, bool fits_vectors, int num_exp
   }
 }
 
-/// The bias as the kernel reads it: float32, aligned. Other biases are converted into shared memory, by the whole
-/// block.
+/// The bias as float32 on a vector's boundary. A bias of another form is converted into shared memory `staged`; then
+/// the whole block must call this.
 __device__ __forceinline__ const float* prepare_bias(const RoutingArguments& arguments, int width, float* staged) {
   if (arguments.bias == nullptr || arguments.bias_fits_vectors)
     return static_cast<const float*>(arguments.bias);

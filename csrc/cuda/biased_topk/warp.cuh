@@ -2,26 +2,26 @@
 // The routing kernel for up to 1024 experts and top_k up to 32: a warp per token, the whole row in registers, no
 // barrier.
 //
-// Selection without sorting the row: the K-th largest of the 32 lanes' own largest keys is a lower bound on the row's
-// K-th key. The few keys that reach it (mean 15 of 768 for K = 12) become candidates, one per lane, and are ranked by
-// counting. Rows with more than 32 candidates (mass ties) take K exact rounds of argmax.
+// The row is not sorted. The K-th largest of the 32 lanes' largest keys is a lower bound of the row's K-th key. The few
+// keys that reach it (mean 15 of 768 for K = 12) become candidates, one per lane, and are ranked by counting. A row
+// with more than 32 candidates (mass ties) is chosen in K exact rounds of argmax.
 //
-// Masked logits cost nothing where there are none: a row is first routed as if all its logits were ordinary, and routed
-// again, carefully, if its sum or one of the candidates shows that they are not.
+// A row is first routed as if no logit were masked. If its sum or one of the candidates shows a masked logit, the row
+// is routed again, carefully. So masked logits cost nothing in rows that have none.
 #pragma once
 
 #include <cstdint>
 
-#include "cuda/biased_topk_common.cuh"
-#include "cuda/biased_topk_outputs.cuh"
-#include "cuda/biased_topk_row.cuh"
-#include "cuda/biased_topk_select.cuh"
+#include "cuda/biased_topk/common.cuh"
+#include "cuda/biased_topk/outputs.cuh"
+#include "cuda/biased_topk/row.cuh"
+#include "cuda/biased_topk/select.cuh"
 #include "zexpert/biased_topk.h"
 
 namespace zexpert::cuda {
 
 inline constexpr int kWarpsPerBlock = 4;
-/// Enough warps to hide the loads; a ninth block would leave too few registers for a row of 768.
+/// So many warps hide the loads. A ninth block would leave too few registers for a row of 768.
 inline constexpr int kBlocksPerMultiprocessor = 8;
 static_assert(kMaxWarpTopK == kWarpSize, "a lane holds a slot");
 
@@ -40,7 +40,7 @@ __device__ __forceinline__ void finish_token(const RoutingArguments& arguments, 
   const float sum = slot_gradients(arguments, gradients, token, slots, slot_gradient);
   float values[Layout::kPerLane] = {};
   if (sum != 0.0F) {
-    // Read again, out of the cache: the registers have since become keys.
+    // Load the row again, from the cache: the registers hold keys now.
     const Logit* row = static_cast<const Logit*>(arguments.logits) + token * arguments.logits_row_stride;
     load_row<Layout>(row, arguments.logits_fit_vectors, arguments.num_experts, lane, values);
 #pragma unroll
@@ -52,14 +52,14 @@ __device__ __forceinline__ void finish_token(const RoutingArguments& arguments, 
   write_slot_gradients(arguments, slots, slot_gradient, grad_row);
 }
 
-/// Routes one token. A careful call is right for every row; any other finds out whether the row needs one, and then
-/// returns false and writes nothing. `row_keys` is the warp's shared memory for groups.
+/// Routes one token. A careful call is right for every row. Another call returns false, and writes nothing, if the row
+/// needs a careful one. `row_keys` is the warp's shared memory for groups.
 template <bool kCareful, typename Layout, typename Logit, typename Outputs>
 __device__ __forceinline__ bool route_token(const RoutingArguments& arguments, const Outputs& outputs,
                                             const float* bias, int64_t token, int lane, WarpScratch scratch,
                                             float* row_keys) {
   constexpr int kPerLane = Layout::kPerLane;
-  // Above this the rounding of largest * log2(e) would spoil the softmax's terms.
+  // Above this, the rounding of largest * log2(e) makes the softmax's terms wrong.
   constexpr float kLargestOrdinary = 16777216.0F;
   const Logit* row = static_cast<const Logit*>(arguments.logits) + token * arguments.logits_row_stride;
   float values[kPerLane];  // logits, then terms of the softmax or scores, then keys
@@ -77,30 +77,33 @@ __device__ __forceinline__ bool route_token(const RoutingArguments& arguments, c
 
   // Scores
   RowScale scale{0.0F, 1.0F};
-  if (arguments.scoring_func == ScoringFunc::kSoftmax) {
-    float largest = values[0];
+  const bool is_right = visit_scoring_func(arguments.scoring_func, [&](auto scoring) {
+    using Scoring = decltype(scoring);
+    if constexpr (Scoring::kIsSoftmax) {
+      float largest = values[0];
 #pragma unroll
-    for (int i = 1; i < kPerLane; ++i) largest = fmaxf(largest, values[i]);
-    scale.largest = warp_max(largest);
-    float sum = 0.0F;
+      for (int i = 1; i < kPerLane; ++i) largest = fmaxf(largest, values[i]);
+      scale.largest = warp_max(largest);
+      float sum = 0.0F;
 #pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
-      values[i] = softmax_term<kCareful>(values[i], scale.largest);
-      sum = __fadd_rn(sum, values[i]);
+      for (int i = 0; i < kPerLane; ++i) {
+        values[i] = Scoring::template term<kCareful>(values[i], scale.largest);
+        sum = __fadd_rn(sum, values[i]);
+      }
+      sum = warp_sum(sum);
+      if (!kCareful && (!(fabsf(scale.largest) < kLargestOrdinary) || isnan(sum)))
+        return false;
+      scale.inverse = reciprocal(sum);
+#pragma unroll
+      for (int i = 0; i < kPerLane; ++i) values[i] = __fmul_rn(values[i], scale.inverse);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kPerLane; ++i) values[i] = Scoring::score(values[i]);
     }
-    sum = warp_sum(sum);
-    if (!kCareful && (!(fabsf(scale.largest) < kLargestOrdinary) || isnan(sum)))
-      return false;
-    scale.inverse = reciprocal(sum);
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) values[i] = __fmul_rn(values[i], scale.inverse);
-  } else if (arguments.scoring_func == ScoringFunc::kSigmoid) {
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) values[i] = sigmoid(values[i]);
-  } else {
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) values[i] = sqrt_softplus(values[i]);
-  }
+    return true;
+  });
+  if (!is_right)
+    return false;
 
   // Keys
   if (bias != nullptr)
@@ -115,7 +118,7 @@ __device__ __forceinline__ bool route_token(const RoutingArguments& arguments, c
       mask_groups<Layout>(arguments, lane, row_keys, values);
   }
 
-  // Candidates. A bound of -inf, where fewer than top_k lanes have a choosable key, is reached by none.
+  // Candidates. If fewer than top_k lanes have a key that can be chosen, the bound is -inf and no key reaches it.
   float largest_key = -INFINITY;
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) largest_key = fmaxf(largest_key, values[i]);
@@ -159,8 +162,8 @@ __global__ void __launch_bounds__(kWarpsPerBlock* kWarpSize, kBlocksPerMultiproc
     biased_topk_warp(const RoutingArguments arguments, const Outputs outputs) {
   using Layout = RowLayout<Logit, kWidth>;
   __shared__ float4 scratch_memory[kWarpsPerBlock][WarpScratch::kBytes / sizeof(float4)];
-  extern __shared__ float4
-      dynamic_memory[];  // a converted bias; with groups, per warp, the row's keys and group scores
+  // A converted bias; with groups, for each warp, the row's keys and the groups' scores.
+  extern __shared__ float4 dynamic_memory[];
   wait_for_previous_kernels();
   let_next_kernel_start();
 
@@ -183,7 +186,7 @@ __global__ void __launch_bounds__(kWarpsPerBlock* kWarpSize, kBlocksPerMultiproc
   route_token<true, Layout, Logit>(arguments, outputs, bias, token, lane, scratch, row_keys);
 }
 
-/// Floats of dynamic shared memory that the warps of a block route in.
+/// Floats of dynamic shared memory that the warps of a block need.
 inline int64_t routing_memory_floats(const RoutingArguments& arguments, int width, int64_t num_warps) {
   const bool has_groups = arguments.topk_group < arguments.num_expert_group;
   const bool converts_bias = arguments.bias != nullptr && !arguments.bias_fits_vectors;

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// The routing kernel for every shape that biased_topk_warp.cuh does not serve: a block per token, the row's keys in
-// shared memory, K rounds in which every thread offers its best key not yet taken.
+// The routing kernel for shapes that do not fit a warp: a block per token, the row's keys in shared memory. Experts are
+// chosen in K rounds; in each, every thread offers its best key that is not yet taken.
 #pragma once
 
 #include <cstdint>
 
-#include "cuda/biased_topk_common.cuh"
-#include "cuda/biased_topk_outputs.cuh"
+#include "cuda/biased_topk/common.cuh"
+#include "cuda/biased_topk/outputs.cuh"
 
 namespace zexpert::cuda {
 
@@ -14,15 +14,14 @@ inline constexpr int kBlockThreads = 256;
 inline constexpr int kBlockWarps = kBlockThreads / kWarpSize;
 inline constexpr int64_t kMaxBlockTopK = 64;
 
-/// combine() of every thread's value, in every thread. `combine` must not depend on the order beyond rounding; the
-/// order is the same in every run.
+/// combine() of every thread's value, in every thread. The order is the same in every run.
 template <typename T, typename Combine>
 __device__ __forceinline__ T block_reduce(T value, T* scratch, const Combine& combine) {
 #pragma unroll
   for (int offset = kWarpSize / 2; offset > 0; offset /= 2) {
     value = combine(value, __shfl_xor_sync(kFullMask, value, offset));
   }
-  __syncthreads();  // the scratch may still be read for the reduction before
+  __syncthreads();  // threads may still read the scratch of the previous reduction
   if (threadIdx.x % kWarpSize == 0)
     scratch[threadIdx.x / kWarpSize] = value;
   __syncthreads();
@@ -32,7 +31,7 @@ __device__ __forceinline__ T block_reduce(T value, T* scratch, const Combine& co
   return value;
 }
 
-/// Makes 0 of the key bits of real experts whose group is not among the best topk_group.
+/// Makes the key bits 0 of real experts in a group that is not among the best topk_group.
 __device__ inline void mask_groups_of_block(const RoutingArguments& arguments, unsigned* key_bits,
                                             float* group_scores) {
   const int thread = static_cast<int>(threadIdx.x);
@@ -55,7 +54,7 @@ __device__ inline void mask_groups_of_block(const RoutingArguments& arguments, u
   __syncthreads();
 }
 
-/// The slots of a token that a lane of the first warp holds.
+/// Slots of a token that each lane of the first warp holds.
 inline constexpr int kSlotsPerLane = kMaxBlockTopK / kWarpSize;
 
 template <typename Logit>
@@ -107,32 +106,35 @@ __global__ void __launch_bounds__(kBlockThreads)
   const int thread = static_cast<int>(threadIdx.x);
   const int num_experts = arguments.num_experts;
   const ScoringFunc scoring_func = arguments.scoring_func;
-  unsigned* key_bits = row_memory;
+  unsigned* const key_bits = row_memory;
   auto* group_scores = reinterpret_cast<float*>(row_memory + num_experts);
 
   for (int64_t token = blockIdx.x; token < arguments.num_tokens; token += gridDim.x) {
     const Logit* row = static_cast<const Logit*>(arguments.logits) + token * arguments.logits_row_stride;
 
+    // Scores and keys
     RowScale scale{0.0F, 1.0F};
-    if (scoring_func == ScoringFunc::kSoftmax) {
-      float largest = -INFINITY;
-      for (int expert = thread; expert < num_experts; expert += kBlockThreads) {
-        const float logit = to_float(row[expert]);
-        if (is_finite(logit))
-          largest = fmaxf(largest, logit);
+    visit_scoring_func(scoring_func, [&](auto scoring) {
+      using Scoring = decltype(scoring);
+      if constexpr (Scoring::kIsSoftmax) {
+        float largest = -INFINITY;
+        for (int expert = thread; expert < num_experts; expert += kBlockThreads) {
+          const float logit = to_float(row[expert]);
+          if (is_finite(logit))
+            largest = fmaxf(largest, logit);
+        }
+        scale.largest = block_reduce(largest, float_scratch, [](float a, float b) { return fmaxf(a, b); });
+        // float64, because the rounding errors of many equal terms add up.
+        double sum = 0.0;
+        for (int expert = thread; expert < num_experts; expert += kBlockThreads) {
+          const float logit = to_float(row[expert]);
+          if (is_finite(logit))
+            sum += static_cast<double>(Scoring::template term<true>(logit, scale.largest));
+        }
+        sum = block_reduce(sum, double_scratch, [](double a, double b) { return a + b; });
+        scale.inverse = static_cast<float>(1.0 / sum);
       }
-      scale.largest = block_reduce(largest, float_scratch, [](float a, float b) { return fmaxf(a, b); });
-      // Many equal terms would all be rounded the same way.
-      double sum = 0.0;
-      for (int expert = thread; expert < num_experts; expert += kBlockThreads) {
-        const float logit = to_float(row[expert]);
-        if (is_finite(logit))
-          sum += static_cast<double>(softmax_term<true>(logit, scale.largest));
-      }
-      sum = block_reduce(sum, double_scratch, [](double a, double b) { return a + b; });
-      scale.inverse = static_cast<float>(1.0 / sum);
-    }
-
+    });
     for (int expert = thread; expert < num_experts; expert += kBlockThreads) {
       const float logit = to_float(row[expert]);
       float key = is_finite(logit) ? score_of<true>(scoring_func, logit, scale) : NAN;
@@ -145,6 +147,7 @@ __global__ void __launch_bounds__(kBlockThreads)
     if (arguments.topk_group < arguments.num_expert_group)
       mask_groups_of_block(arguments, key_bits, group_scores);
 
+    // Choice
     uint64_t best = 0;
     bool is_stale = true;
     for (int k = 0; k < arguments.top_k; ++k) {
@@ -164,6 +167,7 @@ __global__ void __launch_bounds__(kBlockThreads)
     }
     __syncthreads();
 
+    // Write
     Slot slots[kSlotsPerLane];
 #pragma unroll
     for (int s = 0; s < kSlotsPerLane; ++s) {

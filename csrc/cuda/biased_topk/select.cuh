@@ -1,25 +1,25 @@
 // SPDX-License-Identifier: Apache-2.0
-// Selection among keys spread over the registers of a warp, for biased_topk_warp.cuh.
+// Selection among keys in the registers of a warp, for warp.cuh.
 #pragma once
 
 #include <cstdint>
 
-#include "cuda/biased_topk_common.cuh"
+#include "cuda/biased_topk/common.cuh"
 
 namespace zexpert::cuda {
 
 inline constexpr int kMaxCandidates = kWarpSize;
 
-/// What a warp keeps in shared memory: a key and an expert for each candidate. Addressed by a number, because a C++
-/// pointer to shared memory is put together anew, slowly, at every use.
+/// A warp's shared memory: a key and an expert for each candidate. The address is a number, because the compiler would
+/// recompute a C++ pointer to shared memory at every use.
 class WarpScratch {
  public:
   static constexpr int kBytes = kMaxCandidates * 8;
 
-  /// `memory` is shared, kBytes long and on a boundary of 16 bytes.
+  /// `memory` is shared memory of kBytes, aligned to 16 bytes.
   __device__ explicit WarpScratch(const void* memory)
       : address_(static_cast<unsigned>(__cvta_generic_to_shared(memory))) {
-    asm volatile("" : "+r"(address_));  // known to nobody: kept in a register
+    asm volatile("" : "+r"(address_));  // hide the address from the compiler so that it stays in a register
   }
   __device__ void set_key(int i, float key) const {
     asm volatile("st.shared.f32 [%0], %1;" ::"r"(address_ + 4 * i), "f"(key) : "memory");
@@ -51,17 +51,16 @@ class WarpScratch {
   unsigned address_;
 };
 
-/// Which of the lanes' two values each step of warp_sort_descending keeps: a run of 6 bits for each size of sorted
-/// runs. Bit log2(stride) of a run is 0 where the lane keeps the larger value.
+/// Which of two values the lane keeps in each step of warp_sort_descending: 6 bits for each size of sorted runs. Bit
+/// log2(stride) of them is 0 if the lane keeps the larger value.
 __device__ __forceinline__ unsigned sort_directions(int lane) {
   const auto i = static_cast<unsigned>(lane);
   constexpr unsigned kFiveRuns = 1U | 1U << 6 | 1U << 12 | 1U << 18 | 1U << 24;
-  // Every other run of a size is sorted the other way round: the lane's bit for the size flips the bits for its
-  // strides.
+  // Every other run of a size is sorted in ascending order: the lane's bit for the size flips the bits for its strides.
   unsigned directions = i * kFiveRuns;
   directions ^= (i & 16U) * (31U << 6 >> 4) + (i & 8U) * (31U << 12 >> 3) + (i & 4U) * (31U << 18 >> 2) +
                 (i & 2U) * (31U << 24 >> 1);
-  asm volatile("" : "+r"(directions));  // keeps the compiler from deriving every bit on its own
+  asm volatile("" : "+r"(directions));  // keeps the compiler from deriving each bit separately
   return directions;
 }
 
@@ -81,8 +80,8 @@ __device__ __forceinline__ float warp_sort_descending(float value, int lane) {
   return value;
 }
 
-/// Makes NaN of the keys of real experts whose group is not among the best topk_group. `row_keys` is the warp's shared
-/// memory: the row's keys, then a score per group.
+/// Makes the keys NaN of real experts in a group that is not among the best topk_group. `row_keys` is the warp's shared
+/// memory: the row's keys, then a score for each group.
 template <typename Layout>
 __device__ __forceinline__ void mask_groups(const RoutingArguments& arguments, int lane, float* row_keys,
                                             float (&keys)[Layout::kPerLane]) {
@@ -96,7 +95,7 @@ __device__ __forceinline__ void mask_groups(const RoutingArguments& arguments, i
   }
   __syncwarp();
   for (int group = 0; group < arguments.num_expert_group; ++group) {
-    // Ordered bits of the two largest choosable keys; 0: none.
+    // Ordered bits of the two largest keys that can be chosen; 0: none.
     unsigned first = 0;
     unsigned second = 0;
     for (int i = lane; i < group_size; i += kWarpSize) {
@@ -127,7 +126,8 @@ __device__ __forceinline__ void mask_groups(const RoutingArguments& arguments, i
   __syncwarp();  // the next token's keys overwrite these
 }
 
-/// K rounds in which every lane offers its best key not yet taken. Lane k gets the k-th choice, -1 if there is none.
+/// Chooses in top_k rounds; in each, every lane offers its best key that is not yet taken. Lane k gets the k-th choice,
+/// -1 if there is none.
 template <typename Layout>
 __device__ __forceinline__ int choose_in_rounds(int top_k, int lane, const float (&keys)[Layout::kPerLane]) {
   unsigned bits[Layout::kPerLane];
@@ -161,7 +161,7 @@ __device__ __forceinline__ int choose_in_rounds(int top_k, int lane, const float
   return chosen;
 }
 
-/// Sum of `value` over this lane and those before it.
+/// Sum of `value` over this lane and the lanes before it.
 __device__ __forceinline__ int warp_inclusive_sum(int value) {
 #pragma unroll
   for (int offset = 1; offset < kWarpSize; offset *= 2) {
@@ -178,8 +178,8 @@ __device__ __forceinline__ int warp_inclusive_sum(int value) {
   return value;
 }
 
-/// The candidates of a warp: bit i of `reached` says that the lane's element i is one, `num_candidates` in all, at most
-/// 32. Lane c gets the c-th of them, -1 if there is none.
+/// Distributes the warp's candidates, at most 32: bit i of `reached` is set if the lane's element i is one, and
+/// `num_before` candidates are in lanes before it. Lane c gets the c-th candidate, -1 if there is none.
 template <typename Layout>
 __device__ __forceinline__ int take_candidate(unsigned reached, int num_before, int num_candidates, int lane,
                                               WarpScratch scratch) {
@@ -193,13 +193,13 @@ __device__ __forceinline__ int take_candidate(unsigned reached, int num_before, 
   return lane < num_candidates ? Layout::expert_of_place(static_cast<unsigned>(place)) : -1;
 }
 
-/// Shifts in a bit that says whether a < b; false if one is NaN, or both the same infinity.
+/// Shifts in a bit: 1 if a < b, 0 if one of them is NaN or both are the same infinity.
 __device__ __forceinline__ unsigned push_less(unsigned bits, float a, float b) {
   return __funnelshift_l(__float_as_uint(__fadd_rn(a, -b)), bits, 1);
 }
 
-/// How many candidates come before this lane's: larger key, or equal key and lower expert. No candidate: its key is
-/// NaN.
+/// How many candidates come before the lane's own: larger key, or equal key and lower expert. A lane without a
+/// candidate passes NaN as its key.
 __device__ __forceinline__ int rank_candidate(float key, int expert, int num_candidates, int lane,
                                               WarpScratch scratch) {
   scratch.set_key(lane, key);
@@ -219,7 +219,7 @@ __device__ __forceinline__ int rank_candidate(float key, int expert, int num_can
   if (num_candidates > kMaxCandidates / 2)
     compare_half(1);
   int rank = __popc(larger);
-  // Equal keys share a rank and leave another one free.
+  // Equal keys have the same rank, so that another rank is not taken.
   const unsigned ranks = __reduce_or_sync(kFullMask, lane < num_candidates ? 1U << rank : 0U);
   if (__builtin_expect(__popc(ranks) != num_candidates, 0)) {
     scratch.set_expert(lane, expert);

@@ -1,25 +1,22 @@
 // SPDX-License-Identifier: Apache-2.0
-// The widths that the kernels of biased_topk_warp.cuh and biased_topk_and_plan.cuh are compiled for, a file each, and
-// the way from an op's parameters to the one that serves them.
+// The widths of rows for which the kernels of warp.cuh and and_plan.cuh are compiled, a file for each width.
 #pragma once
 
 #include <cuda_runtime.h>
 
-#include "cuda/biased_topk_and_plan.cuh"
-#include "cuda/biased_topk_warp.cuh"
+#include "cuda/biased_topk/and_plan.cuh"
+#include "cuda/biased_topk/warp.cuh"
 #include "zexpert/biased_topk.h"
 
 namespace zexpert::cuda {
 
-/// What forward and backward parameters have in common.
-template <typename Params>
-RoutingArguments routing_arguments(const Params& params) {
-  const RoutingSpec& spec = params.spec;
+inline RoutingArguments routing_arguments(const RoutingInputs& inputs) {
+  const RoutingSpec& spec = inputs.spec;
   RoutingArguments arguments{};
-  arguments.logits = params.logits;
-  arguments.logits_row_stride = params.logits_row_stride;
-  arguments.bias = params.bias;
-  arguments.num_tokens = params.num_tokens;
+  arguments.logits = inputs.logits;
+  arguments.logits_row_stride = inputs.row_stride();
+  arguments.bias = inputs.bias;
+  arguments.num_tokens = inputs.num_tokens;
   arguments.num_experts = static_cast<int>(spec.num_experts);
   arguments.top_k = static_cast<int>(spec.top_k);
   arguments.num_real_experts = static_cast<int>(spec.num_real_experts);
@@ -28,15 +25,15 @@ RoutingArguments routing_arguments(const Params& params) {
   arguments.num_expert_group = static_cast<int>(spec.num_expert_group);
   arguments.topk_group = static_cast<int>(spec.topk_group);
   arguments.routed_scaling_factor = static_cast<float>(spec.routed_scaling_factor);
-  arguments.logits_type = params.logits_type;
-  arguments.bias_type = params.bias_type;
+  arguments.logits_type = inputs.logits_type;
+  arguments.bias_type = inputs.bias_type;
   arguments.scoring_func = spec.scoring_func;
   arguments.renormalize = spec.renormalize;
   arguments.drop_before_renormalize = spec.drop_before_renormalize;
-  visit_data_type(params.logits_type, [&](auto logit) {
-    arguments.logits_fit_vectors = fits_vectors(params.logits, params.logits_row_stride, sizeof(logit));
+  visit_data_type(inputs.logits_type, [&](auto logit) {
+    arguments.logits_fit_vectors = fits_vectors(inputs.logits, inputs.row_stride(), sizeof(logit));
   });
-  arguments.bias_fits_vectors = params.bias_type == ScalarType::kFloat32 && fits_vectors(params.bias, 0, 0);
+  arguments.bias_fits_vectors = inputs.bias_type == ScalarType::kFloat32 && fits_vectors(inputs.bias, 0, 0);
   return arguments;
 }
 
@@ -50,7 +47,7 @@ inline RoutingOutputs routing_outputs(const BiasedTopKParams& params) {
   return outputs;
 }
 
-/// Defined by the file of the width, which instantiates the kernels for every type of logits.
+/// The file of the width defines it, with kernels for every type of logits.
 template <int kWidth, typename Outputs>
 void launch_biased_topk_width(const RoutingArguments& arguments, const Outputs& outputs, cudaStream_t stream);
 
@@ -59,7 +56,7 @@ bool launch_if_width_fits(RoutingArguments& arguments, const Outputs& outputs, c
   if (arguments.num_experts > kWidth) {
     return false;
   }
-  // A row that ends before the registers do is loaded element by element.
+  // A row narrower than the registers is loaded element by element.
   const bool is_exact = arguments.num_experts == kWidth;
   arguments.logits_fit_vectors = arguments.logits_fit_vectors && is_exact;
   arguments.bias_fits_vectors = arguments.bias_fits_vectors && is_exact;
@@ -72,10 +69,10 @@ bool launch_first_that_fits(RoutingArguments& arguments, const Outputs& outputs,
   return (launch_if_width_fits<kWidths>(arguments, outputs, stream) || ...);
 }
 
-/// Launches the instantiation of the first width that holds the row; false if there is none.
+/// Launches the kernel of the first width that holds the row; false if the row does not fit a warp.
 template <typename Outputs>
 bool launch_narrowest(RoutingArguments& arguments, const Outputs& outputs, cudaStream_t stream) {
-  return arguments.top_k <= kMaxWarpTopK &&
+  return fits_warp(arguments.num_experts, arguments.top_k) &&
          launch_first_that_fits<128, 192, 256, 384, 512, 576, 768, 896, kMaxWarpExperts>(arguments, outputs, stream);
 }
 

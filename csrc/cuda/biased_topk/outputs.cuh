@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the routing kernels make of a row's choice: the routing itself, or the gradient of the logits.
+// What the routing kernels write for a row's choice: the routing, or the gradient of the logits.
 #pragma once
 
 #include <cstdint>
 
-#include "cuda/biased_topk_common.cuh"
+#include "cuda/biased_topk/common.cuh"
 
 namespace zexpert::cuda {
 
-/// Where biased_topk writes.
+/// Outputs of biased_topk.
 struct RoutingOutputs {
   float* topk_weights;
   void* topk_ids;
@@ -17,7 +17,8 @@ struct RoutingOutputs {
   bool ids_are_int64;
 };
 
-/// Writes a token's outputs. The whole warp calls this; lanes hold kSlots slots each, every one of the row once.
+/// Writes a token's outputs. The whole warp calls this. Each lane holds kSlots slots, so that each slot of the row is
+/// held once.
 template <int kSlots>
 __device__ __forceinline__ void write_routing(const RoutingArguments& arguments, const RoutingOutputs& outputs,
                                               int64_t token, int lane, const Slot (&slots)[kSlots]) {
@@ -72,29 +73,21 @@ __device__ __forceinline__ void write_routing(const RoutingArguments& arguments,
   }
 }
 
-/// What biased_topk_backward reads beside the routing, and where it writes.
+/// Gradients that biased_topk_backward reads, and the one it writes.
 struct RoutingGradients {
   const float* topk_weights;
   const float* zero_weight;
   const float* constant_weight;
-  void* logits;  // written; type of the logits, contiguous
+  void* logits;  // output; type of the logits, contiguous
 };
 
-/// d score / d logit, for all but softmax, whose scores depend on every logit.
-__device__ __forceinline__ float score_slope(ScoringFunc scoring_func, float score) {
-  if (scoring_func == ScoringFunc::kSigmoid)
-    return score * (1.0F - score);
-  // With score^2 = softplus(x), sigmoid(x) = 1 - exp(-score^2). The slope goes to 0 with the score.
-  return score > 0.0F ? -expm1f(-score * score) / (2.0F * score) : 0.0F;
-}
-
-/// The gradients of the chosen experts' logits, by the formulas of biased_topk_backward.h. Every other expert's is
-/// -score times the returned sum. The whole warp calls this, as it calls write_routing.
+/// The gradients of the chosen experts' logits, by the formulas of biased_topk.h. The gradient of every other expert is
+/// -score times the returned sum. The whole warp calls this, with slots as for write_routing.
 template <int kSlots>
 __device__ __forceinline__ float slot_gradients(const RoutingArguments& arguments, const RoutingGradients& upstream,
                                                 int64_t token, const Slot (&slots)[kSlots],
                                                 float (&gradients)[kSlots]) {
-  // float64 where gradients are subtracted from each other: they lose digits.
+  // float64, because gradients that are subtracted from each other lose digits.
   double of_weights[kSlots];
   double dot = 0.0;
   double total = 0.0;
@@ -125,23 +118,29 @@ __device__ __forceinline__ float slot_gradients(const RoutingArguments& argument
     for (int s = 0; s < kSlots; ++s) of_weights[s] = total > 0.0 ? (of_weights[s] - dot) / total : 0.0;
     dot = 0.0;  // renormalised weights do not change when all scores are scaled alike
   }
-  const bool is_softmax = arguments.scoring_func == ScoringFunc::kSoftmax;
+  return visit_scoring_func(arguments.scoring_func, [&](auto scoring) {
+    using Scoring = decltype(scoring);
 #pragma unroll
-  for (int s = 0; s < kSlots; ++s) {
-    const float weight = slots[s].weight(arguments);
-    const double slope = is_softmax ? weight : weight > 0.0F ? score_slope(arguments.scoring_func, weight) : 0.0F;
-    gradients[s] = static_cast<float>((is_softmax ? of_weights[s] - dot : of_weights[s]) * slope);
-  }
-  return is_softmax ? static_cast<float>(dot) : 0.0F;
+    for (int s = 0; s < kSlots; ++s) {
+      const float weight = slots[s].weight(arguments);
+      if constexpr (Scoring::kIsSoftmax) {
+        gradients[s] = static_cast<float>((of_weights[s] - dot) * static_cast<double>(weight));
+      } else {
+        const float slope = weight > 0.0F ? Scoring::slope(weight) : 0.0F;
+        gradients[s] = static_cast<float>(of_weights[s] * static_cast<double>(slope));
+      }
+    }
+    return Scoring::kIsSoftmax ? static_cast<float>(dot) : 0.0F;
+  });
 }
 
-/// What `sum` of slot_gradients makes the gradient of an expert that was not chosen.
+/// The gradient of an expert that was not chosen, from the sum that slot_gradients returned; not 0 for softmax alone.
 template <bool kCareful>
 __device__ __forceinline__ float spread_gradient(float sum, float logit, RowScale row) {
   return is_finite(logit) ? -sum * score_of<kCareful>(ScoringFunc::kSoftmax, logit, row) : 0.0F;
 }
 
-/// Writes the gradients of the chosen experts' logits over those that the row's threads wrote before.
+/// Overwrites the gradients of the chosen experts' logits.
 template <typename Logit, int kSlots>
 __device__ __forceinline__ void write_slot_gradients(const RoutingArguments& arguments, const Slot (&slots)[kSlots],
                                                      const float (&gradients)[kSlots], Logit* grad_row) {
