@@ -168,7 +168,8 @@ def operator_sources() -> list[str]:
 HEADERS = sources("csrc/**/*.h", "csrc/**/*.cuh")
 INCLUDE_DIRS = [str(ROOT / "csrc/include"), str(ROOT / "csrc")]  # ninja runs elsewhere
 # -g0 and -O3 override what Python's own build configuration passes. Others' headers are system headers: no warnings.
-CXX_FLAGS = ["-std=c++17", "-O3", "-g0", "-Wall", "-Wextra", "-fvisibility-inlines-hidden"]
+# A switch that lacks an enumerator is an error: it would compute another scoring function or type.
+CXX_FLAGS = ["-std=c++17", "-O3", "-g0", "-Wall", "-Wextra", "-Werror=switch", "-fvisibility-inlines-hidden"]
 # Nothing else is visible outside, least of all a C++ runtime that some machines' compilers link statically: exceptions
 # that cross two of them crash the process.
 EXPORTS = "csrc/exports.map"
@@ -205,7 +206,7 @@ def cuda_library() -> Extension:
     # With the static runtime no second libcudart, of the toolkit's version, is loaded next to PyTorch's.
     static_runtime = any(Path(path, "libcudart_static.a").exists() for path in library_paths(device_type="cuda"))
     runtime = ["-lcudart_static", "-ldl", "-lrt", "-lpthread"] if static_runtime else ["-lcudart"]
-    nvcc_flags = ["-std=c++17", "-O3", "-lineinfo", "-Xcompiler=-Wall,-Wextra,-fvisibility-inlines-hidden"]
+    nvcc_flags = ["-std=c++17", "-O3", "-lineinfo", "-Xcompiler=-Wall,-Wextra,-Werror=switch,-fvisibility-inlines-hidden"]
     if nvcc_major_version() >= 13:
         nvcc_flags.append("--compress-mode=size")  # a fifth of the size; every driver for CUDA 13 can unpack it
     return Extension(

@@ -25,6 +25,13 @@ def run(name: str, *arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.parametrize("name", [str(path.relative_to(EXAMPLES)) for path in sorted(EXAMPLES.rglob("*.py"))])
+def test_help_shows_options_and_writes_nothing(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(name, "--help").startswith("usage:")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_decode_loop(device: str) -> None:
     if device == "cuda" and not torch.cuda.is_available():
