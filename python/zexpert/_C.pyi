@@ -18,22 +18,10 @@ class ZeroExpertType(enum.Enum):
     CONSTANT = 1
     DROP = 2
 
-class RoutingMethodType(enum.Enum):
-    """Which router made a choice, in the order in which the factory considers them."""
-
-    SIMULATED = 0
-    ZERO_EXPERT = 1
-    GROUPED_TOPK = 2
-    CUSTOM = 3
-    TOPK_BIAS = 4
-    TOPK = 5
-
 @overload
 def name(value: ScoringFunc) -> str: ...
 @overload
-def name(value: ZeroExpertType) -> str: ...
-@overload
-def name(value: RoutingMethodType) -> str:
+def name(value: ZeroExpertType) -> str:
     """The text for ``value`` in operator arguments and messages, such as ``"softmax"``."""
 
 def parse_scoring_func(value: str) -> ScoringFunc:

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 # zexpert.ops, which all of these import, loads the operator library or says why that is impossible.
 from zexpert import experts, ops, router, runner
-from zexpert._C import RoutingMethodType, RoutingSpec, ScoringFunc, ZeroExpertType
+from zexpert._C import RoutingSpec, ScoringFunc, ZeroExpertType
 from zexpert._info import build_info, kernel_plan
 from zexpert._version import __version__
 from zexpert.layer import FusedMoE
 from zexpert.ops import DispatchPlan, RoutingResult
-from zexpert.router import create_fused_moe_router
+from zexpert.router import RoutingMethodType, create_fused_moe_router
 
 __all__ = [
     "DispatchPlan",

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from zexpert._C import RoutingSpec, name
 from zexpert.ops.moe_plan import moe_plan
-from zexpert.ops.types import DispatchPlan, RoutingResult
+from zexpert.ops.types import DispatchPlan, RoutingArguments, RoutingResult
 from zexpert.router.fused_moe_router import FusedMoERouter
 
 INDICES_DTYPES = (torch.int32, torch.int64)
@@ -32,8 +32,14 @@ class BaseRouter(FusedMoERouter):
     e_score_correction_bias: Tensor | None
     logical_to_physical_map: Tensor | None
     expert_load: Tensor | None
-    num_experts: int | None
-    num_identity_experts: int | None
+    arguments: RoutingArguments
+    top_k: int
+    num_real_experts: int
+    num_experts: int | None  # None: the logits' width decides
+    num_identity_experts: int | None  # None: all that are neither real nor constant
+    num_constant_experts: int
+    renormalize: bool
+    routed_scaling_factor: float
 
     # What torch.jit.script leaves out of a scripted router.
     __jit_ignored_attributes__ = ["_capture_fn", "spec"]  # noqa: RUF012
@@ -52,18 +58,10 @@ class BaseRouter(FusedMoERouter):
         self.spec = spec
         self.indices_dtype = indices_dtype
 
-        # The spec's fields as plain values, which scripts and graphs can read.
-        self.top_k: int = spec.top_k
-        self.num_real_experts: int = spec.num_real_experts
-        self.num_experts = spec.num_experts  # None: the logits' width decides
-        self.num_identity_experts = spec.num_identity_experts  # None: all that are neither real nor constant
-        self.num_constant_experts: int = spec.num_constant_experts
-        self.scoring_func: str = name(spec.scoring_func)
-        self.renormalize: bool = spec.renormalize
-        self.drop_before_renormalize: bool = spec.drop_before_renormalize
-        self.routed_scaling_factor: float = spec.routed_scaling_factor
-        self.num_expert_group: int = spec.num_expert_group
-        self.topk_group: int = spec.topk_group
+        self.arguments = RoutingArguments.of(spec)
+        for field, value in self.arguments._asdict().items():
+            setattr(self, field, value)
+        self.num_experts = spec.num_experts
         self.has_zero_experts = self.num_identity_experts != 0 or self.num_constant_experts > 0
 
         if isinstance(e_score_correction_bias, nn.Parameter):
@@ -119,12 +117,8 @@ class BaseRouter(FusedMoERouter):
         """
         self._check_inputs(hidden_states, router_logits)
         routing = self._compute_routing(hidden_states, router_logits)
-        topk_weights, topk_ids, zero_weight, constant_weight = routing
-        if topk_ids.dtype != self.indices_dtype:
-            if topk_ids.dtype == torch.int64:
-                # An id out of range stays one, where it would wrap to another. In scripts 2**31 would be a float.
-                topk_ids = topk_ids.clamp(-2, 0x7FFFFFFF)
-            routing = RoutingResult(topk_weights, topk_ids.to(self.indices_dtype), zero_weight, constant_weight)
+        if routing.topk_ids.dtype != self.indices_dtype:
+            routing = self._with_indices_dtype(routing)
         self._observe(hidden_states, routing)
         expert_map = self.logical_to_physical_map
         if expert_map is not None:
@@ -148,8 +142,15 @@ class BaseRouter(FusedMoERouter):
         """The choice itself, in logical experts; topk_ids may be of any integer dtype. Inputs are checked."""
         raise NotImplementedError
 
+    def _with_indices_dtype(self, routing: RoutingResult) -> RoutingResult:
+        topk_weights, topk_ids, zero_weight, constant_weight = routing
+        if topk_ids.dtype == torch.int64:
+            # An id out of range stays out of range instead of wrapping. In a script 2**31 would be a float.
+            topk_ids = topk_ids.clamp(-2, 0x7FFFFFFF)
+        return RoutingResult(topk_weights, topk_ids.to(self.indices_dtype), zero_weight, constant_weight)
+
     def _observe(self, hidden_states: Tensor, routing: RoutingResult) -> None:
-        """Shows a choice, in logical experts, to whoever looks on."""
+        """Shows a choice, in logical experts, to the capture callback."""
         if not torch.jit.is_scripting():
             if self._capture_fn is not None:
                 self._capture_fn(routing)

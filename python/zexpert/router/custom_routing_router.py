@@ -7,9 +7,10 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from zexpert._C import RoutingMethodType, RoutingSpec, ScoringFunc
+from zexpert._C import RoutingSpec, ScoringFunc
 from zexpert.ops.types import RoutingResult
 from zexpert.router.base_router import BaseRouter
+from zexpert.router.routing_method_type import RoutingMethodType
 
 #: Called with the keywords hidden_states [T, H], gating_output [T, N], topk and renormalize; returns topk_weights
 #: [T, K] and topk_ids [T, K].

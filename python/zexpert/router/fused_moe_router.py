@@ -3,9 +3,9 @@
 
 from torch import Tensor, nn
 
-from zexpert._C import RoutingMethodType
 from zexpert.ops.moe_plan import moe_plan
 from zexpert.ops.types import DispatchPlan, RoutingResult
+from zexpert.router.routing_method_type import RoutingMethodType
 
 
 class FusedMoERouter(nn.Module):

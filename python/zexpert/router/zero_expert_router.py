@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zexpert._C import RoutingMethodType, ScoringFunc
+from zexpert._C import ScoringFunc
 from zexpert.ops.types import RoutingResult
 from zexpert.router.biased_topk_router import BiasedTopKRouter
+from zexpert.router.routing_method_type import RoutingMethodType
 from zexpert.router.zero_expert_spec import ZeroExperts, zero_expert_spec
 
 
