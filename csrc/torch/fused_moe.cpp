@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <optional>
+#include <string>
 #include <tuple>
 
 #include "torch/expert_products.h"
@@ -29,11 +30,14 @@ std::tuple<Tensor, Tensor> fused_moe_on_cpu(const Tensor& hidden_states, const T
                                             const Tensor& row_slots, const Tensor& slot_rows, const Tensor& w13_weight,
                                             const Tensor& w2_weight, const std::optional<Tensor>& residual,
                                             const std::optional<Tensor>& constant_weight,
-                                            const std::optional<Tensor>& constant_vectors) {
+                                            const std::optional<Tensor>& constant_vectors, bool keep_gate_up,
+                                            std::string implementation) {
+  ZEXPERT_CHECK(implementation != "hopper", "TEMP hopper");
   const FusedMoeTensors args{hidden_states, topk_weights, zero_weight, expert_offsets,
                              row_slots,     slot_rows,    w13_weight,  w2_weight};
   check_fused_moe(args);
-  const auto [rows, gate_up] = run_experts(args);
+  const auto [rows, kept] = run_experts(args);
+  const Tensor gate_up = keep_gate_up ? kept : empty({0, w13_weight.size(1)}, hidden_states.scalar_type(), hidden_states);
   const Tensor out = moe_finalize(
       {rows, slot_rows, topk_weights, hidden_states, zero_weight, residual, constant_weight, constant_vectors},
       &moe_finalize_cpu);

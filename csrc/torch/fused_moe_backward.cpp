@@ -48,8 +48,13 @@ Tensor sum_rows(const FusedMoeTensors& args, const Tensor& grad_rows, const Tens
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> fused_moe_backward_on_cpu(
     const Tensor& grad_out, const Tensor& hidden_states, const Tensor& topk_weights, const Tensor& zero_weight,
     const Tensor& expert_offsets, const Tensor& row_slots, const Tensor& slot_rows, const Tensor& w13_weight,
-    const Tensor& w2_weight, const Tensor& gate_up, bool needs_hidden_states, bool needs_w13_weight,
+    const Tensor& w2_weight, const Tensor& gate_up_arg, bool needs_hidden_states, bool needs_w13_weight,
     bool needs_w2_weight) {
+  Tensor gate_up = gate_up_arg;
+  if (gate_up.size(0) == 0 && row_slots.size(0) > 0) {
+    gate_up = std::get<1>(grouped_mlp_with_gate_up(hidden_states, expert_offsets, w13_weight, w2_weight,
+                               &run_experts_keeping_gate_up, {row_slots, topk_weights.size(1)}));
+  }
   const FusedMoeTensors args{hidden_states, topk_weights, zero_weight, expert_offsets,
                              row_slots,     slot_rows,    w13_weight,  w2_weight};
   check_device(grad_out, "grad_out", hidden_states, "hidden_states");

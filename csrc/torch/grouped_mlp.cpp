@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <optional>
+#include <string>
 #include <tuple>
 
 #include "cpu/expert_offsets.h"
@@ -16,7 +17,7 @@ HIDDEN_NAMESPACE_BEGIN(zexpert, ops)
 namespace {
 
 Tensor grouped_mlp_on_cpu(const Tensor& rows, const Tensor& expert_offsets, const Tensor& w13_weight,
-                          const Tensor& w2_weight, const std::optional<Tensor>& row_slots, int64_t top_k) {
+                          const Tensor& w2_weight, const std::optional<Tensor>& row_slots, int64_t top_k, std::string) {
   const auto launch = [](GroupedMlpParams params, const Tensor& out) {
     // torch's product takes no empty matrix.
     params.max_rows =

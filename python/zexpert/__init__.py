@@ -11,11 +11,13 @@ from zexpert._C import RoutingSpec, ScoringFunc, ZeroExpertType
 from zexpert._info import build_info, kernel_plan
 from zexpert._version import __version__
 from zexpert.layer import FusedMoE
-from zexpert.ops import DispatchPlan, RoutingResult
+from zexpert.ops import ConstantExperts, DispatchPlan, ExpertWeights, RoutingResult
 from zexpert.router import RoutingMethodType, create_fused_moe_router
 
 __all__ = [
+    "ConstantExperts",
     "DispatchPlan",
+    "ExpertWeights",
     "FusedMoE",
     "RoutingMethodType",
     "RoutingResult",

@@ -10,7 +10,6 @@ import torch
 from zexpert import _C
 from zexpert._C import KernelPlan
 from zexpert._loader import CORE_LIBRARY, CUDA_LIBRARY, cuda_library_info, load_libraries
-from zexpert.experts.hopper import is_hopper
 
 
 class BuildInfo(TypedDict):
@@ -108,8 +107,6 @@ def kernel_plan(
     if device_type == "cuda" and torch.cuda.is_available():
         if compute_capability is None:
             compute_capability = torch.cuda.get_device_capability()[0]
-        if experts_backend == "auto" and is_hopper(torch.cuda.current_device()):
-            experts_backend = "hopper"
     return _C.kernel_plan(
         op,
         device=device_type,

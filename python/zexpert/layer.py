@@ -9,26 +9,17 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from zexpert._autocast import autocast_dtype
+from zexpert._autocast import autocast_dtype, weights_to
 from zexpert._C import ScoringFunc, ZeroExpertType
 from zexpert.experts.factory import create_experts
+from zexpert.ops.types import ConstantExperts, ExpertWeights
 from zexpert.router.base_router import BaseRouter, check_tensor
 from zexpert.router.custom_routing_router import CustomRoutingFunction
 from zexpert.router.factory import create_fused_moe_router
 from zexpert.router.zero_expert_spec import ZeroExperts, kind_name
-from zexpert.runner.chunking_moe_runner import ChunkingMoERunner
-from zexpert.runner.default_moe_runner import DefaultMoERunner
-from zexpert.runner.expert_parallel_moe_runner import ExpertParallelMoERunner, set_physical_experts
+from zexpert.runner.factory import create_moe_runner
 from zexpert.runner.moe_runner import MoERunner
-from zexpert.runner.sharded_moe_runner import (
-    ShardedMoERunner,
-    draw_experts,
-    fits_sharded_weight,
-    shard_state_dict,
-    take_own_part,
-    unsharded_shape,
-)
-from zexpert.runner.tensor_parallel_moe_runner import TensorParallelMoERunner
+from zexpert.runner.placement import EXPERT_WEIGHTS, WholeExperts
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -91,13 +82,16 @@ class FusedMoE(nn.Module):
         ValueError: if an argument is out of range, is missing beside another, or contradicts another.
     """
 
+    w13_weight: nn.Parameter
+    w2_weight: nn.Parameter
     constant_gate_weight: Tensor | None
     constant_vectors: Tensor | None
 
-    # Views of what submodules hold, for people; scripts have no use for them.
+    # Properties for people, which read submodules; torch.jit.script leaves them out.
     __jit_unused_properties__ = [  # noqa: RUF012
         "e_score_correction_bias",
         "experts_backend",
+        "placement",
         "router",
         "shared_experts",
     ]
@@ -133,12 +127,6 @@ class FusedMoE(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        if logical_to_physical_map is not None and expert_parallel_group is None:
-            raise ValueError("logical_to_physical_map needs an expert_parallel_group, got None")
-        if tensor_parallel_group is not None and expert_parallel_group is not None:
-            raise ValueError("tensor_parallel_group must be None beside an expert_parallel_group")
-        if tensor_parallel_group is not None and chunk_size is not None:
-            raise ValueError(f"chunk_size must be None with a tensor_parallel_group, got {chunk_size}")
         for name, size in (
             ("num_experts", num_experts),
             ("hidden_size", hidden_size),
@@ -180,78 +168,54 @@ class FusedMoE(nn.Module):
             drop_before_renormalize=drop_before_renormalize,
             routing_simulation=routing_simulation,
         )
-        experts = create_experts(experts_backend)
-        num_weights, local_intermediate_size = num_experts, intermediate_size
-        self.runner: MoERunner
-        if expert_parallel_group is not None:
-            if logical_to_physical_map is not None:
-                num_weights = set_physical_experts(router, logical_to_physical_map, device)
-            self.runner = ExpertParallelMoERunner(
-                router,
-                experts,
-                shared_experts,
-                num_experts=num_weights,
-                group=expert_parallel_group,
-                chunk_size=chunk_size,
-            )
-            num_weights = self.runner.num_local_experts
-        elif tensor_parallel_group is not None:
-            self.runner = TensorParallelMoERunner(
-                router, experts, shared_experts, intermediate_size=intermediate_size, group=tensor_parallel_group
-            )
-            local_intermediate_size = self.runner.local_intermediate_size
-        elif chunk_size is None:
-            self.runner = DefaultMoERunner(router, experts, shared_experts)
-        else:
-            self.runner = ChunkingMoERunner(router, experts, shared_experts, chunk_size=chunk_size)
+        self.runner: MoERunner = create_moe_runner(
+            router,
+            create_experts(experts_backend),
+            shared_experts,
+            num_experts=num_experts,
+            hidden_size=hidden_size,
+            intermediate_size=intermediate_size,
+            chunk_size=chunk_size,
+            expert_parallel_group=expert_parallel_group,
+            logical_to_physical_map=logical_to_physical_map,
+            tensor_parallel_group=tensor_parallel_group,
+            device=device,
+        )
         self.runner.recompute = recompute
 
         self.num_experts = num_experts
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size
-        num_constants = router.num_constant_experts
-        self.w13_weight = nn.Parameter(
-            torch.empty(num_weights, 2 * local_intermediate_size, hidden_size, dtype=params_dtype, device=device)
-        )
-        self.w2_weight = nn.Parameter(
-            torch.empty(num_weights, hidden_size, local_intermediate_size, dtype=params_dtype, device=device)
-        )
-        if num_constants > 0:
-            self.constant_gate_weight = nn.Parameter(
-                torch.empty(num_constants, 2, hidden_size, dtype=params_dtype, device=device)
-            )
-            self.constant_vectors = nn.Parameter(
-                torch.empty(num_constants, hidden_size, dtype=params_dtype, device=device)
-            )
-        else:
-            self.register_parameter("constant_gate_weight", None)
-            self.register_parameter("constant_vectors", None)
+        self.num_constant_experts = router.num_constant_experts
+        shapes: dict[str, tuple[int, ...] | None] = {name: self.placement.local_shape(name) for name in EXPERT_WEIGHTS}
+        has_constants = self.num_constant_experts > 0
+        shapes["constant_gate_weight"] = (self.num_constant_experts, 2, hidden_size) if has_constants else None
+        shapes["constant_vectors"] = (self.num_constant_experts, hidden_size) if has_constants else None
+        for name, shape in shapes.items():
+            weight = None if shape is None else nn.Parameter(torch.empty(shape, dtype=params_dtype, device=device))
+            self.register_parameter(name, weight)
+        self.placement.register_hooks(self)
         register_pre_hook: Callable[..., Any] = self.register_load_state_dict_pre_hook
-        if isinstance(self.runner, ShardedMoERunner):
-            register_pre_hook(take_own_part)
-            register_post_hook: Callable[..., Any] = self.register_state_dict_post_hook
-            register_post_hook(shard_state_dict)
         register_pre_hook(check_shapes_of_state_dict)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draws every parameter uniformly from +-1 / sqrt(fan_in), as nn.Linear does. The bias is the caller's.
+        """Draws every parameter uniformly from +-1 / sqrt(fan_in), as nn.Linear does, and leaves the bias.
 
         Where ranks share the experts, seed them alike: they then draw the same layer for any number of ranks.
         """
-        hidden_size, intermediate_size = self.hidden_size, self.intermediate_size
-        for name, fan_in, whole_shape in (
-            ("w13_weight", hidden_size, (2 * intermediate_size, hidden_size)),
-            ("w2_weight", intermediate_size, (hidden_size, intermediate_size)),
-            ("constant_gate_weight", hidden_size, None),
-            ("constant_vectors", hidden_size, None),
-        ):
-            parameter = getattr(self, name)
-            bound = 1.0 / math.sqrt(fan_in)
-            if whole_shape is not None and isinstance(self.runner, ShardedMoERunner):
-                draw_experts(self, name, whole_shape, bound)
-            elif parameter is not None:
-                nn.init.uniform_(parameter, -bound, bound)
+        for name in EXPERT_WEIGHTS:
+            fan_in = self.placement.whole_shapes[name][-1]
+            self.placement.draw(name, self.get_parameter(name), 1.0 / math.sqrt(fan_in))
+        bound = 1.0 / math.sqrt(self.hidden_size)
+        for constant in (self.constant_gate_weight, self.constant_vectors):
+            if constant is not None:
+                nn.init.uniform_(constant, -bound, bound)
+
+    @property
+    def placement(self) -> WholeExperts:
+        """Which part of the experts this process holds, part of the runner."""
+        return self.runner.placement
 
     @property
     def router(self) -> BaseRouter:
@@ -305,26 +269,28 @@ class FusedMoE(nn.Module):
                 f"router_logits must have the leading dimensions of hidden_states "
                 f"({list(hidden_states.shape[:-1])}), got shape {list(router_logits.shape)}"
             )
-        w13_weight: Tensor = self.w13_weight
-        w2_weight: Tensor = self.w2_weight
-        constant_vectors = self.constant_vectors
-        if not torch.jit.is_scripting():
-            dtype = autocast_dtype(w13_weight)
-            if dtype is not None:
-                hidden_states, w13_weight, w2_weight = (
-                    hidden_states.to(dtype),
-                    w13_weight.to(dtype),
-                    w2_weight.to(dtype),
-                )
-                constant_vectors = None if constant_vectors is None else constant_vectors.to(dtype)
         shape = hidden_states.shape
-        if hidden_states.dim() != 2:
+        if len(shape) != 2:
             hidden_states = hidden_states.reshape(-1, self.hidden_size)
             router_logits = router_logits.reshape(-1, router_logits.size(-1))
-        out: Tensor = self.runner(
-            hidden_states, router_logits, w13_weight, w2_weight, self.constant_gate_weight, constant_vectors
-        )
+        weights = self.expert_weights()
+        if not torch.jit.is_scripting():
+            dtype = autocast_dtype(weights.w13)
+            if dtype is not None:
+                hidden_states, weights = hidden_states.to(dtype), weights_to(weights, dtype)
+        out: Tensor = self.runner(hidden_states, router_logits, weights)
         return out if len(shape) == 2 else out.reshape(shape)
+
+    def expert_weights(self) -> ExpertWeights:
+        """The experts' weights as the runner accepts them."""
+        w13: Tensor = self.w13_weight
+        w2: Tensor = self.w2_weight
+        if self.num_constant_experts == 0:
+            return ExpertWeights(w13, w2)
+        gate_weight, vectors = self.constant_gate_weight, self.constant_vectors
+        assert gate_weight is not None
+        assert vectors is not None
+        return ExpertWeights(w13, w2, constants=ConstantExperts(gate_weight, vectors))
 
     def extra_repr(self) -> str:
         return (
@@ -350,10 +316,9 @@ def check_shapes_of_state_dict(
             given = state_dict.get(key)
             if name in submodule._non_persistent_buffers_set or tensor is None or not isinstance(given, Tensor):
                 continue
-            if given.shape != tensor.shape and not fits_sharded_weight(submodule, name, given):
-                shapes = [list(tensor.shape)]
-                whole = unsharded_shape(submodule, name)
-                if whole is not None and whole not in shapes:
-                    shapes.append(whole)
-                fitting = " or ".join(map(str, shapes))
+            placement = getattr(submodule, "placement", None)
+            if not isinstance(placement, WholeExperts) or name not in placement.whole_shapes:
+                placement = WholeExperts()
+            if not placement.fits(name, tensor, given):
+                fitting = " or ".join(map(str, placement.loadable_shapes(name, tensor)))
                 raise RuntimeError(f"{shown(key)} must have shape {fitting}, got {list(given.shape)}")

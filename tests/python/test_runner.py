@@ -12,26 +12,21 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from layer_cases import HIDDEN, LAYERS, NUM_EXPERTS, SharedExperts, expected_output, make_inputs, make_layer
 from testing import FLOAT_DTYPES, assert_equal, assert_error_rule, weight_dtype
-from zexpert import DispatchPlan, FusedMoE, RoutingResult, ops
-from zexpert._loader import LoadedLibraries
+from zexpert import ConstantExperts, DispatchPlan, ExpertWeights, FusedMoE, RoutingResult, ops
 from zexpert.experts import (
     AutoExperts,
     CpuExperts,
+    FusedExperts,
     GroupedMMExperts,
     HopperExperts,
     MoEExperts,
     TorchLoopExperts,
     create_experts,
 )
-from zexpert.experts.hopper import find_out_is_hopper, is_hopper
 from zexpert.router import FusedMoERouter, FusedTopKRouter, ZeroExpertRouter
 from zexpert.runner import ChunkingMoERunner, DefaultMoERunner, MoERunner, MoERunnerBase
 
 BACKENDS = ("cpu", "torch")
-
-
-def weights_of(layer: FusedMoE) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    return layer.w13_weight, layer.w2_weight, layer.constant_gate_weight, layer.constant_vectors
 
 
 def assert_output(layer: FusedMoE, out: Tensor, hidden_states: Tensor, router_logits: Tensor) -> None:
@@ -46,7 +41,7 @@ def assert_output(layer: FusedMoE, out: Tensor, hidden_states: Tensor, router_lo
 def test_agrees_with_the_reference(kind: str, backend: str, num_tokens: int) -> None:
     layer = make_layer(kind, shared_experts=SharedExperts(), experts_backend=backend)
     inputs = make_inputs(kind, num_tokens)
-    out = layer.runner(*inputs, *weights_of(layer))
+    out = layer.runner(*inputs, layer.expert_weights())
     assert out.shape == (num_tokens, HIDDEN)
     assert_output(layer, out.detach(), *inputs)
 
@@ -56,7 +51,7 @@ def test_agrees_with_the_reference(kind: str, backend: str, num_tokens: int) -> 
 def test_dtypes(dtype: torch.dtype, backend: str) -> None:
     layer = make_layer("mixed", params_dtype=dtype, shared_experts=SharedExperts(dtype), experts_backend=backend)
     inputs = make_inputs("mixed", 21, dtype)
-    assert_output(layer, layer.runner(*inputs, *weights_of(layer)).detach(), *inputs)
+    assert_output(layer, layer.runner(*inputs, layer.expert_weights()).detach(), *inputs)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -65,11 +60,11 @@ def test_logits_of_another_dtype(backend: str) -> None:
         layer = make_layer("identity", params_dtype=data, experts_backend=backend)
         hidden_states, router_logits = make_inputs("identity", 9)
         inputs = (hidden_states.to(data), router_logits.to(logits))
-        assert_output(layer, layer.runner(*inputs, *weights_of(layer)).detach(), *inputs)
+        assert_output(layer, layer.runner(*inputs, layer.expert_weights()).detach(), *inputs)
     layer = make_layer("identity", params_dtype=torch.float64, experts_backend=backend)
     hidden_states, router_logits = make_inputs("identity", 9)
     inputs = (hidden_states.double(), router_logits)
-    out = layer.runner(*inputs, *weights_of(layer)).detach()
+    out = layer.runner(*inputs, layer.expert_weights()).detach()
     assert out.dtype == torch.float64
     torch.testing.assert_close(out, expected_output(layer, *inputs), rtol=1e-5, atol=1e-5)  # the weights are float32
 
@@ -84,7 +79,7 @@ class NoExperts(MoEExperts):
         super().__init__("none", reduces)
 
     def forward(
-        self, hidden_states: Tensor, routing: RoutingResult, plan: DispatchPlan, w13_weight: Tensor, w2_weight: Tensor
+        self, hidden_states: Tensor, routing: RoutingResult, plan: DispatchPlan, weights: ExpertWeights
     ) -> Tensor:
         rows = hidden_states.size(0) if self.reduces else routing.topk_ids.numel()
         return hidden_states.new_zeros(rows, hidden_states.size(1))
@@ -118,8 +113,8 @@ def test_output_is_the_sum_of_its_parts(backend: str, num_tokens: int) -> None:
     shared = SharedExperts(torch.float64)
     layer = make_layer("mixed", params_dtype=torch.float64, shared_experts=shared, experts_backend=backend)
     hidden_states, router_logits = make_inputs("mixed", num_tokens, torch.float64)
-    weights = weights_of(layer)
-    whole = layer.runner(hidden_states, router_logits, *weights)
+    weights = layer.expert_weights()
+    whole = layer.runner(hidden_states, router_logits, weights)
 
     routing = layer.router.select_experts(hidden_states, router_logits)
     plan = ops.moe_plan(routing.topk_ids, NUM_EXPERTS)
@@ -139,7 +134,7 @@ def test_output_is_the_sum_of_its_parts(backend: str, num_tokens: int) -> None:
     torch.testing.assert_close(whole, real_part + zero_part + constant_part + shared(hidden_states))
     remainder = DefaultMoERunner(layer.router, NoExperts(backend == "torch"), shared)
     torch.testing.assert_close(
-        remainder(hidden_states, router_logits, *weights), zero_part + constant_part + shared(hidden_states)
+        remainder(hidden_states, router_logits, weights), zero_part + constant_part + shared(hidden_states)
     )
     if num_tokens == 7:
         assert all(float(part.detach().abs().max()) > 1e-3 for part in (real_part, zero_part, constant_part))
@@ -150,7 +145,7 @@ def test_only_zero_experts_chosen(backend: str) -> None:
     layer = make_layer("identity", experts_backend=backend, with_bias=False)
     hidden_states, router_logits = make_inputs("identity", 5)
     router_logits[:, :NUM_EXPERTS] = -200.0
-    out = layer.runner(hidden_states, router_logits, *weights_of(layer))
+    out = layer.runner(hidden_states, router_logits, layer.expert_weights())
     torch.testing.assert_close(out, 6.0 * hidden_states)
 
 
@@ -158,7 +153,7 @@ def test_only_zero_experts_chosen(backend: str) -> None:
 def test_no_expert_chosen(backend: str) -> None:
     layer = make_layer("identity", experts_backend=backend)
     hidden_states, router_logits = make_inputs("identity", 5)
-    out = layer.runner(hidden_states, torch.full_like(router_logits, torch.nan), *weights_of(layer))
+    out = layer.runner(hidden_states, torch.full_like(router_logits, torch.nan), layer.expert_weights())
     assert_equal(out.detach(), torch.zeros_like(hidden_states))
 
 
@@ -199,12 +194,12 @@ def test_runner_leaves_no_routing_behind(chunk_size: int | None) -> None:
 def test_expert_map_picks_the_physical_experts_weights() -> None:
     layer = make_layer("identity")
     inputs = make_inputs("identity", 11)
-    expected = layer.runner(*inputs, *weights_of(layer))
+    expected = layer.runner(*inputs, layer.expert_weights())
     order = torch.tensor([3, 0, 5, 1, 4, 2])
     expert_load = torch.zeros(NUM_EXPERTS, dtype=torch.int32)
     layer.router.set_expert_map(order[:, None], expert_load)
     inverse = order.argsort()
-    out = layer.runner(*inputs, layer.w13_weight[inverse], layer.w2_weight[inverse])
+    out = layer.runner(*inputs, ExpertWeights(layer.w13_weight[inverse], layer.w2_weight[inverse]))
     torch.testing.assert_close(out, expected)
     layer.router.set_expert_map(None)
     assert int(expert_load.sum()) == int((layer.router(*inputs).topk_ids >= 0).sum())
@@ -228,32 +223,32 @@ def test_chunks(kind: str, chunk_size: int, num_tokens: int) -> None:
         each.router.set_expert_map(torch.tensor([[0, 1]] + [[e, -1] for e in range(1, NUM_EXPERTS)]))
         each.router.set_capture_fn(seen.append)
 
-    out = layer.runner(*inputs, *weights_of(layer))
+    out = layer.runner(*inputs, layer.expert_weights())
 
-    expected = default.runner(*inputs, *weights_of(default))
+    expected = default.runner(*inputs, default.expert_weights())
     assert len(seen) == 2
     for actual_tensor, expected_tensor in zip(*seen, strict=True):
         assert_equal(actual_tensor, expected_tensor)
     torch.testing.assert_close(out, expected)
     for each in (default, layer):
         each.router.set_expert_map(None)
-    assert_output(layer, layer.runner(*inputs, *weights_of(layer)).detach(), *inputs)
+    assert_output(layer, layer.runner(*inputs, layer.expert_weights()).detach(), *inputs)
 
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
 def test_chunks_in_every_dtype(dtype: torch.dtype) -> None:
     layer = make_layer("mixed", chunk_size=5, params_dtype=dtype)
     inputs = make_inputs("mixed", 17, dtype)
-    assert_output(layer, layer.runner(*inputs, *weights_of(layer)).detach(), *inputs)
+    assert_output(layer, layer.runner(*inputs, layer.expert_weights()).detach(), *inputs)
 
 
 def test_chunks_of_strided_hidden_states() -> None:
     layer = make_layer("identity", chunk_size=4)
     hidden_states, router_logits = make_inputs("identity", 10)
     transposed = hidden_states.t().contiguous().t()
-    out = layer.runner(transposed, router_logits, *weights_of(layer))
+    out = layer.runner(transposed, router_logits, layer.expert_weights())
     assert out.is_contiguous()
-    assert_equal(out.detach(), layer.runner(hidden_states, router_logits, *weights_of(layer)).detach())
+    assert_equal(out.detach(), layer.runner(hidden_states, router_logits, layer.expert_weights()).detach())
 
 
 @pytest.mark.parametrize("chunk_size", [0, -1, 2.0, True, "8"])
@@ -268,19 +263,26 @@ def test_rejects_a_bad_chunk_size(chunk_size: Any) -> None:
 def test_rejects_bad_inputs() -> None:
     layer = make_layer("mixed")
     hidden_states, router_logits = make_inputs("mixed", 4)
-    w13, w2, gates, vectors = weights_of(layer)
+    weights = layer.expert_weights()
+    assert weights.constants is not None
+    gates, vectors = weights.constants
+    one_gate = weights._replace(constants=ConstantExperts(gates[:1], vectors))
     cases: list[tuple[tuple[Any, ...], str]] = [
+        ((hidden_states.half(), router_logits, weights), r"^hidden_states must be of the weights' dtype"),
+        ((hidden_states[:, :7], router_logits, weights), r"^hidden_states must have .* \(24\), got 7$"),
+        ((hidden_states, router_logits[:3], weights), r"^router_logits must have one row per token"),
         (
-            (hidden_states.half(), router_logits, w13, w2, gates, vectors),
-            r"^hidden_states must be of the weights' dtype",
-        ),
-        ((hidden_states[:, :7], router_logits, w13, w2, gates, vectors), r"^hidden_states must have .* \(24\), got 7$"),
-        ((hidden_states, router_logits[:3], w13, w2, gates, vectors), r"^router_logits must have one row per token"),
-        (
-            (hidden_states, router_logits, w13, w2, gates[:1], vectors),
+            (hidden_states, router_logits, one_gate),
             r"^constant_gate_weight must have shape \[2, 2, 24\], got \[1, 2, 24\]$",
         ),
-        ((hidden_states, router_logits, w13, w2), r"^constant_gate_weight and constant_vectors are required with"),
+        (
+            (hidden_states, router_logits, weights._replace(constants=None)),
+            r"^constant_gate_weight and constant_vectors are required with",
+        ),
+        (
+            (hidden_states, router_logits, weights._replace(w2_scale_inv=torch.ones(1))),
+            r"^w13_scale_inv and w2_scale_inv must be None: no operator accepts quantised experts$",
+        ),
     ]
     for arguments, message in cases:
         with pytest.raises(ValueError, match=message):
@@ -319,12 +321,11 @@ def test_shared_experts_of_another_dtype_are_cast() -> None:
 # --- Experts backends
 
 
-def test_create_experts() -> None:
-    assert isinstance(create_experts(), AutoExperts)
-    assert isinstance(create_experts("cpu"), CpuExperts)
-    assert isinstance(create_experts("grouped_mm"), GroupedMMExperts)
-    assert isinstance(create_experts("hopper"), HopperExperts)
-    assert isinstance(create_experts("torch"), TorchLoopExperts)
+@pytest.mark.parametrize("name", ["auto", "cpu", "grouped_mm", "hopper", "torch"])
+def test_create_experts(name: str) -> None:
+    experts = create_experts(name)
+    assert isinstance(experts, FusedExperts)
+    assert experts.name == name
     with pytest.raises(
         ValueError,
         match=r"^experts_backend must be \"auto\", \"cpu\", \"grouped_mm\", \"hopper\" or \"torch\", got 'cuda'$",
@@ -332,12 +333,32 @@ def test_create_experts() -> None:
         create_experts("cuda")
 
 
+def test_names_before_fused_experts() -> None:
+    aliases = (AutoExperts, CpuExperts, GroupedMMExperts, HopperExperts, TorchLoopExperts)
+    assert [alias().name for alias in aliases] == ["auto", "cpu", "grouped_mm", "hopper", "torch"]
+    assert all(alias().fuses_epilogue for alias in aliases)
+
+
+def test_a_subclass_of_the_experts_gives_rows() -> None:
+    class Doubled(CpuExperts):
+        def forward(
+            self, hidden_states: Tensor, routing: RoutingResult, plan: DispatchPlan, weights: ExpertWeights
+        ) -> Tensor:
+            return 2 * super().forward(hidden_states, routing, plan, weights)
+
+    layer = make_layer("identity")
+    inputs = make_inputs("identity", 7)
+    zero_part = ops.zero_expert_accumulate(inputs[0], layer.router.select_experts(*inputs).zero_weight)
+    doubled = DefaultMoERunner(layer.router, Doubled())(*inputs, layer.expert_weights())
+    torch.testing.assert_close(doubled - zero_part, 2 * (layer(*inputs) - zero_part))
+
+
 def test_auto_is_the_cpu_backend_on_a_cpu() -> None:
     inputs = make_inputs("mixed", 6)
     auto, cpu = make_layer("mixed"), make_layer("mixed", experts_backend="cpu")
     assert_equal(auto(*inputs).detach(), cpu(*inputs).detach())
     assert auto.experts_backend == "cpu"
-    assert not auto.runner.experts.reduces_for(inputs[0], auto.w2_weight)
+    assert not auto.runner.experts.reduces
 
 
 @pytest.mark.parametrize(
@@ -495,8 +516,10 @@ def test_interfaces_leave_the_work_to_subclasses() -> None:
     hidden_states, router_logits = make_inputs("plain", 1)
     layer = make_layer("plain")
     with pytest.raises(NotImplementedError):
-        MoERunner(layer.router, CpuExperts())(hidden_states, router_logits, layer.w13_weight, layer.w2_weight)
+        MoERunner(layer.router, CpuExperts())(hidden_states, router_logits, layer.expert_weights())
+    experts = MoEExperts("none", False)
     with pytest.raises(NotImplementedError):
-        MoERunnerBase(layer.router, MoEExperts("none", False))(
-            hidden_states, router_logits, layer.w13_weight, layer.w2_weight
-        )
+        MoERunnerBase(layer.router, experts)(hidden_states, router_logits, layer.expert_weights())
+    experts.fuses_epilogue = True
+    with pytest.raises(NotImplementedError):
+        MoERunnerBase(layer.router, experts)(hidden_states, router_logits, layer.expert_weights())

@@ -20,6 +20,7 @@ from zexpert._autocast import autocast_dtype, full_precision_linear
 from zexpert.experts.factory import create_experts
 from zexpert.integrations.given_routing import RUNNER
 from zexpert.models.checkpoint import require_silu
+from zexpert.ops.types import ExpertWeights
 from zexpert.router.factory import create_fused_moe_router
 from zexpert.runner.chunking_moe_runner import ChunkingMoERunner
 from zexpert.runner.default_moe_runner import DefaultMoERunner
@@ -159,7 +160,7 @@ class PatchedMoE(LongcatFlashMoE):  # type: ignore[misc]
             experts.gate_up_proj[: experts.num_routed_experts],
             experts.down_proj,
         )
-        out: Tensor = self.runner(rows, router_logits, w13_weight, w2_weight)
+        out: Tensor = self.runner(rows, router_logits, ExpertWeights(w13_weight, w2_weight))
         return out.view(hidden_states.shape).to(hidden_states.dtype)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from zexpert.layer import FusedMoE, check_shapes_of_state_dict
-from zexpert.runner.sharded_moe_runner import EXPERT_WEIGHTS, whole_weight
+from zexpert.runner.placement import EXPERT_WEIGHTS
 
 Block = TypeVar("Block", bound="CheckpointBlock")
 
@@ -71,7 +71,9 @@ class CheckpointBlock(nn.Module):
         """
         weights: dict[str, Tensor] = dict(self.state_dict())
         experts = self.get_submodule("experts")
-        weights |= {f"experts.{name}": whole_weight(experts, name) for name in EXPERT_WEIGHTS}
+        assert isinstance(experts, FusedMoE)
+        for name in EXPERT_WEIGHTS:
+            weights[f"experts.{name}"] = experts.placement.whole(name, experts.get_parameter(name).detach())
         rename(weights, "", {ours: theirs for theirs, ours in self.checkpoint_names().items()})
         return weights
 
