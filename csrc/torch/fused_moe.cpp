@@ -13,6 +13,8 @@
 #include "torch/moe_finalize.h"
 
 HIDDEN_NAMESPACE_BEGIN(zexpert, ops)
+Tensor grouped_mlp_on_cpu(const Tensor& rows, const Tensor& expert_offsets, const Tensor& w13_weight,
+                          const Tensor& w2_weight, const std::optional<Tensor>& row_slots, int64_t top_k, std::string);
 namespace {
 
 std::tuple<Tensor, Tensor> run_experts(const FusedMoeTensors& args) {
@@ -36,8 +38,15 @@ std::tuple<Tensor, Tensor> fused_moe_on_cpu(const Tensor& hidden_states, const T
   const FusedMoeTensors args{hidden_states, topk_weights, zero_weight, expert_offsets,
                              row_slots,     slot_rows,    w13_weight,  w2_weight};
   check_fused_moe(args);
-  const auto [rows, kept] = run_experts(args);
-  const Tensor gate_up = keep_gate_up ? kept : empty({0, w13_weight.size(1)}, hidden_states.scalar_type(), hidden_states);
+  Tensor rows, gate_up;
+  if (keep_gate_up) {
+    const auto [r, g] = run_experts(args);
+    rows = r;
+    gate_up = g;
+  } else {
+    rows = grouped_mlp_on_cpu(hidden_states, expert_offsets, w13_weight, w2_weight, row_slots, topk_weights.size(1), "");
+    gate_up = empty({0, w13_weight.size(1)}, hidden_states.scalar_type(), hidden_states);
+  }
   const Tensor out = moe_finalize(
       {rows, slot_rows, topk_weights, hidden_states, zero_weight, residual, constant_weight, constant_vectors},
       &moe_finalize_cpu);

@@ -14,8 +14,6 @@
 #include "torch/expert_products.h"
 
 HIDDEN_NAMESPACE_BEGIN(zexpert, ops)
-namespace {
-
 Tensor grouped_mlp_on_cpu(const Tensor& rows, const Tensor& expert_offsets, const Tensor& w13_weight,
                           const Tensor& w2_weight, const std::optional<Tensor>& row_slots, int64_t top_k, std::string) {
   const auto launch = [](GroupedMlpParams params, const Tensor& out) {
@@ -32,6 +30,7 @@ Tensor grouped_mlp_on_cpu(const Tensor& rows, const Tensor& expert_offsets, cons
   return grouped_mlp(rows, expert_offsets, w13_weight, w2_weight, launch, {row_slots, top_k});
 }
 
+namespace {
 std::tuple<Tensor, Tensor> grouped_mlp_with_gate_up_on_cpu(const Tensor& rows, const Tensor& expert_offsets,
                                                            const Tensor& w13_weight, const Tensor& w2_weight) {
   return grouped_mlp_with_gate_up(rows, expert_offsets, w13_weight, w2_weight, &run_experts_keeping_gate_up);

@@ -96,6 +96,49 @@ def test_gradients_of_one_weight(ranks: Ranks) -> None:
     ranks.run(one_weight_wants_gradients, 2)
 
 
+def gradients_where_wanted(group: Any, exchange: str, num_tokens: int) -> Tensor | None:
+    """Rank 1 makes hidden states and logits of its own, and its weights are frozen."""
+    layer = make_parallel("identity", exchange, group)
+    rank = dist.get_rank(group)
+    num_tokens = 7 if rank == 0 else num_tokens
+    hidden_states, logits, _ = make_inputs("identity", num_tokens)
+    x, router_logits = hidden_states.float(), logits.float()
+    if rank == 0:
+        x.requires_grad_()
+        router_logits.requires_grad_()
+    else:
+        layer.requires_grad_(False)
+    out = layer(x, router_logits)
+    assert out.requires_grad
+    out.square().sum().backward()
+    dist.barrier(group=group)
+    return x.grad
+
+
+@pytest.mark.parametrize("num_tokens", [0, 5])
+@pytest.mark.parametrize("exchange", EXCHANGES)
+def test_ranks_without_gradients_join_the_backward(exchange: str, num_tokens: int, ranks: Ranks) -> None:
+    actual, nothing = ranks.run(gradients_where_wanted, 2, exchange, num_tokens)
+    assert nothing is None
+    hidden_states, logits, _ = make_inputs("identity", 7)
+    x = hidden_states.float().requires_grad_()
+    make_layer("identity")(x, logits.float()).square().sum().backward()
+    torch.testing.assert_close(actual, x.grad)
+
+
+def inference(group: Any) -> None:
+    layer = make_parallel("identity", "ragged", group)
+    inputs = [tensor.float() for tensor in make_inputs("identity", 7)[:2]]
+    with torch.no_grad():
+        assert not layer(*inputs).requires_grad
+    with torch.inference_mode():
+        assert layer(*inputs).is_inference()
+
+
+def test_inference_keeps_no_graph(ranks: Ranks) -> None:
+    ranks.run(inference, 2)
+
+
 # --- Exactly
 
 

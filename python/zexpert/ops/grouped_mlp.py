@@ -89,9 +89,7 @@ def _grouped_mlp_with_gate_up_fake(
     return rows.new_empty(rows.shape), rows.new_empty((rows.shape[0], w13_weight.shape[1]))
 
 
-def _setup_context(
-    ctx: Context, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Tensor
-) -> None:
+def _setup_context(ctx: Context, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Tensor) -> None:
     rows, expert_offsets, w13_weight, w2_weight, row_slots, ctx.top_k = inputs
     ctx.save_for_backward(rows, expert_offsets, w13_weight, w2_weight, row_slots)
 

@@ -118,9 +118,7 @@ class _Collective(torch.autograd.Function):
 # ---- One tensor each ----
 
 
-def _all_to_all(
-    sizes: tuple[list[int], list[int]] | None, group: ExpertGroup, works: Works, tensor: Tensor
-) -> Tensor:
+def _all_to_all(sizes: tuple[list[int], list[int]] | None, group: ExpertGroup, works: Works, tensor: Tensor) -> Tensor:
     output_sizes, input_sizes = (None, None) if sizes is None else sizes
     num_rows = tensor.size(0) if output_sizes is None else sum(output_sizes)
     result = tensor.new_empty((num_rows, *tensor.shape[1:]))

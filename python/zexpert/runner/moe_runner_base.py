@@ -5,7 +5,6 @@ import torch
 from torch import Tensor
 
 from zexpert._autocast import full_precision_linear
-from zexpert.ops._library import weight_dtype
 from zexpert.ops.types import ConstantExperts, DispatchPlan, ExpertWeights, RoutingResult
 from zexpert.runner.moe_runner import MoERunner
 
@@ -61,17 +60,15 @@ class MoERunnerBase(MoERunner):
 
     def _in_dtype_for(self, hidden_states: Tensor, routing: RoutingResult) -> RoutingResult:
         """The routing with weights in the dtype that operators accept with hidden_states."""
-        dtype = weight_dtype(hidden_states.dtype)
+        dtype = torch.float64 if hidden_states.dtype == torch.float64 else torch.float32
         weights, ids, zero, constant = routing
-        if weights.dtype == dtype and zero.dtype == dtype and constant.dtype == dtype:
+        if weights.dtype == dtype:
             return routing
         return RoutingResult(weights.to(dtype), ids, zero.to(dtype), constant.to(dtype))
 
     # ---- Experts and epilogue ----
 
-    def _run(
-        self, hidden_states: Tensor, routing: RoutingResult, plan: DispatchPlan, weights: ExpertWeights
-    ) -> Tensor:
+    def _run(self, hidden_states: Tensor, routing: RoutingResult, plan: DispatchPlan, weights: ExpertWeights) -> Tensor:
         """Everything after route and plan: [T, H]."""
         residual = self._shared_experts_output(hidden_states)
         routing = self._mix_constants(hidden_states, routing, weights.constants)

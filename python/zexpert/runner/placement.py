@@ -102,8 +102,9 @@ class ShardedExperts(WholeExperts):
         """Also a DTensor as `sharded` makes them, and the weight of all experts, [R, ...]."""
         from torch.distributed.tensor import DTensor
 
-        whole = self.saved_shape(name) if isinstance(given, DTensor) else list(self.whole_shapes[name])
-        return given.shape == weight.shape or list(given.shape) == whole
+        if isinstance(given, DTensor):
+            return list(given.shape) == self.saved_shape(name)
+        return given.shape in (weight.shape, self.whole_shapes[name])
 
     def loadable_shapes(self, name: str, weight: Tensor) -> list[list[int]]:
         shapes = [list(weight.shape), list(self.whole_shapes[name])]
@@ -113,28 +114,37 @@ class ShardedExperts(WholeExperts):
         gathered: Tensor = self.sharded(name, weight).full_tensor()
         return gathered.flatten(1, -2)
 
-    def register_hooks(self, layer: nn.Module) -> None:
-        layer.register_state_dict_post_hook(self.shard_state_dict)  # type: ignore[no-untyped-call]
-        layer.register_load_state_dict_pre_hook(self.take_own_part)  # type: ignore[no-untyped-call]
-
-    def shard_state_dict(self, layer: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object) -> None:
-        """Post-hook of state_dict: weights as DTensors, of which each rank holds its own part."""
-        for key, name in ((prefix + name, name) for name in EXPERT_WEIGHTS):
-            if isinstance(state_dict.get(key), Tensor):
-                state_dict[key] = self.sharded(name, state_dict[key])
-
-    def take_own_part(self, layer: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object) -> None:
-        """Pre-hook of load_state_dict: this rank's part replaces DTensors and the weights of all experts."""
+    def own_part(self, name: str, weight: Tensor, given: Tensor) -> Tensor:
+        """What load_state_dict copies into this process's weight: of a DTensor and of all experts, this rank's part."""
         from torch.distributed.tensor import DTensor
 
-        for key, name in ((prefix + name, name) for name in EXPERT_WEIGHTS):
-            given, own = state_dict.get(key), layer.get_parameter(name)
-            if isinstance(given, DTensor) and list(given.shape) == self.saved_shape(name):
-                placements = self.sharded(name, own).placements
-                state_dict[key] = given.redistribute(placements=placements).to_local().reshape(own.shape)
-            elif isinstance(given, Tensor) and given.shape == self.whole_shapes[name]:
-                own_part = self.own_slice(name, given[self.own_experts().to(given.device)])
-                state_dict[key] = own_part.contiguous()
+        if not self.fits(name, weight, given):
+            return given
+        if isinstance(given, DTensor):
+            placements = self.sharded(name, weight).placements
+            return given.redistribute(placements=placements).to_local().reshape(weight.shape)
+        if given.shape == weight.shape and given.shape != self.whole_shapes[name]:
+            return given
+        return self.own_slice(name, given[self.own_experts().to(given.device)]).contiguous()
+
+    def register_hooks(self, layer: nn.Module) -> None:
+        layer.register_state_dict_post_hook(shard_state_dict)
+        layer.register_load_state_dict_pre_hook(take_own_part)
+
+
+def shard_state_dict(layer: Any, state_dict: dict[str, Any], prefix: str, _: object) -> None:
+    """Post-hook of state_dict: weights as DTensors, of which each rank holds its own part."""
+    for name in EXPERT_WEIGHTS:
+        if isinstance(state_dict.get(prefix + name), Tensor):
+            state_dict[prefix + name] = layer.placement.sharded(name, state_dict[prefix + name])
+
+
+def take_own_part(layer: Any, state_dict: dict[str, Any], prefix: str, *_: object) -> None:
+    """Pre-hook of load_state_dict: this rank's part replaces DTensors and the weights of all experts."""
+    for name in EXPERT_WEIGHTS:
+        if isinstance(state_dict.get(prefix + name), Tensor):
+            weight = layer.get_parameter(name)
+            state_dict[prefix + name] = layer.placement.own_part(name, weight, state_dict[prefix + name])
 
 
 class ExpertParallelPlacement(ShardedExperts):
