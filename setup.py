@@ -160,6 +160,11 @@ def sources(*patterns: str) -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in ROOT.glob(pattern))
 
 
+def operator_sources() -> list[str]:
+    """Files that register operators, compiled for each device: see csrc/torch/device.h."""
+    return [path for path in sources("csrc/torch/*.cpp") if '#include "torch/device.h"' in Path(path).read_text()]
+
+
 HEADERS = sources("csrc/**/*.h", "csrc/**/*.cuh")
 INCLUDE_DIRS = [str(ROOT / "csrc/include"), str(ROOT / "csrc")]  # ninja runs elsewhere
 # -g0 and -O3 override what Python's own build configuration passes. Others' headers are system headers: no warnings.
@@ -195,7 +200,7 @@ def core_library() -> Extension:
 
 
 def cuda_library() -> Extension:
-    flags = [f"-DTORCH_TARGET_VERSION={torch_target_version()}", "-DUSE_CUDA"]
+    flags = [f"-DTORCH_TARGET_VERSION={torch_target_version()}", "-DUSE_CUDA", "-DZEXPERT_FOR_CUDA"]
     flags += system_includes(*include_paths(device_type="cuda"))
     # The static runtime leaves no need for a libcudart of the toolkit's own version beside PyTorch's.
     static_runtime = any(Path(path, "libcudart_static.a").exists() for path in library_paths(device_type="cuda"))
@@ -205,7 +210,7 @@ def cuda_library() -> Extension:
         nvcc_flags.append("--compress-mode=size")  # a fifth of the size; every driver for CUDA 13 can unpack it
     return Extension(
         "zexpert.lib.libzexpert_cuda",
-        sources("csrc/cuda/*.cu", "csrc/torch/cuda/*.cpp"),
+        [*sources("csrc/cuda/**/*.cu", "csrc/torch/cuda/*.cpp"), *operator_sources()],
         depends=[*HEADERS, EXPORTS],
         include_dirs=list(INCLUDE_DIRS),
         library_dirs=library_paths(device_type="cuda"),
@@ -235,7 +240,8 @@ class BuildPython(build_py):
 
     def run(self) -> None:
         if not self.editable_mode:
-            shutil.rmtree(Path(self.build_lib, "zexpert"), ignore_errors=True)
+            for package in ("zexpert", "zexpert_tools"):
+                shutil.rmtree(Path(self.build_lib, package), ignore_errors=True)
         super().run()
 
 

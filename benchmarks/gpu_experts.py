@@ -21,9 +21,9 @@ from torch import Tensor
 
 import zexpert
 from gpu_layer import DTYPE, SHAPES, TOKENS
-from zexpert.benchmark import harness, torch_routing
-from zexpert.benchmark.cuda import head, require_gpu
-from zexpert.benchmark.layer import Shape, Weights, make_weights
+from zexpert_tools.benchmark import harness, parse, rates, torch_routing
+from zexpert_tools.benchmark.cuda import head, require_gpu
+from zexpert_tools.benchmark.layer import Shape, Weights, make_weights
 
 SUBJECT = "hopper"
 CHECKED_EXPERTS = 4
@@ -46,7 +46,7 @@ def expert(rows: Tensor, weights: Weights, index: int, dtype: torch.dtype) -> Te
 
 
 def run_case(
-    shape: Shape, weights: Weights, num_tokens: int, tile_rows: Sequence[int], repeats: int, limits: harness.Limits
+    shape: Shape, weights: Weights, num_tokens: int, tile_rows: Sequence[int], repeats: int, limits: rates.Limits
 ) -> harness.CaseResult:
     routing = shape.routing
     generator = torch.Generator("cuda").manual_seed(num_tokens)
@@ -101,20 +101,20 @@ def run_case(
 
 def tile_rows(text: str) -> list[int]:
     """An argparse type: "0,64" as a list of what grouped_mlp_hopper takes as tile_rows."""
-    return harness.integers(text, lambda value: value % 8 == 0 and 0 <= value <= 288, "multiples of 8 up to 288")
+    return parse.integers(text, lambda value: value % 8 == 0 and 0 <= value <= 288, "multiples of 8 up to 288")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--shapes", type=harness.names_of(SHAPES), default=list(SHAPES), help="of " + ", ".join(SHAPES))
-    parser.add_argument("--tokens", type=harness.positive_ints, default=list(TOKENS))
+    parser.add_argument("--shapes", type=parse.names_of(SHAPES), default=list(SHAPES), help="of " + ", ".join(SHAPES))
+    parser.add_argument("--tokens", type=parse.positive_ints, default=list(TOKENS))
     parser.add_argument("--tile-rows", type=tile_rows, default=[0], help="choices of grouped_mlp_hopper's tile_rows")
-    parser.add_argument("--repeats", type=harness.positive_int, default=5)
+    parser.add_argument("--repeats", type=parse.positive_int, default=5)
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write the results there")
     options = parser.parse_args(arguments)
     require_gpu(parser)
     device = torch.device("cuda")
-    limits = harness.measure_limits(device, DTYPE)
+    limits = rates.measure_limits(device, DTYPE)
     print(f"{head(limits.bandwidth)}; a matrix product runs at {limits.rate / 1e12:.0f} TFLOP/s")
     results = []
     for name in options.shapes:

@@ -58,6 +58,25 @@ function(zexpert_add_library name)
   install(TARGETS ${target} EXPORT ${export_set})
 endfunction()
 
+# zexpert_add_cuda_operators(TARGET SOURCES...): compiles the files that register operators a second time, for CUDA.
+function(zexpert_add_cuda_operators target)
+  set(sources)
+  foreach(source IN LISTS ARGN)
+    file(STRINGS ${source} for_each_device REGEX "#include \"torch/device.h\"")
+    if(for_each_device)
+      list(APPEND sources ${source})
+    endif()
+  endforeach()
+  add_library(${target} OBJECT ${sources})
+  zexpert_compile_options(${target})
+  zexpert_torch_compile_definitions(${target} ${zexpert_torch_abi_target})
+  target_compile_definitions(${target} PRIVATE USE_CUDA ZEXPERT_FOR_CUDA)
+  target_include_directories(${target} PRIVATE ${PROJECT_SOURCE_DIR}/csrc/include ${PROJECT_SOURCE_DIR}/csrc
+                                               ${PROJECT_BINARY_DIR}/config)
+  target_link_libraries(${target} PRIVATE TorchStable::torch_cpu TorchStable::torch_cuda CUDA::cudart_static)
+  set_target_properties(${target} PROPERTIES POSITION_INDEPENDENT_CODE ON VISIBILITY_INLINES_HIDDEN ON)
+endfunction()
+
 # TORCH_TARGET_VERSION as torch/csrc/stable/version.h spells it: major in the highest byte, minor in the next. It also
 # turns every include of an unstable PyTorch header into an error.
 function(zexpert_torch_compile_definitions target abi_target)

@@ -7,9 +7,8 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
-#include <memory>
-#include <new>
 
+#include "cpu/aligned_array.h"
 #include "zexpert/biased_topk.h"
 
 namespace zexpert {
@@ -17,22 +16,6 @@ namespace {
 
 /// Keys are looked through in blocks of this many, one bit each of a 64-bit word. Rows are padded to whole blocks.
 constexpr int64_t kBlock = 64;
-
-/// Memory for `size` numbers on a cache line's boundary, not initialised.
-template <typename T>
-class AlignedArray {
- public:
-  explicit AlignedArray(int64_t size)
-      : data_(static_cast<T*>(::operator new(static_cast<size_t>(size) * sizeof(T), kAlignment))) {}
-  T* get() const { return data_.get(); }
-
- private:
-  static constexpr std::align_val_t kAlignment{64};
-  struct Deleter {
-    void operator()(T* data) const { ::operator delete(data, kAlignment); }
-  };
-  std::unique_ptr<T, Deleter> data_;
-};
 
 /// What all rows of a call share.
 template <typename T>

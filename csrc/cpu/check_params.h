@@ -3,25 +3,34 @@
 #pragma once
 
 #include <cstdint>
-#include <initializer_list>
-#include <utility>
 
 #include "cpu/expert_offsets.h"
 #include "cpu/index_range.h"
+#include "zexpert/check_params.h"
 #include "zexpert/error.h"
 
 namespace zexpert {
 
-inline void check_sizes(std::initializer_list<std::pair<const char*, int64_t>> sizes) {
-  for (const auto& [name, size] : sizes) ZEXPERT_CHECK(size >= 0, name, " must not be negative, got ", size);
+using detail::check_pointers;
+using detail::check_sizes;
+
+/// How many of the rows do work, read from host memory; `last_offset` null: all do.
+inline int64_t num_working_rows(const int32_t* last_offset, int64_t num_rows) {
+  if (last_offset == nullptr) {
+    return num_rows;
+  }
+  ZEXPERT_CHECK(*last_offset >= 0 && *last_offset <= num_rows,
+                "expert_offsets must end between 0 and the number of rows (", num_rows, "), got ", *last_offset);
+  return *last_offset;
 }
 
-/// Of arrays that have elements.
-inline void check_pointers(std::initializer_list<std::pair<const char*, const void*>> pointers) {
-  for (const auto& [name, pointer] : pointers) ZEXPERT_CHECK(pointer != nullptr, name, " must not be null");
+/// Throws Error unless the first num_rows entries of row_slots, those of rows that do work, are slots.
+inline void check_row_slots(const int32_t* row_slots, int64_t num_rows, int64_t num_slots) {
+  const int64_t bad = find_out_of_range(row_slots, num_rows, 0, num_slots);
+  ZEXPERT_CHECK(bad < 0, "row_slots must lie in [0, ", num_slots, ") below the last offset, got ", row_slots[bad]);
 }
 
-/// The sizes and row_slots that moe_permute, its backward and grouped_mlp take, of which the first num_rows count.
+/// The sizes and row_slots of grouped_mlp, of which the first num_rows count.
 template <typename Params>
 void check_row_slots(const Params& params, int64_t num_rows) {
   check_sizes({{"num_rows", params.num_rows},
@@ -31,10 +40,7 @@ void check_row_slots(const Params& params, int64_t num_rows) {
   if (num_rows > 0) {
     check_pointers({{"row_slots", params.row_slots}});
   }
-  const int64_t num_slots = params.num_tokens * params.top_k;
-  const int64_t bad = find_out_of_range(params.row_slots, num_rows, 0, num_slots);
-  ZEXPERT_CHECK(bad < 0, "row_slots must lie in [0, ", num_slots, ") below the last offset, got ",
-                params.row_slots[bad]);
+  check_row_slots(params.row_slots, num_rows, params.num_tokens * params.top_k);
 }
 
 /// The offsets of grouped_mlp, and its row_slots if it has them.

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <initializer_list>
 #include <limits>
+#include <optional>
 
 #include "torch/tensor.h"
 #include "zexpert/error.h"
@@ -92,5 +93,23 @@ inline int64_t last_offset(const Tensor& expert_offsets, int64_t num_rows) {
                 "), got ", last);
   return last;
 }
+
+/// Where the last of the offsets is, the number of rows that do work, in the memory of the offsets' device.
+class LastOffset {
+ public:
+  explicit LastOffset(const std::optional<Tensor>& expert_offsets) {
+    if (expert_offsets) {
+      offsets_ = as_contiguous(*expert_offsets);
+    }
+  }
+
+  /// Null without offsets.
+  const int32_t* pointer() const {
+    return offsets_ ? offsets_->const_data_ptr<int32_t>() + offsets_->size(0) - 1 : nullptr;
+  }
+
+ private:
+  std::optional<Tensor> offsets_;
+};
 
 HIDDEN_NAMESPACE_END(zexpert, ops)

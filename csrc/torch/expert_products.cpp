@@ -6,7 +6,6 @@
 #include "torch/matrix_product.h"
 #include "zexpert/moe_permute.h"
 #include "zexpert/silu_and_mul.h"
-#include "zexpert/silu_and_mul_backward.h"
 
 HIDDEN_NAMESPACE_BEGIN(zexpert, ops)
 namespace {

@@ -6,15 +6,12 @@
 #include <torch/csrc/stable/library.h>
 
 #include <optional>
-#include <string>
 #include <tuple>
 
 #include "torch/expert_products.h"
 #include "torch/moe_finalize.h"
 
 HIDDEN_NAMESPACE_BEGIN(zexpert, ops)
-Tensor grouped_mlp_on_cpu(const Tensor& rows, const Tensor& expert_offsets, const Tensor& w13_weight,
-                          const Tensor& w2_weight, const std::optional<Tensor>& row_slots, int64_t top_k, std::string);
 namespace {
 
 std::tuple<Tensor, Tensor> run_experts(const FusedMoeTensors& args) {
@@ -32,24 +29,14 @@ std::tuple<Tensor, Tensor> fused_moe_on_cpu(const Tensor& hidden_states, const T
                                             const Tensor& row_slots, const Tensor& slot_rows, const Tensor& w13_weight,
                                             const Tensor& w2_weight, const std::optional<Tensor>& residual,
                                             const std::optional<Tensor>& constant_weight,
-                                            const std::optional<Tensor>& constant_vectors, bool keep_gate_up,
-                                            std::string implementation) {
-  ZEXPERT_CHECK(implementation != "hopper", "TEMP hopper");
+                                            const std::optional<Tensor>& constant_vectors) {
   const FusedMoeTensors args{hidden_states, topk_weights, zero_weight, expert_offsets,
                              row_slots,     slot_rows,    w13_weight,  w2_weight};
   check_fused_moe(args);
-  Tensor rows, gate_up;
-  if (keep_gate_up) {
-    const auto [r, g] = run_experts(args);
-    rows = r;
-    gate_up = g;
-  } else {
-    rows = grouped_mlp_on_cpu(hidden_states, expert_offsets, w13_weight, w2_weight, row_slots, topk_weights.size(1), "");
-    gate_up = empty({0, w13_weight.size(1)}, hidden_states.scalar_type(), hidden_states);
-  }
-  const Tensor out = moe_finalize(
+  const auto [rows, gate_up] = run_experts(args);
+  const Tensor out = on_cpu::moe_finalize(
       {rows, slot_rows, topk_weights, hidden_states, zero_weight, residual, constant_weight, constant_vectors},
-      &moe_finalize_cpu);
+      on_cpu::CurrentDevice(hidden_states));
   return {out, gate_up};
 }
 

@@ -42,8 +42,7 @@ inline void check_fused_moe(const FusedMoeTensors& args) {
   ZEXPERT_CHECK(top_k >= 1, "topk_weights must have at least 1 column, got shape ", text(args.topk_weights.sizes()));
   check_shape(args.topk_weights, "topk_weights", {num_tokens, top_k}, "[tokens, top_k]");
   check_shape(args.zero_weight, "zero_weight", {num_tokens}, "[tokens]");
-  check_dims(args.row_slots, "row_slots", 1, "[rows]");
-  check_row_slots_size(args.row_slots, num_tokens, top_k);
+  check_shape(args.row_slots, "row_slots", {num_tokens * top_k}, "[tokens * top_k]");
   check_shape(args.slot_rows, "slot_rows", {num_tokens, top_k}, "[tokens, top_k]");
 }
 

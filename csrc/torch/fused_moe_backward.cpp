@@ -9,7 +9,6 @@
 #include "torch/expert_products.h"
 #include "torch/fused_moe.h"
 #include "torch/moe_finalize.h"
-#include "torch/zero_expert_accumulate_backward.h"
 
 HIDDEN_NAMESPACE_BEGIN(zexpert, ops)
 namespace {
@@ -37,24 +36,16 @@ void differentiate(const FusedMoeTensors& args, const DenseInputs& dense, const 
 /// grad_hidden_states[t] = the sum of the token's rows' gradients + zero_weight[t] * grad_out[t]: moe_finalize's
 /// formula.
 Tensor sum_rows(const FusedMoeTensors& args, const Tensor& grad_rows, const Tensor& grad_out) {
-  Tensor ones =
-      empty({args.topk_weights.size(0), args.topk_weights.size(1)}, args.topk_weights.scalar_type(), grad_out);
-  torch::stable::fill_(ones, 1.0);
   const std::optional<Tensor> none;
-  return moe_finalize({grad_rows, args.slot_rows, ones, grad_out, args.zero_weight, none, none, none},
-                      &moe_finalize_cpu);
+  return on_cpu::moe_finalize({grad_rows, args.slot_rows, none, grad_out, args.zero_weight, none, none, none},
+                              on_cpu::CurrentDevice(grad_out));
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> fused_moe_backward_on_cpu(
     const Tensor& grad_out, const Tensor& hidden_states, const Tensor& topk_weights, const Tensor& zero_weight,
     const Tensor& expert_offsets, const Tensor& row_slots, const Tensor& slot_rows, const Tensor& w13_weight,
-    const Tensor& w2_weight, const Tensor& gate_up_arg, bool needs_hidden_states, bool needs_w13_weight,
+    const Tensor& w2_weight, const Tensor& gate_up, bool needs_hidden_states, bool needs_w13_weight,
     bool needs_w2_weight) {
-  Tensor gate_up = gate_up_arg;
-  if (gate_up.size(0) == 0 && row_slots.size(0) > 0) {
-    gate_up = std::get<1>(grouped_mlp_with_gate_up(hidden_states, expert_offsets, w13_weight, w2_weight,
-                               &run_experts_keeping_gate_up, {row_slots, topk_weights.size(1)}));
-  }
   const FusedMoeTensors args{hidden_states, topk_weights, zero_weight, expert_offsets,
                              row_slots,     slot_rows,    w13_weight,  w2_weight};
   check_device(grad_out, "grad_out", hidden_states, "hidden_states");
@@ -84,8 +75,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> fused_moe_backward_on_cpu(
   }
   const Tensor grad_hidden_states =
       needs_hidden_states ? sum_rows(args, gradients.rows, grad_out_rows) : gradients.rows;
-  const auto [scaled, grad_zero_weight] =
-      zero_expert_accumulate_backward(grad_out_rows, hidden_states, zero_weight, &zero_expert_accumulate_backward_cpu);
+  const Tensor grad_zero_weight =
+      on_cpu::zero_weight_gradient(grad_out_rows, hidden_states, on_cpu::CurrentDevice(hidden_states));
   return {grad_hidden_states, grad_topk_weights, grad_zero_weight, gradients.w13_weight, gradients.w2_weight};
 }
 

@@ -7,15 +7,16 @@
 #include <torch/csrc/stable/library.h>
 
 #include <optional>
-#include <string>
 #include <tuple>
 
 #include "cpu/expert_offsets.h"
 #include "torch/expert_products.h"
 
 HIDDEN_NAMESPACE_BEGIN(zexpert, ops)
+namespace {
+
 Tensor grouped_mlp_on_cpu(const Tensor& rows, const Tensor& expert_offsets, const Tensor& w13_weight,
-                          const Tensor& w2_weight, const std::optional<Tensor>& row_slots, int64_t top_k, std::string) {
+                          const Tensor& w2_weight, const std::optional<Tensor>& row_slots, int64_t top_k) {
   const auto launch = [](GroupedMlpParams params, const Tensor& out) {
     // torch's product takes no empty matrix.
     params.max_rows =
@@ -30,7 +31,6 @@ Tensor grouped_mlp_on_cpu(const Tensor& rows, const Tensor& expert_offsets, cons
   return grouped_mlp(rows, expert_offsets, w13_weight, w2_weight, launch, {row_slots, top_k});
 }
 
-namespace {
 std::tuple<Tensor, Tensor> grouped_mlp_with_gate_up_on_cpu(const Tensor& rows, const Tensor& expert_offsets,
                                                            const Tensor& w13_weight, const Tensor& w2_weight) {
   return grouped_mlp_with_gate_up(rows, expert_offsets, w13_weight, w2_weight, &run_experts_keeping_gate_up);

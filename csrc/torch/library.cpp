@@ -41,7 +41,7 @@ STABLE_TORCH_LIBRARY(zexpert, m) {
   m.def("silu_and_mul(Tensor gate_up, Tensor? expert_offsets=None) -> Tensor");
   m.def(
       "grouped_mlp(Tensor rows, Tensor expert_offsets, Tensor w13_weight, Tensor w2_weight, Tensor? row_slots=None, "
-      "int top_k=1, *, str implementation=\"auto\") -> Tensor");
+      "int top_k=1) -> Tensor");
   m.def(
       "grouped_mlp_hopper(Tensor rows, Tensor expert_offsets, Tensor w13_weight, Tensor w2_weight, *, "
       "int tile_rows=0) -> Tensor");
@@ -62,8 +62,8 @@ STABLE_TORCH_LIBRARY(zexpert, m) {
       "zero_expert_accumulate_backward(Tensor grad_out, Tensor hidden_states, Tensor zero_weight) "
       "-> (Tensor grad_hidden_states, Tensor grad_zero_weight)");
   m.def(
-      "moe_permute_backward(Tensor grad_rows, Tensor row_slots, Tensor expert_offsets, SymInt num_tokens, int top_k) "
-      "-> Tensor grad_hidden_states");
+      "moe_permute_backward(Tensor grad_rows, Tensor row_slots, Tensor expert_offsets, SymInt num_tokens, int top_k, "
+      "Tensor? slot_rows=None) -> Tensor grad_hidden_states");
   m.def("silu_and_mul_backward(Tensor grad_out, Tensor gate_up, Tensor? expert_offsets=None) -> Tensor grad_gate_up");
   m.def(
       "grouped_mlp_with_gate_up(Tensor rows, Tensor expert_offsets, Tensor w13_weight, Tensor w2_weight) "
@@ -79,8 +79,7 @@ STABLE_TORCH_LIBRARY(zexpert, m) {
   m.def(
       "fused_moe(Tensor hidden_states, Tensor topk_weights, Tensor zero_weight, Tensor expert_offsets, "
       "Tensor row_slots, Tensor slot_rows, Tensor w13_weight, Tensor w2_weight, Tensor? residual=None, "
-      "Tensor? constant_weight=None, Tensor? constant_vectors=None, *, bool keep_gate_up=True, "
-      "str implementation=\"auto\") -> (Tensor out, Tensor gate_up)");
+      "Tensor? constant_weight=None, Tensor? constant_vectors=None) -> (Tensor out, Tensor gate_up)");
   m.def(
       "fused_moe_backward(Tensor grad_out, Tensor hidden_states, Tensor topk_weights, Tensor zero_weight, "
       "Tensor expert_offsets, Tensor row_slots, Tensor slot_rows, Tensor w13_weight, Tensor w2_weight, "

@@ -88,6 +88,7 @@ zexpert::MoeFinalizeParams finalize_params(const float* rows, const int32_t* slo
   params.hidden_size = kHidden;
   params.rows_row_stride = kHidden;
   params.hidden_row_stride = kHidden;
+  params.out_row_stride = kHidden;
   return params;
 }
 

@@ -11,14 +11,10 @@
 #include "zexpert/error.h"
 #include "zexpert/grouped_mlp.h"
 #include "zexpert/moe_finalize.h"
-#include "zexpert/moe_finalize_backward.h"
 #include "zexpert/moe_permute.h"
-#include "zexpert/moe_permute_backward.h"
 #include "zexpert/moe_plan.h"
 #include "zexpert/silu_and_mul.h"
-#include "zexpert/silu_and_mul_backward.h"
 #include "zexpert/zero_expert_accumulate.h"
-#include "zexpert/zero_expert_accumulate_backward.h"
 
 namespace zexpert {
 namespace {
@@ -119,18 +115,51 @@ TEST(CheckParams, MoeFinalize) {
   EXPECT_EQ(out, 1.0F);
   params.num_constant_experts = 1;
   EXPECT_EQ(error_of(&moe_finalize_cpu, params), "constant_weight must not be null");
+  params.num_constant_experts = 0;
+  params.zero_weight = params.hidden_states = nullptr;
+  EXPECT_EQ(error_of(&moe_finalize_cpu, params), "");  // without a zero part neither is needed
+  EXPECT_EQ(out, 0.0F);
+  params.num_tokens = 2;
+  EXPECT_EQ(error_of(&moe_finalize_cpu, params), "out_row_stride must be at least hidden_size (1), got 0");
 }
 
 TEST(CheckParams, MoeFinalizeBackward) {
   using P = MoeFinalizeBackwardParams;
   expect_checks(&moe_finalize_backward_cpu, P{},
                 std::array{SIZE(P, num_rows), SIZE(P, num_tokens), SIZE(P, top_k), SIZE(P, hidden_size)}, "slot_rows");
+  float value = 0.0F;
+  P params;
+  params.num_rows = params.num_tokens = params.hidden_size = 1;
+  params.grad_out = params.rows = params.hidden_states = &value;
+  params.grad_rows = params.grad_hidden_states = params.grad_zero_weight = &value;
+  EXPECT_EQ(error_of(&moe_finalize_backward_cpu, params), "zero_weight must not be null");
+  params.zero_weight = &value;
+  EXPECT_EQ(error_of(&moe_finalize_backward_cpu, params), "workspace must not be null");
 }
 
 TEST(CheckParams, MoePermute) {
   using P = MoePermuteParams;
   expect_checks(&moe_permute_cpu, P{},
                 std::array{SIZE(P, num_rows), SIZE(P, num_tokens), SIZE(P, top_k), SIZE(P, hidden_size)}, "row_slots");
+}
+
+/// Each operator, with a type that holds no floating numbers.
+template <typename Params>
+void expect_refuses_integers(void (*op)(const Params&)) {
+  Params params;
+  params.data_type = ScalarType::kInt32;
+  EXPECT_EQ(error_of(op, params), "data must be of a floating type, got int32");
+}
+
+TEST(CheckParams, TypesThatAreNotFloating) {
+  expect_refuses_integers(&moe_finalize_cpu);
+  expect_refuses_integers(&moe_finalize_backward_cpu);
+  expect_refuses_integers(&moe_permute_cpu);
+  expect_refuses_integers(&moe_permute_backward_cpu);
+  expect_refuses_integers(&silu_and_mul_cpu);
+  expect_refuses_integers(&silu_and_mul_backward_cpu);
+  expect_refuses_integers(&zero_expert_accumulate_cpu);
+  expect_refuses_integers(&zero_expert_accumulate_backward_cpu);
 }
 
 TEST(CheckParams, MoePermuteBackward) {

@@ -21,9 +21,6 @@ def fused_moe(
     residual: Tensor | None = None,
     constant_weight: Tensor | None = None,
     constant_vectors: Tensor | None = None,
-    *,
-    keep_gate_up: bool = True,
-    implementation: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """What moe_permute, grouped_mlp_with_gate_up and moe_finalize compute one after another, bit for bit.
 
@@ -63,8 +60,6 @@ def fused_moe(
         residual,
         constant_weight,
         constant_vectors,
-        keep_gate_up=keep_gate_up,
-        implementation=implementation,
     )
     return out, gate_up
 
@@ -82,9 +77,6 @@ def _fused_moe_fake(
     residual: Tensor | None = None,
     constant_weight: Tensor | None = None,
     constant_vectors: Tensor | None = None,
-    *,
-    keep_gate_up: bool = True,
-    implementation: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     check_devices(
         "hidden_states",
@@ -102,13 +94,11 @@ def _fused_moe_fake(
     )
     return (
         hidden_states.new_empty(hidden_states.shape),
-        hidden_states.new_empty((row_slots.shape[0] if keep_gate_up else 0, w13_weight.shape[1])),
+        hidden_states.new_empty((row_slots.shape[0], w13_weight.shape[1])),
     )
 
 
-def _setup_context(
-    ctx: Context, inputs: tuple[Tensor, ...], keyword_only_inputs: dict[str, object], output: tuple[Tensor, Tensor]
-) -> None:
+def _setup_context(ctx: Context, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
     *kept, _residual, constant_weight, constant_vectors = inputs
     gate_up = output[1]
     ctx.mark_non_differentiable(gate_up)

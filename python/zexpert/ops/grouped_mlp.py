@@ -17,8 +17,6 @@ def grouped_mlp(
     w2_weight: Tensor,
     row_slots: Tensor | None = None,
     top_k: int = 1,
-    *,
-    implementation: str = "auto",
 ) -> Tensor:
     """``(silu(x @ gate.T) * (x @ up.T)) @ down.T`` for every row x, with the weights of the row's expert.
 
@@ -56,8 +54,6 @@ def _grouped_mlp_fake(
     w2_weight: Tensor,
     row_slots: Tensor | None = None,
     top_k: int = 1,
-    *,
-    implementation: str = "auto",
 ) -> Tensor:
     check_devices(
         "rows", rows, expert_offsets=expert_offsets, w13_weight=w13_weight, w2_weight=w2_weight, row_slots=row_slots
@@ -89,7 +85,7 @@ def _grouped_mlp_with_gate_up_fake(
     return rows.new_empty(rows.shape), rows.new_empty((rows.shape[0], w13_weight.shape[1]))
 
 
-def _setup_context(ctx: Context, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Tensor) -> None:
+def _setup_context(ctx: Context, inputs: tuple[Any, ...], output: Tensor) -> None:
     rows, expert_offsets, w13_weight, w2_weight, row_slots, ctx.top_k = inputs
     ctx.save_for_backward(rows, expert_offsets, w13_weight, w2_weight, row_slots)
 

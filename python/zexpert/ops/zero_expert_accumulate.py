@@ -4,7 +4,7 @@
 import torch
 from torch import Tensor
 
-from zexpert.ops._autograd import Context, register_autograd, register_not_differentiable
+from zexpert.ops._autograd import Context, refuse_tangents, register_autograd, register_not_differentiable
 from zexpert.ops._library import check_devices, register_fake
 
 
@@ -49,6 +49,7 @@ def _zero_expert_accumulate_out_fake(hidden_states: Tensor, zero_weight: Tensor,
 
 
 def _count_write(keyset: torch.DispatchKeySet, hidden_states: Tensor, zero_weight: Tensor, *, out: Tensor) -> None:
+    refuse_tangents("zero_expert_accumulate.out", (hidden_states, zero_weight, out))
     below = keyset & torch._C._after_ADInplaceOrView_keyset
     torch.ops.zexpert.zero_expert_accumulate.out.redispatch(below, hidden_states, zero_weight, out=out)
     if not out.is_inference():

@@ -52,7 +52,7 @@ def create_fused_moe_router(
         RoutingSimulatorRouter  routing_simulation, or ZEXPERT_ROUTING_SIMULATION in the environment
         ZeroExpertRouter        zero_expert_type; accepts the grouped arguments and the bias too
         GroupedTopKRouter       use_grouped_topk; accepts the bias too
-        CustomRoutingRouter     custom_routing_function
+        CustomRoutingRouter     custom_routing_function; without zero_expert_type and use_grouped_topk
         FusedTopKBiasRouter     e_score_correction_bias
         FusedTopKRouter
 
@@ -104,6 +104,8 @@ def create_fused_moe_router(
         {"num_expert_group": num_expert_group, "topk_group": topk_group} if use_grouped_topk else {}
     )
     simulation = routing_simulation or os.environ.get(ROUTING_SIMULATION_VARIABLE)
+    if not simulation:
+        check_used(custom_routing_function, zero_expert_type, use_grouped_topk, drop_before_renormalize)
     common: dict[str, Any] = {
         "scoring_func": scoring_func,
         "renormalize": renormalize,
@@ -136,3 +138,20 @@ def create_fused_moe_router(
         )
     router.set_capture_fn(capture_fn)
     return router
+
+
+def check_used(
+    custom_routing_function: CustomRoutingFunction | None,
+    zero_expert_type: ZeroExperts | None,
+    use_grouped_topk: bool,
+    drop_before_renormalize: bool,
+) -> None:
+    """Raises ValueError for an argument that the router of the others would not use."""
+    if custom_routing_function is not None and (zero_expert_type is not None or use_grouped_topk):
+        other = "use_grouped_topk" if zero_expert_type is None else "zero_expert_type"
+        raise ValueError(
+            f"custom_routing_function must be None when {other} is set, which makes the choice, got "
+            f"{custom_routing_function!r}"
+        )
+    if drop_before_renormalize and zero_expert_type is None:
+        raise ValueError("drop_before_renormalize needs zero_expert_type, got None")

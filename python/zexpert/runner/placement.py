@@ -37,6 +37,15 @@ class WholeExperts:
         """The shape of this process's weight."""
         return self.whole_shapes[name]
 
+    def own_experts(self) -> Tensor:
+        """int64 on the CPU: the expert, as the router counts them, that each row of this process's weights is (a part)
+        of."""
+        return torch.arange(self.whole_shapes["w2_weight"][0])
+
+    def own_slice(self, name: str, experts: Tensor) -> Tensor:
+        """This process's part of the weights of whole experts, [..., 2F, H] or [..., H, F]."""
+        return experts
+
     def draw(self, name: str, weight: Tensor, bound: float) -> None:
         """Fills this process's weight uniformly from +-bound."""
         nn.init.uniform_(weight, -bound, bound)
@@ -67,14 +76,6 @@ class ShardedExperts(WholeExperts):
     def __init__(self, group: ExpertGroup) -> None:
         super().__init__()
         self.group = group
-
-    def own_experts(self) -> Tensor:
-        """int64 on the CPU: the experts, as the router counts them, that this rank holds (a part of), in order."""
-        raise NotImplementedError
-
-    def own_slice(self, name: str, experts: Tensor) -> Tensor:
-        """This rank's part of the weights of whole experts, [..., 2F, H] or [..., H, F]."""
-        raise NotImplementedError
 
     def saved_shape(self, name: str) -> list[int]:
         """The shape of what `sharded` makes."""
@@ -172,9 +173,6 @@ class ExpertParallelPlacement(ShardedExperts):
             logical[replicas[replicas >= 0]] = owners[replicas >= 0]
         return logical.chunk(self.group.size)[self.group.rank]
 
-    def own_slice(self, name: str, experts: Tensor) -> Tensor:
-        return experts
-
     def saved_shape(self, name: str) -> list[int]:
         return [self.num_experts, *self.whole_shapes[name][1:]]
 
@@ -199,9 +197,6 @@ class TensorParallelPlacement(ShardedExperts):
         if name == "w2_weight":
             return num_experts, rows, self.local_intermediate_size
         return num_experts, 2 * self.local_intermediate_size, columns
-
-    def own_experts(self) -> Tensor:
-        return torch.arange(self.whole_shapes["w2_weight"][0])
 
     def own_slice(self, name: str, experts: Tensor) -> Tensor:
         begin = self.group.rank * self.local_intermediate_size

@@ -14,14 +14,10 @@
 #include "zexpert/biased_topk_and_plan.h"
 #include "zexpert/biased_topk_backward.h"
 #include "zexpert/moe_finalize.h"
-#include "zexpert/moe_finalize_backward.h"
 #include "zexpert/moe_permute.h"
-#include "zexpert/moe_permute_backward.h"
 #include "zexpert/moe_plan.h"
 #include "zexpert/silu_and_mul.h"
-#include "zexpert/silu_and_mul_backward.h"
 #include "zexpert/zero_expert_accumulate.h"
-#include "zexpert/zero_expert_accumulate_backward.h"
 
 namespace zexpert {
 namespace {
@@ -243,6 +239,27 @@ TEST_F(Cuda, BiasedTopKAndPlan) {
   }
 }
 
+template <typename Params>
+void expect_refuses_integers(void (*op)(const Params&, cudaStream_t)) {
+  Params params;
+  params.data_type = ScalarType::kInt32;
+  EXPECT_EQ(error_of([&] { op(params, nullptr); }), "data must be of a floating type, got int32");
+}
+
+TEST_F(Cuda, ChecksParams) {
+  expect_refuses_integers(&moe_finalize_cuda);
+  expect_refuses_integers(&moe_finalize_backward_cuda);
+  expect_refuses_integers(&moe_permute_cuda);
+  expect_refuses_integers(&moe_permute_backward_cuda);
+  expect_refuses_integers(&silu_and_mul_cuda);
+  expect_refuses_integers(&silu_and_mul_backward_cuda);
+  expect_refuses_integers(&zero_expert_accumulate_cuda);
+  expect_refuses_integers(&zero_expert_accumulate_backward_cuda);
+  MoePermuteParams params;
+  params.num_rows = params.num_tokens = params.hidden_size = 1;
+  EXPECT_EQ(error_of([&] { moe_permute_cuda(params, nullptr); }), "row_slots must not be null");
+}
+
 TYPED_TEST(CudaTyped, ZeroExpertAccumulate) {
   using T = TypeParam;
   using A = accumulate_t<T>;
@@ -292,41 +309,61 @@ TYPED_TEST(CudaTyped, MoePermute) {
     Shared<T> rows[2] = {Shared<T>(kSlots * hidden), Shared<T>(kSlots * hidden)};
     Shared<T> rows_by_token(kSlots * hidden);
     Shared<T> gradients[2] = {Shared<T>(kTokens * hidden), Shared<T>(kTokens * hidden)};
-    Shared<int32_t> workspace(kSlots);
-    const int32_t* last_offset = plan.offsets.end() - 1;
+    Shared<T> gradients_by_slot[2] = {Shared<T>(kTokens * hidden), Shared<T>(kTokens * hidden)};
+    Shared<T> repeated_gradients[2] = {Shared<T>(kTokens * hidden), Shared<T>(kTokens * hidden)};
+    Shared<int32_t> repeated_slots(this->random.template integers<int32_t>(kSlots, 0, kSlots - 1));
+    Shared<T> upstream(this->random.template normal<T>(kSlots * hidden));
     for (const bool on_device : {false, true}) {
       MoePermuteParams params;
       params.hidden_states = tokens.data();
       params.row_slots = plan.row_slots.data();
       params.rows = rows[on_device].data();
       params.data_type = TypeTraits<T>::kType;
-      params.num_rows = on_device ? kSlots : plan.num_rows();
+      params.num_rows = kSlots;
       params.num_tokens = kTokens;
       params.top_k = kTopK;
       params.hidden_size = params.hidden_row_stride = hidden;
-      on_device ? moe_permute_cuda(params, last_offset, nullptr) : moe_permute_cpu(params);
+      params.last_offset = plan.offsets.end() - 1;
+      on_device ? moe_permute_cuda(params, nullptr) : moe_permute_cpu(params);
       if (on_device) {
         params.slot_rows = plan.slot_rows.data();
         params.rows = rows_by_token.data();
-        moe_permute_cuda(params, last_offset, nullptr);
+        moe_permute_cuda(params, nullptr);
       }
 
       MoePermuteBackwardParams backward;
-      backward.grad_rows = rows[0].data();
+      backward.grad_rows = upstream.data();
       backward.row_slots = plan.row_slots.data();
       backward.grad_hidden_states = gradients[on_device].data();
       backward.data_type = TypeTraits<T>::kType;
-      backward.num_rows = params.num_rows;
+      backward.num_rows = kSlots;
       backward.num_tokens = kTokens;
       backward.top_k = kTopK;
       backward.hidden_size = backward.grad_rows_row_stride = hidden;
-      on_device ? moe_permute_backward_cuda(backward, last_offset, workspace.data(), nullptr)
-                : moe_permute_backward_cpu(backward);
-      wait();
+      backward.last_offset = params.last_offset;
+      Shared<char> workspace(moe_permute_backward_workspace_bytes(backward));
+      backward.workspace = workspace.data();
+      const auto differentiate = [&] {
+        on_device ? moe_permute_backward_cuda(backward, nullptr) : moe_permute_backward_cpu(backward);
+        wait();
+      };
+      differentiate();
+      backward.row_slots = repeated_slots.data();
+      backward.last_offset = nullptr;
+      backward.grad_hidden_states = repeated_gradients[on_device].data();
+      differentiate();
+      backward.row_slots = plan.row_slots.data();
+      backward.slot_rows = plan.slot_rows.data();
+      backward.last_offset = params.last_offset;
+      backward.grad_hidden_states = gradients_by_slot[on_device].data();
+      differentiate();
     }
     expect_equal(rows[1], rows[0]);
     expect_equal(rows_by_token, rows[0]);
     expect_equal(gradients[1], gradients[0]);
+    expect_equal(gradients_by_slot[0], gradients[0]);
+    expect_equal(gradients_by_slot[1], gradients[0]);
+    expect_equal(repeated_gradients[1], repeated_gradients[0]);
   }
 }
 
@@ -339,15 +376,20 @@ TYPED_TEST(CudaTyped, SiluAndMul) {
     Shared<int32_t> last_offset(std::vector<int32_t>{kWorking});
     Shared<T> out[2] = {Shared<T>(kTokens * inner), Shared<T>(kTokens * inner)};
     Shared<T> gradients[2] = {Shared<T>(kTokens * 2 * inner), Shared<T>(kTokens * 2 * inner)};
+    Shared<accumulate_t<T>> row_weight(this->random.template normal<accumulate_t<T>>(kTokens));
+    Shared<T> weighted_out[2] = {Shared<T>(kTokens * inner), Shared<T>(kTokens * inner)};
+    Shared<T> weighted_gradients[2] = {Shared<T>(kTokens * 2 * inner), Shared<T>(kTokens * 2 * inner)};
+    Shared<accumulate_t<T>> grad_row_weight[2] = {Shared<accumulate_t<T>>(kTokens), Shared<accumulate_t<T>>(kTokens)};
     for (const bool on_device : {false, true}) {
       SiluAndMulParams params;
       params.gate_up = gate_up.data();
       params.out = out[on_device].data();
       params.data_type = TypeTraits<T>::kType;
-      params.num_rows = on_device ? kTokens : kWorking;
+      params.num_rows = kTokens;
       params.intermediate_size = params.out_row_stride = inner;
       params.gate_up_row_stride = 2 * inner;
-      on_device ? silu_and_mul_cuda(params, last_offset.data(), nullptr) : silu_and_mul_cpu(params);
+      params.last_offset = last_offset.data();
+      on_device ? silu_and_mul_cuda(params, nullptr) : silu_and_mul_cpu(params);
 
       SiluAndMulBackwardParams backward;
       backward.grad_out = upstream.data();
@@ -357,12 +399,21 @@ TYPED_TEST(CudaTyped, SiluAndMul) {
       backward.num_rows = params.num_rows;
       backward.intermediate_size = backward.grad_out_row_stride = inner;
       backward.gate_up_row_stride = backward.grad_gate_up_row_stride = 2 * inner;
-      on_device ? silu_and_mul_backward_cuda(backward, last_offset.data(), nullptr)
-                : silu_and_mul_backward_cpu(backward);
+      backward.last_offset = last_offset.data();
+      on_device ? silu_and_mul_backward_cuda(backward, nullptr) : silu_and_mul_backward_cpu(backward);
+      backward.grad_gate_up = weighted_gradients[on_device].data();
+      backward.out = weighted_out[on_device].data();
+      backward.out_row_stride = inner;
+      backward.row_weight = row_weight.data();
+      backward.grad_row_weight = grad_row_weight[on_device].data();
+      on_device ? silu_and_mul_backward_cuda(backward, nullptr) : silu_and_mul_backward_cpu(backward);
     }
     wait();
     expect_near(out[1], out[0], 4);
     expect_near(gradients[1], gradients[0], 8);
+    expect_near(weighted_gradients[1], weighted_gradients[0], 8);
+    expect_near(weighted_out[1], weighted_out[0], 8);
+    expect_near(grad_row_weight[1], grad_row_weight[0], static_cast<double>(inner));
   }
 }
 
@@ -378,6 +429,10 @@ TYPED_TEST(CudaTyped, MoeFinalize) {
     Shared<T> out[2] = {Shared<T>(kTokens * hidden), Shared<T>(kTokens * hidden)};
     Shared<T> gradients[2] = {Shared<T>((kTokens + kSlots) * hidden), Shared<T>((kTokens + kSlots) * hidden)};
     Shared<A> dots[2] = {Shared<A>(kTokens * (kTopK + 1)), Shared<A>(kTokens * (kTopK + 1))};
+    Shared<A> zero_dots[2] = {Shared<A>(kTokens), Shared<A>(kTokens)};
+    Shared<T> unweighted[2] = {Shared<T>(kTokens * hidden), Shared<T>(kTokens * hidden)};
+    Shared<T> no_tokens[2] = {Shared<T>(this->random.template normal<T>(kSlots * hidden)),
+                              Shared<T>(this->random.template normal<T>(kSlots * hidden))};
     Shared<uint8_t> workspace(kSlots);
     for (const bool on_device : {false, true}) {
       MoeFinalizeParams params;
@@ -395,7 +450,10 @@ TYPED_TEST(CudaTyped, MoeFinalize) {
       params.top_k = kTopK;
       params.num_constant_experts = 2;
       params.hidden_size = params.rows_row_stride = params.hidden_row_stride = hidden;
-      params.residual_row_stride = params.constant_row_stride = hidden;
+      params.residual_row_stride = params.constant_row_stride = params.out_row_stride = hidden;
+      on_device ? moe_finalize_cuda(params, nullptr) : moe_finalize_cpu(params);
+      params.topk_weights = params.zero_weight = params.hidden_states = nullptr;
+      params.out = unweighted[on_device].data();
       on_device ? moe_finalize_cuda(params, nullptr) : moe_finalize_cpu(params);
 
       MoeFinalizeBackwardParams backward;
@@ -415,9 +473,28 @@ TYPED_TEST(CudaTyped, MoeFinalize) {
       backward.top_k = kTopK;
       backward.hidden_size = backward.grad_out_row_stride = hidden;
       backward.rows_row_stride = backward.hidden_row_stride = hidden;
-      on_device ? moe_finalize_backward_cuda(backward, workspace.data(), nullptr) : moe_finalize_backward_cpu(backward);
+      backward.workspace = workspace.data();
+      const auto differentiate = [&] {
+        on_device ? moe_finalize_backward_cuda(backward, nullptr) : moe_finalize_backward_cpu(backward);
+        wait();
+      };
+      differentiate();
+      backward.grad_rows = no_tokens[on_device].data();
+      backward.num_tokens = 0;
+      differentiate();
+      backward.num_tokens = kTokens;
+      backward.num_rows = backward.top_k = 0;
+      backward.grad_hidden_states = nullptr;
+      backward.zero_weight = nullptr;
+      backward.grad_zero_weight = zero_dots[on_device].data();
+      differentiate();
     }
     wait();
+    for (const bool on_device : {false, true}) {
+      for (const T value : no_tokens[on_device]) ASSERT_EQ(static_cast<double>(value), 0.0);
+    }
+    expect_near(zero_dots[1], zero_dots[0], 64);
+    expect_near(unweighted[1], unweighted[0], 4);
     expect_near(out[1], out[0], 4);
     expect_near(gradients[1], gradients[0], 2);
     expect_near(dots[1], dots[0], 64);
