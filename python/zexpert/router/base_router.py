@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from zexpert._C import RoutingSpec, name
+from zexpert._C import RoutingSpec
 from zexpert._values import values_kept
 from zexpert.ops.moe_plan import moe_plan
 from zexpert.ops.types import DispatchPlan, RoutingArguments, RoutingResult

@@ -24,14 +24,8 @@ class BiasedTopKRouter(BaseRouter):
         See BaseRouter.
     """
 
-    def __init__(
-        self,
-        spec: RoutingSpec,
-        *,
-        e_score_correction_bias: Tensor | None = None,
-        indices_dtype: torch.dtype = torch.int32,
-    ) -> None:
-        super().__init__(spec, e_score_correction_bias=e_score_correction_bias, indices_dtype=indices_dtype)
+    def __init__(self, spec: RoutingSpec, **options: Any) -> None:
+        super().__init__(spec, **options)
         own = type(self)
         self._is_biased_topk: bool = (
             own.select_experts is BaseRouter.select_experts

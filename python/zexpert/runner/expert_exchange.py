@@ -60,6 +60,10 @@ class Batch:
         self.rows: Tensor
         self.slots: Tensor
         self.lost_rows: Tensor | None = None
+        self.prepare()
+
+    def prepare(self) -> None:
+        """Computes what the exchange needs to know before the dispatch."""
 
     @property
     def num_tokens(self) -> int:
@@ -188,12 +192,10 @@ class RaggedBatch(Batch):
     sizes: tuple[list[int], list[int]]
     num_slots: int
 
-    def __init__(
-        self, exchange: Exchange, collectives: Collectives, hidden_states: Tensor, routing: RoutingResult
-    ) -> None:
-        super().__init__(exchange, collectives, hidden_states, routing)
-        _, self.plan = exchange.rank_plan(routing.topk_ids)
-        slot_offsets = torch.ops.zexpert.moe_plan(exchange.slot_ranks(routing.topk_ids), exchange.group.size)[0]
+    def prepare(self) -> None:
+        _, self.plan = self.exchange.rank_plan(self.routing.topk_ids)
+        slot_ranks = self.exchange.slot_ranks(self.routing.topk_ids)
+        slot_offsets = torch.ops.zexpert.moe_plan(slot_ranks, self.exchange.group.size)[0]
         self.counts = torch.stack([self.plan.expert_offsets, slot_offsets], dim=1).diff(dim=0)
 
     def start_dispatch(self) -> None:
@@ -236,22 +238,17 @@ class FixedExchange(Exchange):
 
     def batches(self, hidden_states: Tensor, routing: RoutingResult) -> list[Batch]:
         check_max_tokens(hidden_states, self.max_tokens)
-        return [FixedBatch(self, Collectives(self.group, hidden_states.device), hidden_states, routing, self.capacity)]
+        return [FixedBatch(self, Collectives(self.group, hidden_states.device), hidden_states, routing)]
 
 
 class FixedBatch(Batch):
     """See FixedExchange."""
 
-    def __init__(
-        self,
-        exchange: Exchange,
-        collectives: Collectives,
-        hidden_states: Tensor,
-        routing: RoutingResult,
-        capacity: int,
-    ) -> None:
-        super().__init__(exchange, collectives, hidden_states, routing)
-        ranks, plan = exchange.rank_plan(routing.topk_ids)
+    exchange: FixedExchange
+
+    def prepare(self) -> None:
+        routing, capacity = self.routing, self.exchange.capacity
+        ranks, plan = self.exchange.rank_plan(routing.topk_ids)
         begin, end = plan.expert_offsets[:-1, None], plan.expert_offsets[1:, None]
 
         # A row's place in all that is sent is rank * capacity + position, its position among the rows for that rank.
@@ -293,27 +290,18 @@ class AllGatherExchange(Exchange):
 
     def batches(self, hidden_states: Tensor, routing: RoutingResult) -> list[Batch]:
         check_max_tokens(hidden_states, self.max_tokens)
-        num_empty = self.max_tokens - hidden_states.size(0)
-        return [AllGatherBatch(self, Collectives(self.group, hidden_states.device), hidden_states, routing, num_empty)]
+        return [AllGatherBatch(self, Collectives(self.group, hidden_states.device), hidden_states, routing)]
 
 
 class AllGatherBatch(Batch):
     """See AllGatherExchange."""
 
-    def __init__(
-        self,
-        exchange: Exchange,
-        collectives: Collectives,
-        hidden_states: Tensor,
-        routing: RoutingResult,
-        num_empty: int,
-    ) -> None:
-        super().__init__(exchange, collectives, hidden_states, routing)
-        self.num_empty = num_empty
+    exchange: AllGatherExchange
 
     def start_dispatch(self) -> None:
-        rows = F.pad(self.hidden_states, (0, 0, 0, self.num_empty))
-        slots = self.exchange.pack(self.routing, self.num_empty)
+        num_empty = self.exchange.max_tokens - self.num_tokens
+        rows = F.pad(self.hidden_states, (0, 0, 0, num_empty))
+        slots = self.exchange.pack(self.routing, num_empty)
         self.rows, self.slots = self.collectives.all_gather(self.works, rows, slots)
 
     def start_combine(self, summed: Tensor) -> None:
