@@ -240,7 +240,8 @@ class BuildPython(build_py):
 
     def run(self) -> None:
         if not self.editable_mode:
-            shutil.rmtree(Path(self.build_lib, "zexpert"), ignore_errors=True)
+            for package in ("zexpert", "zexpert_tools"):
+                shutil.rmtree(Path(self.build_lib, package), ignore_errors=True)
         super().run()
 
 

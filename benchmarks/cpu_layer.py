@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 import zexpert
-from zexpert.benchmark import harness, layer
-from zexpert.benchmark.layer import SMALL, Shape, Weights, make_weights, router_logits
+from zexpert_tools.benchmark import harness, layer
+from zexpert_tools.benchmark.layer import SMALL, Shape, Weights, make_weights, router_logits
 
 TARGETS = {1: 2.0, 16: 2.5, 512: 1.8}  # times as fast as transformers, float32
 

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 import zexpert
-from zexpert.benchmark import harness, routing, torch_routing
-from zexpert.benchmark.torch_routing import RoutingCase
+from zexpert_tools.benchmark import harness, routing, torch_routing
+from zexpert_tools.benchmark.torch_routing import RoutingCase
 
 TARGET = harness.Target(over="torch ops", at_least=10.0)
 TARGET_TOKENS = 4096

@@ -3,7 +3,7 @@
 
 Usage: python benchmarks/cpu_training.py [--batch-size 4] [--repeats 7] [--threads 2] [--json PATH]
 
-A step is forward, loss and backward of zexpert.models.byte_decoder.ByteDecoder in float32 with LongCat-Flash's kind of
+A step is forward, loss and backward of zexpert_tools.byte_decoder.ByteDecoder in float32 with LongCat-Flash's kind of
 layers (hidden size 512, expert ffn 256, 64 real + 32 identity experts, K 12). Both models start from the same weights
 and see the same bytes; loss and gradients are compared before anything is timed. Peak memory is measured in a process
 per model, as the growth of its resident set over what model and input take.
@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import zexpert
-from zexpert.benchmark import harness
-from zexpert.models.byte_decoder import ByteDecoder, ByteDecoderConfig
+from zexpert_tools.benchmark import harness
+from zexpert_tools.byte_decoder import ByteDecoder, ByteDecoderConfig
 
 CONFIG = ByteDecoderConfig(
     hidden_size=512,

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import torch
 
-from zexpert.benchmark import epilogue, harness
-from zexpert.benchmark.cuda import copy_bandwidth, head, require_gpu
-from zexpert.benchmark.torch_routing import LONGCAT_FLASH
+from zexpert_tools.benchmark import epilogue, harness
+from zexpert_tools.benchmark.cuda import copy_bandwidth, head, require_gpu
+from zexpert_tools.benchmark.torch_routing import LONGCAT_FLASH
 
 HIDDEN_SIZE = 6144
 TOKENS = (1, 16, 128, 1024, 16384, 65536)

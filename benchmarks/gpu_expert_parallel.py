@@ -8,7 +8,7 @@ Starts the ranks itself: NCCL with a GPU each, or Gloo on the CPU. The layer has
 the whole layer on one device with one rank's tokens. "all slots" sends a row for each of a token's slots, zero experts'
 to expert 0, as engines do. Each time is the slowest rank's. Bytes are what a rank sends to others, there and back. The
 token rate is that of all ranks over that of one rank alone. Outputs of sampled tokens are checked against float64.
-Beside the times stand those of zexpert.distributed_plan for the same sizes, with the matrix products' rate measured.
+Beside the times stand those of zexpert_tools.cluster_plan for the same sizes, with the matrix products' rate measured.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zexpert import FusedMoE, RoutingResult
-from zexpert.benchmark import harness
-from zexpert.distributed_plan import Cluster, MoEShape, plan_layer
 from zexpert.experts import create_experts
 from zexpert.runner import DefaultMoERunner, ExpertParallelMoERunner
 from zexpert.runner.expert_exchange import RaggedExchange, RaggedTrip
+from zexpert_tools.benchmark import harness
+from zexpert_tools.cluster_plan import Cluster, MoEShape, plan_layer
 
 TOP_K = 12
 CHECKED_TOKENS = 16
@@ -48,7 +48,7 @@ class Result:
         seconds: of a forward by contender.
         bytes_sent: by a rank to the others, by contender.
         token_rate: of all ranks over one rank alone, by contender.
-        planned_seconds: what zexpert.distributed_plan says: one after another, and overlapped.
+        planned_seconds: what zexpert_tools.cluster_plan says: one after another, and overlapped.
     """
 
     tokens: int

@@ -21,9 +21,9 @@ from torch import Tensor
 
 import zexpert
 from gpu_layer import DTYPE, SHAPES, TOKENS
-from zexpert.benchmark import harness, torch_routing
-from zexpert.benchmark.cuda import head, require_gpu
-from zexpert.benchmark.layer import Shape, Weights, make_weights
+from zexpert_tools.benchmark import harness, torch_routing
+from zexpert_tools.benchmark.cuda import head, require_gpu
+from zexpert_tools.benchmark.layer import Shape, Weights, make_weights
 
 SUBJECT = "hopper"
 CHECKED_EXPERTS = 4

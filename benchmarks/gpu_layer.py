@@ -17,10 +17,10 @@ from pathlib import Path
 
 import torch
 
-from zexpert.benchmark import harness
-from zexpert.benchmark.cuda import head, require_gpu
-from zexpert.benchmark.layer import MODELS, make_weights, run_case
-from zexpert.benchmark.plots import save_roofline
+from zexpert_tools.benchmark import harness
+from zexpert_tools.benchmark.cuda import head, require_gpu
+from zexpert_tools.benchmark.layer import MODELS, make_weights, run_case
+from zexpert_tools.benchmark.plots import save_roofline
 
 TOKENS = (1, 16, 64, 256, 1024, 4096, 16384, 65536)
 DTYPE = torch.bfloat16

@@ -18,10 +18,10 @@ from pathlib import Path
 
 import torch
 
-from zexpert.benchmark import harness, routing
-from zexpert.benchmark.cuda import copy_bandwidth, head, require_gpu
-from zexpert.benchmark.harness import CaseResult
-from zexpert.benchmark.torch_routing import LONGCAT_FLASH, RoutingCase
+from zexpert_tools.benchmark import harness, routing
+from zexpert_tools.benchmark.cuda import copy_bandwidth, head, require_gpu
+from zexpert_tools.benchmark.harness import CaseResult
+from zexpert_tools.benchmark.torch_routing import LONGCAT_FLASH, RoutingCase
 
 CASES = {
     "768": LONGCAT_FLASH,

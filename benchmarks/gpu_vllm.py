@@ -27,9 +27,9 @@ import torch
 from torch import Tensor
 
 from zexpert import ops
-from zexpert.benchmark import epilogue, harness, layer, routing, torch_routing, vllm_peer
-from zexpert.benchmark.cuda import head, require_gpu
-from zexpert.benchmark.torch_routing import LONGCAT_FLASH
+from zexpert_tools.benchmark import epilogue, harness, layer, routing, torch_routing, vllm_peer
+from zexpert_tools.benchmark.cuda import head, require_gpu
+from zexpert_tools.benchmark.torch_routing import LONGCAT_FLASH
 
 TOKENS = (1, 128, 1024, 8192)
 SHAPE = layer.MODELS["longcat-flash"]

@@ -20,10 +20,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from zexpert.benchmark import harness
-from zexpert.cli.text import load_text
-from zexpert.models.byte_decoder import ByteDecoder, ByteDecoderConfig
-from zexpert.training.trainer import StepRecord, Trainer, TrainerConfig
+from zexpert_tools.benchmark import harness
+from zexpert_tools.byte_decoder import ByteDecoder, ByteDecoderConfig
+from zexpert_tools.text import load_text
+from zexpert_tools.trainer import StepRecord, Trainer, TrainerConfig
 
 MODELS = {
     "with zero experts": ByteDecoderConfig(),

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zexpert.benchmark import harness
+from zexpert_tools.benchmark import harness
 
 VOCABULARY = 1000
 

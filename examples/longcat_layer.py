@@ -6,8 +6,8 @@ Usage: python examples/longcat_layer.py [--text FILE] [--tokens N] [--hidden-siz
 
 Each token picks 12 of 768 experts; a slot that picks an identity expert costs no feed-forward network. This checks
 zexpert's output against the same layer in float64, counts the slots that did work, and times the layer against plain
-PyTorch (zexpert.benchmark.plain_moe). The hidden size is smaller than the model's, and the weights, the router's too,
-are random with a fixed seed: the numbers show the layer's mechanics, not a model's quality.
+PyTorch (zexpert_tools.benchmark.plain_moe). The hidden size is smaller than the model's. All weights are random with a
+fixed seed: the numbers show the layer's mechanics, not a model's quality.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class RandomLayer:
 
     def __init__(self, hidden_size: int, intermediate_size: int, dtype: torch.dtype, seed: int) -> None:
         import zexpert
-        from zexpert.benchmark import plain_moe
+        from zexpert_tools.benchmark import plain_moe
 
         self.plain_moe = plain_moe.moe
         generator = torch.Generator().manual_seed(seed)

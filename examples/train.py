@@ -4,7 +4,7 @@
 
 Usage: python examples/train.py [--text FILE] [--steps 200] [--target 3] [--out train.pt] [--seed 0]
 
-zexpert.training.trainer.Trainer makes the steps: next-byte loss, AdamW, and a LongCatBiasController, which moves the
+zexpert_tools.trainer.Trainer makes the steps: next-byte loss, AdamW, and a LongCatBiasController, which moves the
 selection biases so that bytes use --target networks on the mean and every network gets its share. docs/training.md
 writes such a loop out for a model of one's own. `zexpert generate --checkpoint train.pt` lets the decoder write.
 """
@@ -17,9 +17,10 @@ from pathlib import Path
 
 import torch
 
-from zexpert.cli.text import load_text
-from zexpert.models.byte_decoder import ByteDecoder, ByteDecoderConfig
-from zexpert.training.trainer import Trainer, TrainerConfig, save_checkpoint
+from zexpert_tools.byte_decoder import ByteDecoder, ByteDecoderConfig
+from zexpert_tools.checkpoint import save_checkpoint
+from zexpert_tools.text import load_text
+from zexpert_tools.trainer import Trainer, TrainerConfig
 
 CONFIG = ByteDecoderConfig(
     hidden_size=64,

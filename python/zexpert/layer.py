@@ -338,8 +338,8 @@ def check_shapes_of_state_dict(
     module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object, shown: Callable[[str], str] = str
 ) -> None:
     """Pre-hook of load_state_dict: raises RuntimeError, before anything of `module` or its submodules is loaded, if an
-    entry has another shape than what it is for. Submodules that load by rules of their own are left to them. Messages
-    call an entry what `shown` makes of its key.
+    entry has another shape than its parameter or buffer, or is quantised. It skips submodules that load by rules of
+    their own. Messages call an entry `shown` of its key.
     """
     for module_name, submodule in module.named_modules(prefix=prefix.removesuffix(".")):
         if type(submodule)._load_from_state_dict is not nn.Module._load_from_state_dict:
@@ -350,6 +350,8 @@ def check_shapes_of_state_dict(
             given = state_dict.get(key)
             if name in submodule._non_persistent_buffers_set or tensor is None or not isinstance(given, Tensor):
                 continue
+            if tensor.is_floating_point() and tensor.element_size() > 1:
+                check_not_quantised(shown(key), given)
             if given.shape != tensor.shape and not fits_sharded_weight(submodule, name, given):
                 shapes = [list(tensor.shape)]
                 whole = unsharded_shape(submodule, name)
@@ -357,3 +359,9 @@ def check_shapes_of_state_dict(
                     shapes.append(whole)
                 fitting = " or ".join(map(str, shapes))
                 raise RuntimeError(f"{shown(key)} must have shape {fitting}, got {list(given.shape)}")
+
+
+def check_not_quantised(name: str, given: Tensor) -> None:
+    """Raises RuntimeError if the entry `name` of a state dict holds integers or float8, whose values need a scale."""
+    if not given.is_floating_point() or given.element_size() < 2:
+        raise RuntimeError(f"{name} must be of a floating-point dtype that needs no scale, got {given.dtype}")

@@ -16,8 +16,8 @@ import reference
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
-from zexpert.benchmark import harness, torch_routing
-from zexpert.benchmark.layer import LayerResult
+from zexpert_tools.benchmark import harness, torch_routing
+from zexpert_tools.benchmark.layer import LayerResult
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -175,7 +175,7 @@ def test_tables_of_the_documentation_are_those_of_its_measurements() -> None:
 
 
 def test_roofline_tells_contenders_and_models_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plots = pytest.importorskip("zexpert.benchmark.plots", reason="matplotlib is missing", exc_type=ImportError)
+    plots = pytest.importorskip("zexpert_tools.benchmark.plots", reason="matplotlib is missing", exc_type=ImportError)
     seconds = {"zexpert": 1e-3, "plain": 2e-3}
     results = [
         LayerResult(

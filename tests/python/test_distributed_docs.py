@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import zexpert
 from ranks import Ranks
 from testing import assert_equal, fenced_blocks
-from zexpert.distributed_plan import plan_layer
+from zexpert_tools.cluster_plan import plan_layer
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch is built without torch.distributed")
 
@@ -58,7 +58,7 @@ def test_block_runs_as_shown(tmp_path: Path) -> None:
 
 def test_table_is_the_plans() -> None:
     pytest.importorskip("rich")
-    from zexpert.cli.plan import DEFAULT_GPUS, times_row
+    from zexpert_tools.cli.plan import DEFAULT_GPUS, times_row
 
     rows = [line.strip("| ").split(" | ") for line in PAGE.read_text().splitlines() if re.match(r"\| \d+ \|", line)]
     plans = [plan_layer(gpus, 4096) for gpus in DEFAULT_GPUS]

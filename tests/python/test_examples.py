@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from zexpert.training.trainer import load_model
+from zexpert_tools.checkpoint import load_model
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 

@@ -225,7 +225,7 @@ def test_compiles_without_a_break(layers_input: Tensor) -> None:
 
 @torch.no_grad()
 def test_telemetry_and_load_control_reach_the_layers() -> None:
-    model = patch(longcat())
+    model = patch(longcat().train())
     stats = track_routing(model)
     assert list(stats) == ["model.layers.0.mlp", "model.layers.1.mlp"]
     controller = LongCatBiasController(0.3, target_ffn_experts=2.0)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import io
 from typing import Any
 
 import pytest
@@ -129,6 +130,11 @@ def test_assign_uses_the_tensors_themselves() -> None:
     assert block.e_score_correction_bias.data_ptr() == state_dict["router.e_score_correction_bias"].data_ptr()
     x = inputs(config)
     assert_equal(block(x), LongcatFlashMoE.from_state_dict(ours, state_dict)(x))
+    # The rows of zero experts are in no file that the block is saved to.
+    assert block.experts.w13_weight.untyped_storage().nbytes() == block.experts.w13_weight.nbytes
+    file = io.BytesIO()
+    torch.save(block.state_dict(), file)
+    assert file.tell() < 1.1 * sum(tensor.nbytes for tensor in block.state_dict().values()) + 10_000
 
 
 def tiny_model_config() -> HfConfig:

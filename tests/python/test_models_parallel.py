@@ -10,51 +10,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from model_cases import as_module_list
+from model_cases import BLOCKS, HIDDEN, as_module_list, make_blocks
 from parallel_cases import NUM_TOKENS, share_of
 from ranks import Ranks
 from testing import assert_equal
-from zexpert.models import (
-    LongcatFlashConfig,
-    LongcatFlashMoE,
-    MoEPlusPlusBlock,
-    MoEPlusPlusConfig,
-    ZedaGlm4Config,
-    ZedaGlm4MoE,
-    ZedaQwen3Config,
-    ZedaQwen3MoE,
-)
+from zexpert.models import MoEPlusPlusBlock
 from zexpert.runner.sharded_moe_runner import EXPERT_WEIGHTS
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch is built without torch.distributed")
 
-HIDDEN, INTERMEDIATE, REAL = 16, 12, 6
-BLOCKS: dict[str, tuple[Any, Any]] = {
-    "longcat": (LongcatFlashMoE, LongcatFlashConfig(HIDDEN, INTERMEDIATE, REAL, zero_expert_num=3, moe_topk=4)),
-    "moe++": (
-        MoEPlusPlusBlock,
-        MoEPlusPlusConfig(
-            HIDDEN, INTERMEDIATE, REAL, num_constant_experts=3, num_copy_experts=2, num_zero_experts=2, top_k=4
-        ),
-    ),
-    "qwen3": (ZedaQwen3MoE, ZedaQwen3Config(HIDDEN, INTERMEDIATE, REAL, num_zero_experts=3, num_experts_per_tok=4)),
-    "glm4": (
-        ZedaGlm4MoE,
-        ZedaGlm4Config(HIDDEN, INTERMEDIATE, REAL, num_zero_experts=3, n_group=2, topk_group=1, num_experts_per_tok=3),
-    ),
-}
 GROUPS = ("expert_parallel_group", "tensor_parallel_group")
-
-
-def make_blocks(name: str, **options: Any) -> nn.ModuleList:
-    """Two blocks, in float64 and seeded alike."""
-    block, config = BLOCKS[name]
-    torch.manual_seed(0)
-    blocks = nn.ModuleList(block(config, params_dtype=torch.float64, **options) for _ in range(2))
-    for buffer_name, buffer in blocks.named_buffers():
-        if buffer_name.endswith("e_score_correction_bias"):
-            buffer.normal_(std=0.1)
-    return blocks
 
 
 def checkpoint_of(blocks: nn.ModuleList) -> dict[str, Tensor]:

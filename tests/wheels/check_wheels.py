@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -69,6 +70,7 @@ def check_installed(wheel: Path, python: str) -> None:
         site_packages = site_packages_of(fresh)
         install = [sys.executable, "-m", "pip", "--python", fresh, "install", "--quiet", "--no-deps", wheel]
         subprocess.run(install, check=True)
+        shutil.rmtree(Path(site_packages, "zexpert_tools"))  # the library must work without the command
         Path(site_packages, "torch_of_another_environment.pth").write_text(site_packages_of(python) + "\n")
         subprocess.run([fresh, "-W", "ignore", CHECK, site_packages], check=True, cwd=folder)
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from zexpert._autocast import autocast_dtype, full_precision_linear
 from zexpert.experts.factory import create_experts
 from zexpert.integrations.given_routing import RUNNER
-from zexpert.models.checkpoint import require_silu
+from zexpert.models.config import require_silu
 from zexpert.router.factory import create_fused_moe_router
 from zexpert.runner.chunking_moe_runner import ChunkingMoERunner
 from zexpert.runner.default_moe_runner import DefaultMoERunner

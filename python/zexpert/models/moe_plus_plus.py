@@ -8,19 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from zexpert.layer import FusedMoE
-from zexpert.models.checkpoint import (
-    CheckpointBlock,
-    config_value,
-    rename,
-    rename_experts,
-    require_config,
-    require_silu,
-)
+from zexpert.models.checkpoint import CheckpointBlock, rename
+from zexpert.models.config import LayerOptions, config_value, require_config, require_silu
+from zexpert.models.expert_tensors import ExpertTensor, module_list
 from zexpert.models.float32_linear import Float32Linear
 
 if TYPE_CHECKING:
-    import torch.distributed as dist
-    from torch.distributed.device_mesh import DeviceMesh
+    from typing_extensions import Unpack
 
 
 @dataclass(frozen=True)
@@ -37,8 +31,9 @@ class MoEPlusPlusConfig:
         top_k: K.
         gating_residual: add the previous layer's logits, through a matrix, to this layer's.
         two_layer_gate: logits from tanh(x @ W1.T) @ W2.T, W1 [8N, H], instead of x @ W.T.
-        logits_std: None, or: softmax takes each token's logits divided by their standard deviation over the experts
-            and times this. The residual takes them as they are.
+        logits_std: None, or: softmax gets each token's logits divided by their standard deviation over the experts and
+            multiplied by this. The next layer's residual gets them undivided. Logits that are all the same are not
+            divided.
         drop_before_renormalize: weights of zero experts become 0 before the K weights are divided by their sum.
         scale_input_by_top_k: the experts get K * x.
     """
@@ -143,29 +138,18 @@ class MoEPlusPlusBlock(CheckpointBlock):
 
     __jit_ignored_attributes__ = ["config"]  # noqa: RUF012
 
-    def __init__(
-        self,
-        config: MoEPlusPlusConfig,
-        *,
-        params_dtype: torch.dtype | None = None,
-        chunk_size: int | None = None,
-        recompute: bool = False,
-        experts_backend: str = "auto",
-        expert_parallel_group: "dist.ProcessGroup | DeviceMesh | None" = None,
-        tensor_parallel_group: "dist.ProcessGroup | DeviceMesh | None" = None,
-        device: torch.device | str | None = None,
-    ) -> None:
+    def __init__(self, config: MoEPlusPlusConfig, **options: "Unpack[LayerOptions]") -> None:
         super().__init__()
         require_config(config, MoEPlusPlusConfig)
         self.config = config
-        self.logits_std = config.logits_std
+        self.logits_std = config.logits_std if config.num_experts > 1 else None
         self.input_scale = float(config.top_k) if config.scale_input_by_top_k else 1.0
         zero_experts = {
             "identity": config.num_copy_experts,
             "constant": config.num_constant_experts,
             "drop": config.num_zero_experts,
         }
-        self.gate = MoEPlusPlusGate(config, device)
+        self.gate = MoEPlusPlusGate(config, options.get("device"))
         self.experts = FusedMoE(
             config.num_ffn_experts,
             config.top_k,
@@ -175,13 +159,7 @@ class MoEPlusPlusBlock(CheckpointBlock):
             scoring_func="softmax",
             renormalize=True,
             drop_before_renormalize=config.drop_before_renormalize,
-            params_dtype=params_dtype,
-            chunk_size=chunk_size,
-            recompute=recompute,
-            experts_backend=experts_backend,
-            expert_parallel_group=expert_parallel_group,
-            tensor_parallel_group=tensor_parallel_group,
-            device=device,
+            **options,
         )
 
     def forward(self, hidden_states: Tensor, previous_logits: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -198,44 +176,49 @@ class MoEPlusPlusBlock(CheckpointBlock):
         routed_logits = logits
         logits_std = self.logits_std
         if logits_std is not None:
-            routed_logits = logits / (logits.std(dim=-1, keepdim=True) / logits_std)
+            routed_logits = logits / (spread(logits, logits_std) / logits_std)
         if self.input_scale != 1.0:
             hidden_states = hidden_states * self.input_scale
         return self.experts(hidden_states, routed_logits), logits
 
+    def checkpoint_names(self) -> dict[str, str]:
+        return {"moe.gate.": "gate."}
+
+    def expert_tensors(self) -> dict[str, ExpertTensor]:
+        config, name = self.config, "moe.experts.experts.{}."
+        places = module_list(self.experts, name, gate_proj=False)
+        for index in range(config.num_constant_experts):
+            constant = name.format(config.num_ffn_experts + index)
+            places[f"{constant}wg.weight"] = ExpertTensor("constant_gate_weight", index, None, [2, config.hidden_size])
+            places[f"{constant}constant"] = ExpertTensor("constant_vectors", index, None, [config.hidden_size])
+        return places
+
     def rename_checkpoint(self, state_dict: dict[str, Any], prefix: str) -> None:
-        config = self.config
-        if not any(key.startswith(prefix + "moe.") for key in state_dict):
-            return
-        order = expert_order(config)
         gate = prefix + "moe.gate."
-        if not config.gating_residual:
+        if not self.config.gating_residual:
             state_dict.pop(gate + "gate_map.weight", None)
-        permute_gate(state_dict, gate, order)
-        rename(state_dict, prefix, {"moe.gate.": "gate.", "moe.experts.experts.": "experts."})
-        rename_experts(state_dict, prefix, self.experts)
-        indices = range(config.num_ffn_experts, config.num_ffn_experts + config.num_constant_experts)
-        for ours, theirs in (("constant_gate_weight", "wg.weight"), ("constant_vectors", "constant")):
-            names = [f"{prefix}experts.{index}.{theirs}" for index in indices]
-            if names and all(name in state_dict for name in names):
-                state_dict[f"{prefix}experts.{ours}"] = torch.stack([state_dict.pop(name) for name in names])
+        permute_gate(state_dict, gate, expert_order(self.config))
+        rename(state_dict, prefix, self.checkpoint_names())
 
     def checkpoint_state_dict(self) -> dict[str, Tensor]:
         """See CheckpointBlock. Names and order of experts are the published code's."""
         weights = super().checkpoint_state_dict()
-        num_ffn_experts = self.config.num_ffn_experts
         order = expert_order(self.config)
-        permute_gate(weights, "gate.", [order.index(expert) for expert in range(len(order))])
-        published = {f"moe.{name}": tensor for name, tensor in weights.items() if name.startswith("gate.")}
-        for ours, theirs, first in (
-            ("w13_weight", "up_proj.weight", 0),
-            ("w2_weight", "down_proj.weight", 0),
-            ("constant_gate_weight", "wg.weight", num_ffn_experts),
-            ("constant_vectors", "constant", num_ffn_experts),
-        ):
-            for expert, tensor in enumerate(weights.get(f"experts.{ours}", ()), first):
-                published[f"moe.experts.experts.{expert}.{theirs}"] = tensor
+        permute_gate(weights, "moe.gate.", [order.index(expert) for expert in range(len(order))])
+        published = {name: tensor for name, tensor in weights.items() if name.startswith("moe.gate.")}
+        for name, place in self.expert_tensors().items():
+            published[name] = weights[f"experts.{place.weight}"][place.expert]
         return published
+
+
+def spread(logits: Tensor, otherwise: float) -> Tensor:
+    """[..., 1], the standard deviation of each token's logits [..., N], or `otherwise` for a token whose logits are all
+    the same up to rounding: padding, or any token if the gate is 0."""
+    std = logits.std(dim=-1, keepdim=True)
+    eps = 2.0**-52 if logits.dtype == torch.float64 else 2.0**-23
+    # Below 1e-12 the gradient of a division by it would overflow.
+    smallest = (eps * logits.detach().abs().amax(dim=-1, keepdim=True)).clamp(min=1e-12)
+    return torch.where(std > smallest, std, otherwise)
 
 
 def permute_gate(state_dict: dict[str, Any], prefix: str, order: list[int]) -> None:

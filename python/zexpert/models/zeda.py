@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zexpert.layer import FusedMoE
-from zexpert.models.checkpoint import STACKED_EXPERTS, CheckpointBlock, config_value, require_config, require_silu
+from zexpert.models.checkpoint import CheckpointBlock, SelectionBiasBlock
+from zexpert.models.config import LayerOptions, config_value, require_config, require_silu
 from zexpert.models.float32_linear import Float32Linear
 
 if TYPE_CHECKING:
-    import torch.distributed as dist
-    from torch.distributed.device_mesh import DeviceMesh
+    from typing_extensions import Unpack
 
 
 @dataclass(frozen=True)
@@ -129,23 +129,13 @@ class ZedaQwen3MoE(CheckpointBlock):
 
     __jit_ignored_attributes__ = ["config"]  # noqa: RUF012
 
-    def __init__(
-        self,
-        config: ZedaQwen3Config,
-        *,
-        params_dtype: torch.dtype | None = None,
-        chunk_size: int | None = None,
-        recompute: bool = False,
-        experts_backend: str = "auto",
-        expert_parallel_group: "dist.ProcessGroup | DeviceMesh | None" = None,
-        tensor_parallel_group: "dist.ProcessGroup | DeviceMesh | None" = None,
-        device: torch.device | str | None = None,
-    ) -> None:
+    def __init__(self, config: ZedaQwen3Config, **options: "Unpack[LayerOptions]") -> None:
         super().__init__()
         require_config(config, ZedaQwen3Config)
         self.config = config
         num_experts = config.num_experts + config.num_zero_experts
-        self.gate = nn.Linear(config.hidden_size, num_experts, bias=False, dtype=params_dtype, device=device)
+        dtype, device = options.get("params_dtype"), options.get("device")
+        self.gate = nn.Linear(config.hidden_size, num_experts, bias=False, dtype=dtype, device=device)
         self.experts = FusedMoE(
             config.num_experts,
             config.num_experts_per_tok,
@@ -155,22 +145,13 @@ class ZedaQwen3MoE(CheckpointBlock):
             zero_expert_num=config.num_zero_experts or None,
             scoring_func="softmax",
             renormalize=config.norm_topk_prob,
-            params_dtype=params_dtype,
-            chunk_size=chunk_size,
-            recompute=recompute,
-            experts_backend=experts_backend,
-            expert_parallel_group=expert_parallel_group,
-            tensor_parallel_group=tensor_parallel_group,
-            device=device,
+            **options,
         )
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """hidden_states [..., H] -> [..., H]."""
         out: Tensor = self.experts(hidden_states, self.gate(hidden_states))
         return out
-
-    def checkpoint_names(self) -> dict[str, str]:
-        return STACKED_EXPERTS
 
 
 class GatedMLP(nn.Module):
@@ -194,7 +175,7 @@ class GatedMLP(nn.Module):
         return out
 
 
-class ZedaGlm4MoE(CheckpointBlock):
+class ZedaGlm4MoE(SelectionBiasBlock):
     """GLM-4's MoE block with zero-output experts: sigmoid scores, a selection bias, groups, a shared expert.
 
         out = sum over the chosen real experts of scale * s_k / (sum of the K chosen s) * FFN_k(x) + shared(x)
@@ -216,30 +197,17 @@ class ZedaGlm4MoE(CheckpointBlock):
         ValueError: if config is no ZedaGlm4Config, or a size is out of range.
     """
 
-    __jit_unused_properties__ = ["e_score_correction_bias"]  # noqa: RUF012
-    __jit_ignored_attributes__ = ["config", "e_score_correction_bias"]  # noqa: RUF012
-
-    def __init__(
-        self,
-        config: ZedaGlm4Config,
-        *,
-        params_dtype: torch.dtype | None = None,
-        chunk_size: int | None = None,
-        recompute: bool = False,
-        experts_backend: str = "auto",
-        expert_parallel_group: "dist.ProcessGroup | DeviceMesh | None" = None,
-        tensor_parallel_group: "dist.ProcessGroup | DeviceMesh | None" = None,
-        device: torch.device | str | None = None,
-    ) -> None:
+    def __init__(self, config: ZedaGlm4Config, **options: "Unpack[LayerOptions]") -> None:
         super().__init__()
         require_config(config, ZedaGlm4Config)
         self.config = config
         num_experts = config.n_routed_experts + config.num_zero_experts
+        device = options.get("device")
         self.gate = Float32Linear(config.hidden_size, num_experts, device)
         shared_experts = None
         if config.n_shared_experts > 0:
             shared_size = config.n_shared_experts * config.moe_intermediate_size
-            shared_experts = GatedMLP(config.hidden_size, shared_size, params_dtype, device)
+            shared_experts = GatedMLP(config.hidden_size, shared_size, options.get("params_dtype"), device)
         self.experts = FusedMoE(
             config.n_routed_experts,
             config.num_experts_per_tok,
@@ -254,22 +222,9 @@ class ZedaGlm4MoE(CheckpointBlock):
             use_grouped_topk=config.n_group > 1,
             num_expert_group=config.n_group,
             topk_group=config.topk_group,
-            params_dtype=params_dtype,
             shared_experts=shared_experts,
-            chunk_size=chunk_size,
-            recompute=recompute,
-            experts_backend=experts_backend,
-            expert_parallel_group=expert_parallel_group,
-            tensor_parallel_group=tensor_parallel_group,
-            device=device,
+            **options,
         )
-
-    @property
-    def e_score_correction_bias(self) -> Tensor:
-        """[N], the selection bias that routing reads."""
-        bias = self.experts.e_score_correction_bias
-        assert bias is not None
-        return bias
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """hidden_states [..., H] -> [..., H]."""
@@ -277,7 +232,8 @@ class ZedaGlm4MoE(CheckpointBlock):
         return out
 
     def checkpoint_names(self) -> dict[str, str]:
-        names = {"gate.e_score_correction_bias": "experts.runner.router.e_score_correction_bias", **STACKED_EXPERTS}
+        names = super().checkpoint_names()
+        names["gate.e_score_correction_bias"] = "experts.runner.router.e_score_correction_bias"
         if self.config.n_shared_experts > 0:
             names["shared_experts."] = "experts.runner.shared_experts."
         return names

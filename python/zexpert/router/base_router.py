@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from zexpert._C import RoutingSpec, name
+from zexpert._values import values_kept
 from zexpert.ops.moe_plan import moe_plan
 from zexpert.ops.types import DispatchPlan, RoutingResult
 from zexpert.router.fused_moe_router import FusedMoERouter
@@ -74,6 +75,14 @@ class BaseRouter(FusedMoERouter):
         self.register_buffer("expert_load", None, persistent=False)
         self._num_mapped_experts: int = 0  # physical ones, as the map had it when it was set
         self._capture_fn: Callable[[RoutingResult], None] | None = None
+
+    def reset_parameters(self) -> None:
+        """Nothing: the bias belongs to the caller. FSDP calls this for every module that has tensors."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "BaseRouter":
+        with values_kept(self):
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def set_capture_fn(self, capture_fn: Callable[[RoutingResult], None] | None) -> None:
         """Calls `capture_fn` with every later choice of this router, or stops doing so for None.

@@ -153,7 +153,9 @@ def mean_probabilities(router_logits: Tensor, scoring_func: str) -> Tensor:
     if scoring_func == "softmax":
         probabilities = torch.softmax(logits, dim=-1)
     elif scoring_func in ("sigmoid", "sqrtsoftplus"):
-        scores = torch.sigmoid(logits) if scoring_func == "sigmoid" else F.softplus(logits).sqrt()
+        tiny = torch.finfo(logits.dtype).tiny
+        # A root of 0 has no finite derivative.
+        scores = torch.sigmoid(logits) if scoring_func == "sigmoid" else F.softplus(logits).clamp(min=tiny).sqrt()
         probabilities = scores / scores.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).tiny)
     else:
         raise ValueError(f'scoring_func must be "softmax", "sigmoid" or "sqrtsoftplus", got {scoring_func!r}')
