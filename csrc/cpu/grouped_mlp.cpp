@@ -35,13 +35,13 @@ struct RowGroup {
 constexpr int64_t kRowsAtOnce = 1024;
 
 /// The segments, in runs of up to kRowsAtOnce rows or of a single longer segment.
-std::vector<std::vector<Segment>> find_segments(const GroupedMlpParams& params) {
+std::vector<std::vector<Segment>> find_segments(const GroupedMlpParams& params, int64_t max_rows) {
   std::vector<std::vector<Segment>> runs;
   int64_t rows_of_run = kRowsAtOnce;
   for (int64_t expert = 0; expert < params.num_experts; ++expert) {
     const int64_t first_row = params.expert_offsets[expert];
     const int64_t num_rows = params.expert_offsets[expert + 1] - first_row;
-    if (num_rows >= 1 && num_rows <= params.max_rows) {
+    if (num_rows >= 1 && num_rows <= max_rows) {
       rows_of_run += num_rows;
       if (rows_of_run > kRowsAtOnce) {
         runs.emplace_back();
@@ -73,28 +73,20 @@ std::vector<RowGroup> cut_into_groups(std::vector<Segment>& segments, int64_t mo
 }  // namespace
 }  // namespace zexpert
 
-#define ZEXPERT_KERNEL_FILE "cpu/grouped_mlp_kernel.h"
+#define ZEXPERT_KERNEL_FILE "cpu/grouped_mlp_kernel-inl.h"
 #include "cpu/simd/for_each_isa.h"
 
 namespace zexpert {
 
-void grouped_mlp_cpu(const GroupedMlpParams& params) {
-  check_sizes({{"num_rows", params.num_rows},
-               {"num_experts", params.num_experts},
-               {"hidden_size", params.hidden_size},
-               {"intermediate_size", params.intermediate_size}});
-  check_pointers({{"expert_offsets", params.expert_offsets}});
+void grouped_mlp_cpu(const GroupedMlpParams& params, int64_t max_rows) {
+  params.validate();
   check_expert_rows(params);
-  if (params.hidden_size == 0 || params.expert_offsets[params.num_experts] == 0) {
+  if (params.is_empty()) {
     return;
-  }
-  check_pointers({{"rows", params.rows}, {"out", params.out}});
-  if (params.intermediate_size > 0) {
-    check_pointers({{"w13_weight", params.w13_weight}, {"w2_weight", params.w2_weight}});
   }
   visit_floating(params.data_type, [&](auto element) {
     using T = decltype(element);
-    for (std::vector<Segment>& run : find_segments(params)) {
+    for (std::vector<Segment>& run : find_segments(params, max_rows)) {
       ZEXPERT_DISPATCH(grouped_mlp<T>, params, run)
     }
   });

@@ -20,6 +20,6 @@ RoutingTensors biased_topk_on_cpu(const Tensor& logits, const std::optional<Tens
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(zexpert, CPU, m) { m.impl("biased_topk", TORCH_BOX(&biased_topk_on_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(zexpert, CPU, m) { m.impl("biased_topk", ZEXPERT_BOX(&biased_topk_on_cpu)); }
 
 HIDDEN_NAMESPACE_END(zexpert, ops)

@@ -6,6 +6,7 @@
 #include <string>
 #include <tuple>
 
+#include "torch/box.h"
 #include "torch/checks.h"
 #include "torch/tensor.h"
 #include "zexpert/biased_topk.h"

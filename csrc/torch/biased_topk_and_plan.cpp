@@ -21,6 +21,8 @@ PlannedRoutingTensors biased_topk_and_plan_on_cpu(const Tensor& logits, const st
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(zexpert, CPU, m) { m.impl("biased_topk_and_plan", TORCH_BOX(&biased_topk_and_plan_on_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(zexpert, CPU, m) {
+  m.impl("biased_topk_and_plan", ZEXPERT_BOX(&biased_topk_and_plan_on_cpu));
+}
 
 HIDDEN_NAMESPACE_END(zexpert, ops)

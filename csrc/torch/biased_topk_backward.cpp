@@ -21,6 +21,8 @@ Tensor biased_topk_backward_on_cpu(const Tensor& grad_topk_weights, const Tensor
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(zexpert, CPU, m) { m.impl("biased_topk_backward", TORCH_BOX(&biased_topk_backward_on_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(zexpert, CPU, m) {
+  m.impl("biased_topk_backward", ZEXPERT_BOX(&biased_topk_backward_on_cpu));
+}
 
 HIDDEN_NAMESPACE_END(zexpert, ops)

@@ -43,8 +43,8 @@ Tensor biased_topk_backward_on_cuda(const Tensor& grad_topk_weights, const Tenso
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(zexpert, CUDA, m) {
-  m.impl("biased_topk", TORCH_BOX(&biased_topk_on_cuda));
-  m.impl("biased_topk_backward", TORCH_BOX(&biased_topk_backward_on_cuda));
+  m.impl("biased_topk", ZEXPERT_BOX(&biased_topk_on_cuda));
+  m.impl("biased_topk_backward", ZEXPERT_BOX(&biased_topk_backward_on_cuda));
 }
 
 HIDDEN_NAMESPACE_END(zexpert, ops)

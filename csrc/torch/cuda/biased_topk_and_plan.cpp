@@ -33,7 +33,7 @@ PlannedRoutingTensors biased_topk_and_plan_on_cuda(const Tensor& logits, const s
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(zexpert, CUDA, m) {
-  m.impl("biased_topk_and_plan", TORCH_BOX(&biased_topk_and_plan_on_cuda));
+  m.impl("biased_topk_and_plan", ZEXPERT_BOX(&biased_topk_and_plan_on_cuda));
 }
 
 HIDDEN_NAMESPACE_END(zexpert, ops)

@@ -20,7 +20,7 @@
 
 #include <cstdint>
 
-#include "cuda/grouped_mlp_hopper_schedule.h"
+#include "cuda/grouped_mlp/schedule.h"
 
 namespace zexpert::cuda {
 

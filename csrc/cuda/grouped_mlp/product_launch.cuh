@@ -2,8 +2,8 @@
 // launch_grouped_product for the source files that instantiate it.
 #pragma once
 
-#include "cuda/grouped_mlp_hopper.h"
-#include "cuda/grouped_mlp_hopper_kernel.cuh"
+#include "cuda/grouped_mlp/product_kernel.cuh"
+#include "cuda/grouped_mlp/product_launch.h"
 #include "cuda/launch.cuh"
 #include "zexpert/grouped_mlp.h"
 
@@ -14,7 +14,7 @@ void launch_with_tiles(const ProductArguments& arguments, int num_blocks, cudaSt
   constexpr size_t kMemoryBytes = sizeof(ProductMemory<kTiles, kMaxRows, kStages>) + kSwizzleBytes;  // to align it
   constexpr size_t kMostMemoryBytes = 227 * 1024;
   static_assert(kMemoryBytes <= kMostMemoryBytes);
-  launch("grouped_mlp_hopper", &grouped_product<T, kProduct, kTiles, kMaxRows, kStages>, num_blocks, kProductThreads,
+  launch("grouped_mlp", &grouped_product<T, kProduct, kTiles, kMaxRows, kStages>, num_blocks, kProductThreads,
          kMemoryBytes, stream, arguments);
 }
 

@@ -23,10 +23,10 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "cuda/grouped_mlp_hopper_layout.h"
-#include "cuda/grouped_mlp_hopper_schedule.h"
-#include "cuda/hopper_ptx.cuh"
-#include "cuda/hopper_wgmma.cuh"
+#include "cuda/grouped_mlp/layout.h"
+#include "cuda/grouped_mlp/ptx.cuh"
+#include "cuda/grouped_mlp/schedule.h"
+#include "cuda/grouped_mlp/wgmma.cuh"
 #include "cuda/launch.cuh"
 #include "zexpert/grouped_mlp.h"
 

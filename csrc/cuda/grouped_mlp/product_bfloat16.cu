@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cuda/grouped_mlp_hopper_launch.cuh"
+#include "cuda/grouped_mlp/product_launch.cuh"
 
 namespace zexpert::cuda {
 

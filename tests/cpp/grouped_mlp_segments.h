@@ -5,7 +5,7 @@
 #include <numeric>
 #include <vector>
 
-#include "cuda/grouped_mlp_hopper_schedule.h"
+#include "cuda/grouped_mlp/schedule.h"
 
 namespace zexpert::testing {
 

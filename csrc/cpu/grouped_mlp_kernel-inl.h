@@ -3,7 +3,7 @@
 //
 // Two products in turn, each over blocks of every expert's output channels: gate and up of the same channels with the
 // activation after them, then down. The blocks of a run's experts form one list that the threads work through together.
-#include "cpu/grouped_mlp_product.h"
+#include "cpu/grouped_mlp_product-inl.h"
 
 /// Weights of a block of channels: so many that starting on a block costs little, so few that the groups of rows after
 /// the first find them in the second-level cache.

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Products of rows with blocks of weight rows. Part of grouped_mlp_kernel.h, compiled once per instruction set.
+// Products of rows with blocks of weight rows. Part of grouped_mlp_kernel-inl.h, compiled once per instruction set.
 //
 // A weight's row lies contiguous in memory, and so does a token's: each element of a product is the dot product of two
 // of them. A panel of kPanel weight rows meets a group of up to most_rows() rows with all their sums in registers, so

@@ -12,9 +12,9 @@
 #include <utility>
 #include <vector>
 
-#include "cuda/grouped_mlp_hopper_layout.h"
-#include "cuda/grouped_mlp_hopper_schedule.h"
-#include "grouped_mlp_hopper_segments.h"
+#include "cuda/grouped_mlp/layout.h"
+#include "cuda/grouped_mlp/schedule.h"
+#include "grouped_mlp_segments.h"
 #include "zexpert/grouped_mlp.h"
 
 namespace zexpert::cuda {
@@ -25,7 +25,7 @@ using testing::row_tile_starts;
 
 constexpr int kMaxRows = kHopperMaxTileRows;
 
-TEST(GroupedMlpHopperLayout, RowBoxesFillATile) {
+TEST(GroupedMlpLayout, RowBoxesFillATile) {
   for (int columns = kRowStep; columns <= kMaxRows; columns += kRowStep) {
     int lines = 0;
     for_each_row_box(columns, [&](int box, int line) {
@@ -57,7 +57,7 @@ void expect_no_bank_conflicts() {
     EXPECT_EQ(used, std::vector<int>(used.size(), 1));
   }
 }
-TEST(GroupedMlpHopperLayout, StagingHasNoBankConflicts) {
+TEST(GroupedMlpLayout, StagingHasNoBankConflicts) {
   expect_no_bank_conflicts<Product::kGateUp>();
   expect_no_bank_conflicts<Product::kDown>();
 }

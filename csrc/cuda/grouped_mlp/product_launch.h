@@ -4,7 +4,7 @@
 
 #include <cuda_runtime_api.h>
 
-#include "cuda/grouped_mlp_hopper_layout.h"
+#include "cuda/grouped_mlp/layout.h"
 
 namespace zexpert::cuda {
 

@@ -12,9 +12,9 @@
 #include <tuple>
 #include <vector>
 
-#include "cuda/grouped_mlp_hopper_layout.h"
-#include "cuda/grouped_mlp_hopper_schedule.h"
-#include "grouped_mlp_hopper_segments.h"
+#include "cuda/grouped_mlp/layout.h"
+#include "cuda/grouped_mlp/schedule.h"
+#include "grouped_mlp_segments.h"
 
 namespace zexpert::cuda {
 namespace {
@@ -42,7 +42,7 @@ std::vector<std::vector<int>> segment_profiles(int num_experts, int mean, std::m
   return {uniform, zipf, edges, all, std::vector<int>(experts), std::vector<int>(experts, 1)};
 }
 
-TEST(GroupedMlpHopperSchedule, SegmentsAreCutIntoFewEqualTiles) {
+TEST(GroupedMlpSchedule, SegmentsAreCutIntoFewEqualTiles) {
   for (int max_rows = kRowStep; max_rows <= 2 * kMaxRows; max_rows += kRowStep) {
     for (int rows = 0; rows <= 2000; ++rows) {
       const SegmentTiles tiles = split_segment(rows, max_rows);
@@ -61,7 +61,7 @@ TEST(GroupedMlpHopperSchedule, SegmentsAreCutIntoFewEqualTiles) {
   EXPECT_EQ(split_segment(257, 160).rows_per_tile, 136);
 }
 
-TEST(GroupedMlpHopperSchedule, WarpgroupsShareATilesRows) {
+TEST(GroupedMlpSchedule, WarpgroupsShareATilesRows) {
   for (int rows = 1; rows <= 2 * kMaxRows; ++rows) {
     const PartRows all = rows_of_part(rows, 0, 1);
     ASSERT_EQ(all.num_rows, rows);
@@ -84,7 +84,7 @@ TEST(GroupedMlpHopperSchedule, WarpgroupsShareATilesRows) {
 
 /// Every element of every product is computed exactly once, over its whole depth, and blocks have equal shares where
 /// steps are divided.
-TEST(GroupedMlpHopperSchedule, EveryTileOnce) {
+TEST(GroupedMlpSchedule, EveryTileOnce) {
   std::mt19937 random(1);
   for (const auto& [num_experts, weight_tiles, steps, mean] : {std::tuple{512, 16, 96, 4},
                                                                {256, 12, 16, 40},
