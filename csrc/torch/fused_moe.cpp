@@ -50,7 +50,8 @@ void check_fused_moe(const FusedMoeTensors& args) {
   ZEXPERT_CHECK(top_k >= 1, "topk_weights must have at least 1 column, got shape ", text(args.topk_weights.sizes()));
   check_shape(args.topk_weights, "topk_weights", {num_tokens, top_k}, "[tokens, top_k]");
   check_shape(args.zero_weight, "zero_weight", {num_tokens}, "[tokens]");
-  check_shape(args.row_slots, "row_slots", {num_tokens * top_k}, "[tokens * top_k]");
+  check_dims(args.row_slots, "row_slots", 1, "[rows]");
+  check_row_slots_size(args.row_slots, num_tokens, top_k);
   check_shape(args.slot_rows, "slot_rows", {num_tokens, top_k}, "[tokens, top_k]");
 }
 
@@ -97,10 +98,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> fused_moe_backward(
   check_dtype(grad_out, "grad_out", data, hidden_states, "hidden_states");
   check_dtype(gate_up, "gate_up", data, hidden_states, "hidden_states");
   check_shape(grad_out, "grad_out", {hidden_states.size(0), hidden_states.size(1)}, "[tokens, hidden_size]");
-  check_dims(gate_up, "gate_up", 2, "[tokens * top_k, 2 * intermediate_size]");
+  check_dims(gate_up, "gate_up", 2, "[rows, 2 * intermediate_size]");
   const bool has_gate_up = gate_up.size(0) > 0;
   check_shape(gate_up, "gate_up", {has_gate_up ? row_slots.size(0) : 0, 2 * weights.intermediate_size()},
-              "[tokens * top_k, 2 * intermediate_size]");
+              "[rows, 2 * intermediate_size]");
 
   const auto chosen = choose_implementation(implementation, weights, GroupedMlpTask::kBackward);
   ExpertGradientInputs gradient_inputs{with_unit_inner_stride(grad_out),

@@ -264,13 +264,18 @@ class FusedMoE(nn.Module):
             raise ValueError(
                 f"hidden_states must have shape [..., {self.hidden_size}], got {list(hidden_states.shape)}"
             )
-        if router_logits.dim() < 1 or router_logits.shape[:-1] != hidden_states.shape[:-1]:
+        is_flat = hidden_states.dim() == 2 and router_logits.dim() == 2
+        if is_flat:
+            fits = router_logits.size(0) == hidden_states.size(0)
+        else:
+            fits = router_logits.dim() > 0 and router_logits.shape[:-1] == hidden_states.shape[:-1]
+        if not fits:
             raise ValueError(
                 f"router_logits must have the leading dimensions of hidden_states "
                 f"({list(hidden_states.shape[:-1])}), got shape {list(router_logits.shape)}"
             )
         shape = hidden_states.shape
-        if len(shape) != 2:
+        if not is_flat:
             hidden_states = hidden_states.reshape(-1, self.hidden_size)
             router_logits = router_logits.reshape(-1, router_logits.size(-1))
         weights = self.expert_weights()
@@ -279,7 +284,7 @@ class FusedMoE(nn.Module):
             if dtype is not None:
                 hidden_states, weights = hidden_states.to(dtype), weights_to(weights, dtype)
         out: Tensor = self.runner(hidden_states, router_logits, weights)
-        return out if len(shape) == 2 else out.reshape(shape)
+        return out if is_flat else out.reshape(shape)
 
     def expert_weights(self) -> ExpertWeights:
         """The experts' weights as the runner accepts them."""

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,8 +12,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from layer_cases import HIDDEN, LAYERS, NUM_EXPERTS, SharedExperts, expected_output, make_inputs, make_layer
-from testing import FLOAT_DTYPES, assert_equal, assert_error_rule, weight_dtype
+from testing import FLOAT_DTYPES, assert_equal, assert_error_rule
 from zexpert import ConstantExperts, DispatchPlan, ExpertWeights, FusedMoE, RoutingResult, ops
+from zexpert._loader import LoadedLibraries
 from zexpert.experts import (
     AutoExperts,
     CpuExperts,
@@ -380,7 +382,8 @@ def test_auto_on_a_gpu(
     backend: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("zexpert.experts.hopper.is_hopper", lambda index: on_hopper)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0) if on_hopper else (10, 0))
     with FakeTensorMode(), torch.no_grad():
         hidden_states = torch.empty(3, hidden_size, dtype=dtype, device="cuda")
         w2_weight = torch.empty(8, hidden_size, intermediate_size, dtype=dtype, device="cuda")
@@ -390,13 +393,16 @@ def test_auto_on_a_gpu(
 
 @pytest.mark.parametrize(("dtype", "backend"), [(torch.bfloat16, "grouped_mm"), (torch.float16, "torch")], ids=str)
 def test_auto_on_a_gpu_for_training(dtype: torch.dtype, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("zexpert.experts.hopper.is_hopper", lambda index: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     with FakeTensorMode():
         hidden_states = torch.empty(3, 128, dtype=dtype, device="cuda")
         w2_weight = torch.empty(8, 128, 64, dtype=dtype, device="cuda", requires_grad=True)
         assert create_experts().backend_for(hidden_states, w2_weight) == backend
         with torch.no_grad():
             assert create_experts().backend_for(hidden_states, w2_weight) == "hopper"
+        # In grad mode, and nothing requires gradients.
+        assert create_experts().backend_for(hidden_states, w2_weight.detach()) == "hopper"
 
 
 @pytest.mark.parametrize(
@@ -412,15 +418,14 @@ def test_auto_on_a_gpu_for_training(dtype: torch.dtype, backend: str, monkeypatc
 def test_where_the_kernels_for_hopper_run(
     archs: list[str], capability: tuple[int, int], runs: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    find_out_is_hopper.cache_clear()
-    monkeypatch.setattr("zexpert.experts.hopper.load_libraries", lambda: LoadedLibraries(True, "loaded"))
-    monkeypatch.setattr("zexpert.experts.hopper.cuda_library_info", lambda: ("13.0", archs))
+    monkeypatch.setattr("zexpert._info.load_libraries", lambda: LoadedLibraries(True, "loaded"))
+    monkeypatch.setattr("zexpert._info.cuda_library_info", lambda: ("13.0", archs))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
-    try:
-        assert is_hopper(0) is runs
-    finally:
-        find_out_is_hopper.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    with FakeTensorMode(), torch.no_grad():
+        hidden_states = torch.empty(3, 128, dtype=torch.bfloat16, device="cuda")
+        w2_weight = torch.empty(8, 128, 64, dtype=torch.bfloat16, device="cuda")
+        assert (create_experts().backend_for(hidden_states, w2_weight) == "hopper") is runs
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated:DeprecationWarning")
@@ -431,56 +436,27 @@ def test_hopper_experts_script_and_give_shapes() -> None:
     with torch.no_grad():
         assert layer(*inputs).shape == (5, 128)
         assert torch.jit.script(layer)(*inputs).shape == (5, 128)
-    assert torch.ops.zexpert.is_hopper(torch.empty(0)) is False  # what a scripted layer asks on a GPU
 
 
-def test_hopper_experts_refuse_the_cpu() -> None:
-    layer = FusedMoE(16, 6, 128, 64, params_dtype=torch.bfloat16, experts_backend="hopper")
-    sentence = r'^hidden_states must be on a GPU of compute capability 9.0 for experts_backend "hopper", got cpu$'
-    for with_gradients in (False, True):
-        with torch.set_grad_enabled(with_gradients), pytest.raises(ValueError, match=sentence):
-            layer(torch.zeros(5, 128, dtype=torch.bfloat16), torch.zeros(5, 16))
+@pytest.mark.parametrize("backend", ["hopper", "grouped_mm"])
+def test_forced_experts_of_a_gpu_refuse_the_cpu(backend: str) -> None:
+    layer = FusedMoE(16, 6, 128, 64, params_dtype=torch.bfloat16, experts_backend=backend)
+    sentence = rf'^implementation must be "auto", "cpu" or "torch" on the CPU, got "{backend}"$'
+    with torch.no_grad(), pytest.raises(RuntimeError, match=sentence):
+        layer(torch.zeros(5, 128, dtype=torch.bfloat16), torch.zeros(5, 16))
 
 
-@pytest.mark.parametrize(
-    ("dtype", "hidden_size", "intermediate_size", "got"),
-    [
-        (torch.float32, 32, 16, "torch.float32, 32 and 16"),
-        (torch.bfloat16, 20, 16, "torch.bfloat16, 20 and 16"),
-        (torch.bfloat16, 32, 12, "torch.bfloat16, 32 and 12"),
-    ],
-)
-def test_grouped_mm_refuses_what_it_does_not_take(
-    dtype: torch.dtype, hidden_size: int, intermediate_size: int, got: str
-) -> None:
-    layer = FusedMoE(5, 3, hidden_size, intermediate_size, params_dtype=dtype, experts_backend="grouped_mm")
-    sentence = rf'^hidden_states must be bfloat16, .* of 8, for experts_backend "grouped_mm", got {got}$'
-    with pytest.raises(ValueError, match=sentence):
-        layer(torch.zeros(4, hidden_size, dtype=dtype), torch.zeros(4, 5))
+def test_forced_hopper_experts_refuse_to_train() -> None:
+    layer = FusedMoE(16, 6, 128, 64, params_dtype=torch.bfloat16, experts_backend="hopper", device="meta")
+    sentence = r'^implementation must be "auto", "grouped_mm" or "torch" where gradients are wanted, got "hopper"$'
+    inputs = torch.empty(5, 128, dtype=torch.bfloat16, device="meta"), torch.empty(5, 16, device="meta")
+    with pytest.raises(RuntimeError, match=sentence):
+        layer(*inputs)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated:DeprecationWarning")
-def test_grouped_mm_agrees_with_the_cpu_backend() -> None:
-    """torch runs its grouped_mm on a CPU too."""
-    layers = []
-    for backend in ("grouped_mm", "cpu"):
-        torch.manual_seed(0)
-        zero_experts: dict[str, Any] = {"zero_expert_type": "identity", "zero_expert_num": 3}
-        layers.append(FusedMoE(5, 3, 32, 16, **zero_experts, params_dtype=torch.bfloat16, experts_backend=backend))
-    scripted = torch.jit.script(layers[0])
-    for num_tokens in (0, 1, 40):
-        hidden_states = torch.randn(num_tokens, 32).bfloat16().requires_grad_()
-        router_logits = torch.randn(num_tokens, 8)
-        results = []
-        for layer in (*layers, scripted):
-            out = layer(hidden_states, router_logits)
-            results.append((out.detach(), torch.autograd.grad(out.sum(), hidden_states)[0]))
-        for result in (results[0], results[2]):
-            torch.testing.assert_close(result, results[1], rtol=2e-2, atol=2e-2)
-
-
-def test_torch_loop_gradients() -> None:
-    experts = TorchLoopExperts()
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_of_the_experts(backend: str) -> None:
+    experts = create_experts(backend)
     generator = torch.Generator().manual_seed(0)
     hidden_states, topk_weights, w13, w2 = (
         torch.randn(*shape, dtype=torch.float64, generator=generator, requires_grad=True)
@@ -490,26 +466,34 @@ def test_torch_loop_gradients() -> None:
     plan = ops.moe_plan(topk_ids, 3)
     unused = torch.zeros(4, dtype=torch.float64)
 
-    def run(*inputs: Tensor) -> Tensor:
+    def run(keep_gate_up: bool, *inputs: Tensor) -> Tensor:
         routing = RoutingResult(inputs[1], topk_ids, unused, unused[:, None])
-        out: Tensor = experts(inputs[0], routing, plan, *inputs[2:])
-        return out
+        return experts.with_epilogue(inputs[0], routing, plan, ExpertWeights(*inputs[2:]), None, keep_gate_up)
 
-    torch.autograd.gradcheck(run, (hidden_states, topk_weights, w13, w2))
+    for keep_gate_up in (True, False):
+        torch.autograd.gradcheck(partial(run, keep_gate_up), (hidden_states, topk_weights, w13, w2))
 
 
-@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
-def test_torch_loop_over_every_expert_gives_the_same(dtype: torch.dtype) -> None:
-    layer = make_layer("mixed", params_dtype=dtype, experts_backend="torch")
-    hidden_states, router_logits = make_inputs("mixed", 9, dtype)
-    routing = layer.router.select_experts(hidden_states, router_logits)
-    routing = RoutingResult(*(t.to(weight_dtype(dtype)) if t.is_floating_point() else t for t in routing))
-    plan = ops.moe_plan(routing.topk_ids, NUM_EXPERTS)
-    experts = TorchLoopExperts()
-    weights = (layer.w13_weight.detach(), layer.w2_weight.detach())
-    looped = experts(hidden_states, routing, plan, *weights)
-    masked = experts._every_expert(hidden_states, routing, *weights)
-    torch.testing.assert_close(looped, masked)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("with_gradients", [False, True])
+def test_rows_of_slots_without_work_need_no_memory(with_gradients: bool, backend: str) -> None:
+    """As in expert parallelism, where other ranks do the work of most slots."""
+    layer = make_layer("identity", experts_backend=backend)
+    hidden_states, router_logits = make_inputs("identity", 9)
+    hidden_states.requires_grad_(with_gradients)
+    routing, plan = layer.router.select_experts_and_plan(hidden_states, router_logits, NUM_EXPERTS)
+    cut = plan._replace(row_slots=plan.row_slots[: int(plan.expert_offsets[-1])])
+    assert cut.row_slots.numel() < plan.row_slots.numel()
+    results = []
+    for each in (plan, cut):
+        out = layer.runner.experts.with_epilogue(
+            hidden_states, routing, each, layer.expert_weights(), None, with_gradients
+        )
+        results.append([out.detach()])
+        if with_gradients:
+            results[-1] += torch.autograd.grad(out.square().sum(), [hidden_states, layer.w13_weight, layer.w2_weight])
+    for actual, expected in zip(results[1], results[0], strict=True):
+        assert_equal(actual, expected)
 
 
 def test_interfaces_leave_the_work_to_subclasses() -> None:

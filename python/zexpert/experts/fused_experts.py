@@ -4,6 +4,7 @@
 import torch
 from torch import Tensor
 
+from zexpert._info import kernel_plan
 from zexpert.experts.interface import MoEExperts
 from zexpert.ops.types import DispatchPlan, ExpertWeights, RoutingResult
 
@@ -67,6 +68,18 @@ class FusedExperts(MoEExperts):
 
     def backend_for(self, hidden_states: Tensor, w2_weight: Tensor) -> str:
         """See MoEExperts.backend_for."""
-        if self.name == "auto" and (hidden_states.is_cpu or hidden_states.is_meta):
-            return "cpu"
-        return self.name
+        if self.name != "auto":
+            return self.name
+        _, hidden_size, intermediate_size = w2_weight.shape
+        plan = kernel_plan(
+            "fused_moe",
+            device="cuda" if hidden_states.is_cuda else "cpu",
+            dtype=hidden_states.dtype,
+            num_tokens=0,
+            top_k=1,
+            num_experts=w2_weight.size(0),
+            hidden_size=hidden_size,
+            intermediate_size=intermediate_size,
+            keep_gate_up=torch.is_grad_enabled() and (hidden_states.requires_grad or w2_weight.requires_grad),
+        )
+        return plan.implementation

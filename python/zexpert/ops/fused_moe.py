@@ -39,7 +39,7 @@ def fused_moe(
         topk_weights: [T, K] float32, or float64 beside float64 hidden_states, of the RoutingResult.
         zero_weight: [T], type of topk_weights, of the RoutingResult.
         expert_offsets: [R + 1] int32, of the DispatchPlan.
-        row_slots: [T * K] int32, of the DispatchPlan.
+        row_slots: [T * K] int32, of the DispatchPlan, or cut behind its last offset.
         slot_rows: [T, K] int32, of the DispatchPlan.
         w13_weight: [R, 2F, H], type of hidden_states: gate rows first, then up.
         w2_weight: [R, H, F], type of hidden_states: down.

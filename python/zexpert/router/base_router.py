@@ -43,7 +43,7 @@ class BaseRouter(FusedMoERouter):
     routed_scaling_factor: float
 
     # What torch.jit.script leaves out of a scripted router.
-    __jit_ignored_attributes__ = ["_capture_fn", "spec"]  # noqa: RUF012
+    __jit_ignored_attributes__ = ["_capture_fn", "_keywords", "spec"]  # noqa: RUF012
 
     def __init__(
         self,

@@ -26,6 +26,7 @@ class BiasedTopKRouter(BaseRouter):
 
     def __init__(self, spec: RoutingSpec, **options: Any) -> None:
         super().__init__(spec, **options)
+        self._keywords = self.arguments.keywords()
         own = type(self)
         self._is_biased_topk: bool = (
             own.select_experts is BaseRouter.select_experts
@@ -47,13 +48,19 @@ class BiasedTopKRouter(BaseRouter):
             routing = self.select_experts(hidden_states, router_logits)
             return routing, moe_plan(routing.topk_ids, num_experts)
         self._check_inputs(hidden_states, router_logits)
-        routing, plan = choose_experts_and_plan(
-            router_logits, self.e_score_correction_bias, self.arguments, self._operator_indices_dtype()
-        )
+        routing, plan = self._choose_and_plan(router_logits)
         if routing.topk_ids.dtype != self.indices_dtype:
             routing = self._with_indices_dtype(routing)
         self._observe(hidden_states, routing)
         return routing, plan
+
+    def _choose_and_plan(self, router_logits: Tensor) -> tuple[RoutingResult, DispatchPlan]:
+        bias, indices_dtype = self.e_score_correction_bias, self._operator_indices_dtype()
+        if not torch.jit.is_scripting():
+            if indices_dtype is None:
+                results = torch.ops.zexpert.biased_topk_and_plan(router_logits, bias, self.top_k, **self._keywords)
+                return RoutingResult(*results[:4]), DispatchPlan(*results[4:])
+        return choose_experts_and_plan(router_logits, bias, self.arguments, indices_dtype)
 
     def _compute_routing(self, hidden_states: Tensor, router_logits: Tensor) -> RoutingResult:
         return choose_experts(

@@ -38,7 +38,7 @@ class ZeroExpertRouter(BiasedTopKRouter):
 
     routing_method_type = RoutingMethodType.ZERO_EXPERT
 
-    __jit_ignored_attributes__ = ["_capture_fn", "_last_routing", "spec", "zero_expert_output"]  # noqa: RUF012
+    __jit_ignored_attributes__ = ["_capture_fn", "_keywords", "_last_routing", "spec", "zero_expert_output"]  # noqa: RUF012
     __jit_unused_properties__ = ["zero_expert_output"]  # noqa: RUF012
 
     def __init__(

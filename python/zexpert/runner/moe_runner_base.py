@@ -29,8 +29,10 @@ class MoERunnerBase(MoERunner):
     ) -> tuple[RoutingResult, DispatchPlan]:
         """The choice and its plan, counted."""
         self._check_weights(hidden_states, weights)
-        routing, plan = self.router.select_experts_and_plan(hidden_states, router_logits, weights.w13.size(0))
-        self._forget_routing()
+        router = self.router
+        routing, plan = router.select_experts_and_plan(hidden_states, router_logits, weights.w13.size(0))
+        if not torch.jit.is_scripting():
+            router.forget_routing()
         if self.routing_stats is not None:
             self.routing_stats(routing.topk_ids, plan.expert_offsets)
         return self._in_dtype_for(hidden_states, routing), plan
@@ -38,14 +40,11 @@ class MoERunnerBase(MoERunner):
     def _route(self, hidden_states: Tensor, router_logits: Tensor, weights: ExpertWeights) -> RoutingResult:
         """The choice alone, for a runner that makes plans of its own and counts them."""
         self._check_weights(hidden_states, weights)
-        routing = self.router.select_experts(hidden_states, router_logits)
-        self._forget_routing()
-        return self._in_dtype_for(hidden_states, routing)
-
-    def _forget_routing(self) -> None:
-        """The router drops the tensors, and their graph, that it keeps for engines that add the zero part."""
+        router = self.router
+        routing = router.select_experts(hidden_states, router_logits)
         if not torch.jit.is_scripting():
-            self.router.forget_routing()
+            router.forget_routing()
+        return self._in_dtype_for(hidden_states, routing)
 
     def _check_weights(self, hidden_states: Tensor, weights: ExpertWeights) -> None:
         w13 = weights.w13
@@ -82,12 +81,13 @@ class MoERunnerBase(MoERunner):
         weights: ExpertWeights,
         residual: Tensor | None,
     ) -> Tensor:
-        if self.experts.fuses_epilogue:
+        experts = self.experts
+        if experts.fuses_epilogue:
             keep_gate_up = self._wants_gradients(hidden_states, routing, weights) and not self.recompute
-            return self.experts.with_epilogue(hidden_states, routing, plan, weights, residual, keep_gate_up)
-        rows: Tensor = self.experts(hidden_states, routing, plan, weights)
+            return experts.with_epilogue(hidden_states, routing, plan, weights, residual, keep_gate_up)
+        rows: Tensor = experts(hidden_states, routing, plan, weights)
         constants = weights.constants
-        if not self.experts.reduces:
+        if not experts.reduces:
             return self._finalize(
                 rows, plan.slot_rows, routing.topk_weights, hidden_states, routing, residual, constants
             )
