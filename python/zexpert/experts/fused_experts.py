@@ -4,7 +4,6 @@
 import torch
 from torch import Tensor
 
-from zexpert._info import kernel_plan
 from zexpert.experts.interface import MoEExperts
 from zexpert.ops.types import DispatchPlan, ExpertWeights, RoutingResult
 
@@ -70,14 +69,16 @@ class FusedExperts(MoEExperts):
         """See MoEExperts.backend_for."""
         if self.name != "auto":
             return self.name
-        _, hidden_size, intermediate_size = w2_weight.shape
+        if not hidden_states.is_cuda:
+            return "cpu"
+        from zexpert._info import kernel_plan  # not above: that module needs the libraries to be loaded
+
+        num_experts, hidden_size, intermediate_size = w2_weight.shape
         plan = kernel_plan(
             "fused_moe",
-            device="cuda" if hidden_states.is_cuda else "cpu",
+            device="cuda",
             dtype=hidden_states.dtype,
-            num_tokens=0,
-            top_k=1,
-            num_experts=w2_weight.size(0),
+            num_experts=num_experts,
             hidden_size=hidden_size,
             intermediate_size=intermediate_size,
             keep_gate_up=torch.is_grad_enabled() and (hidden_states.requires_grad or w2_weight.requires_grad),

@@ -144,10 +144,7 @@ def copy_expert(experts: FusedMoE, parameter: Tensor, place: ExpertTensor, tenso
     rows = (placement.own_experts() == place.expert).nonzero().flatten().tolist()
     if not rows:
         return
-    if place.half is None:
-        tensor = placement.own_slice(place.weight, tensor)
-    else:
-        tensor = placement.own_slice(place.weight, torch.cat((tensor, tensor))).chunk(2)[0]
+    tensor = placement.own_slice(place.weight, tensor)
     for row in rows:
         target = parameter[row]
         (target if place.half is None else target.chunk(2)[place.half]).copy_(tensor)

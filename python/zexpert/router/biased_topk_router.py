@@ -58,9 +58,15 @@ class BiasedTopKRouter(BaseRouter):
         bias, indices_dtype = self.e_score_correction_bias, self._operator_indices_dtype()
         if not torch.jit.is_scripting():
             if indices_dtype is None:
-                results = torch.ops.zexpert.biased_topk_and_plan(router_logits, bias, self.top_k, **self._keywords)
-                return RoutingResult(*results[:4]), DispatchPlan(*results[4:])
+                return self._choose_and_plan_with_few_keywords(router_logits, bias)
         return choose_experts_and_plan(router_logits, bias, self.arguments, indices_dtype)
+
+    @torch.jit.unused
+    def _choose_and_plan_with_few_keywords(
+        self, router_logits: Tensor, bias: Tensor | None
+    ) -> tuple[RoutingResult, DispatchPlan]:
+        results = torch.ops.zexpert.biased_topk_and_plan(router_logits, bias, self.top_k, **self._keywords)
+        return RoutingResult(*results[:4]), DispatchPlan(*results[4:])
 
     def _compute_routing(self, hidden_states: Tensor, router_logits: Tensor) -> RoutingResult:
         return choose_experts(

@@ -43,7 +43,8 @@ class WholeExperts:
         return torch.arange(self.whole_shapes["w2_weight"][0])
 
     def own_slice(self, name: str, experts: Tensor) -> Tensor:
-        """This process's part of the weights of whole experts, [..., 2F, H] or [..., H, F]."""
+        """This process's part of the weights of whole experts, [..., 2F, H] or [..., H, F], or of their gate or up rows
+        alone, [..., F, H]."""
         return experts
 
     def draw(self, name: str, weight: Tensor, bound: float) -> None:
@@ -202,6 +203,8 @@ class TensorParallelPlacement(ShardedExperts):
         begin = self.group.rank * self.local_intermediate_size
         if name == "w2_weight":
             return experts.narrow(-1, begin, self.local_intermediate_size)
+        if experts.size(-2) == self.whole_shapes["w2_weight"][-1]:
+            return experts.narrow(-2, begin, self.local_intermediate_size)
         gate_up = experts.unflatten(-2, (2, -1)).narrow(-2, begin, self.local_intermediate_size)
         own: Tensor = gate_up.flatten(-3, -2)
         return own
