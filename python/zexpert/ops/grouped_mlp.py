@@ -111,9 +111,7 @@ def check_has_gradients(implementation: str) -> None:
         )
 
 
-def _setup_context(
-    ctx: Context, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Tensor
-) -> None:
+def _setup_context(ctx: Context, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Tensor) -> None:
     ctx.implementation = keyword_only_inputs["implementation"]
     check_has_gradients(ctx.implementation)
     rows, expert_offsets, w13_weight, w2_weight, row_slots, ctx.top_k = inputs
