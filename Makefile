@@ -133,6 +133,7 @@ bench: $(INSTALLED) ## compare with plain PyTorch and transformers on this CPU
 	python benchmarks/cpu_routing.py --json benchmarks/results/cpu_routing.json $(BENCH_ARGS)
 	python benchmarks/cpu_layer.py --json benchmarks/results/cpu_layer.json $(BENCH_ARGS)
 	python benchmarks/cpu_training.py --json benchmarks/results/cpu_training.json
+	python benchmarks/host_time.py --device cpu --json benchmarks/results/host_time.json
 	python benchmarks/transformers_model.py --device cpu --json benchmarks/results/transformers_model.json
 
 .PHONY: bench-gpu
@@ -141,6 +142,7 @@ bench-gpu: $(INSTALLED) ## compare with PyTorch, and with what else is installed
 	for name in routing epilogue experts layer; do \
 	  python benchmarks/gpu_$$name.py --json benchmarks/results/gpu_$$name.json $(BENCH_ARGS) || exit; \
 	done
+	python benchmarks/host_time.py --device cuda --json benchmarks/results/host_time_cuda.json
 	python benchmarks/transformers_model.py --device cuda --json benchmarks/results/transformers_model_cuda.json
 
 .PHONY: wheel

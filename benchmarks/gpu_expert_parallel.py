@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Times expert parallelism: exchange, experts and way back, against one device and against sending every slot.
+"""Times expert parallelism: dispatch, experts and combine, against one device and against sending every slot.
 
 Usage: python benchmarks/gpu_expert_parallel.py [--ranks 2] [--tokens 64,4096,16384] [--json PATH]
        python benchmarks/gpu_expert_parallel.py --device cpu --experts 16 --hidden-size 64 --intermediate-size 32 ...
@@ -8,7 +8,7 @@ Starts the ranks itself: NCCL with a GPU each, or Gloo on the CPU. The layer has
 the whole layer on one device with one rank's tokens. "all slots" sends a row for each of a token's slots, zero experts'
 to expert 0, as engines do. Each time is the slowest rank's. Bytes are what a rank sends to others, there and back. The
 token rate is that of all ranks over that of one rank alone. Outputs of sampled tokens are checked against float64.
-Beside the times stand those of zexpert_tools.cluster_plan for the same sizes, with the matrix products' rate measured.
+Also prints the times that zexpert_tools.cluster_plan estimates for the same sizes, from the measured rate of products.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from zexpert import FusedMoE, RoutingResult
 from zexpert.experts import create_experts
 from zexpert.runner import DefaultMoERunner, ExpertParallelMoERunner
 from zexpert.runner.expert_exchange import RaggedExchange, RaggedTrip
-from zexpert_tools.benchmark import harness
+from zexpert_tools.benchmark import harness, machine, parse
 from zexpert_tools.cluster_plan import Cluster, MoEShape, plan_layer
 
 TOP_K = 12
@@ -260,19 +260,19 @@ def run_rank(rank: int, options: argparse.Namespace, folder: str) -> None:
     if rank == 0:
         report = {
             "benchmark": "gpu_expert_parallel",
-            "environment": harness.environment(),
+            "environment": machine.environment(),
             "matmul_rate": rate,
             "results": [asdict(result) for result in results],
         }
         Path(folder, "report.json").write_text(json.dumps(report, indent=2) + "\n")
     dist.destroy_process_group()
-    gc.collect()  # frees what holds a group, whose threads must not meet the end of Python
+    gc.collect()  # free the groups: their threads must end before Python does
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--tokens", type=harness.positive_ints, default=[64, 256, 4096, 16384], help="on each rank")
+    parser.add_argument("--tokens", type=parse.positive_ints, default=[64, 256, 4096, 16384], help="on each rank")
     parser.add_argument("--experts", type=int, default=512, help="real ones; half as many identity experts join them")
     parser.add_argument("--hidden-size", type=int, default=6144)
     parser.add_argument("--intermediate-size", type=int, default=2048)

@@ -7,11 +7,12 @@
 #include <sstream>
 #include <string_view>
 
-#include "zexpert/biased_topk_and_plan.h"
+#include "zexpert/biased_topk.h"
 #include "zexpert/cpu_capability.h"
 #include "zexpert/error.h"
 #include "zexpert/grouped_mlp.h"
 #include "zexpert/grouped_mlp_choice.h"
+#include "zexpert/moe_plan.h"
 
 namespace zexpert {
 namespace {
@@ -54,7 +55,7 @@ void check_size(const char* argument, std::optional<int64_t> value, int64_t leas
   ZEXPERT_CHECK(!value || *value <= kMost, argument, " must be less than 2^31, got ", *value);
 }
 
-/// What the routing operators refuse, in their words.
+/// The limits of the routing operators, with their messages.
 void check_routing(const KernelQuery& query) {
   const int64_t top_k = query.top_k.value_or(1);
   const int64_t num_experts = query.num_experts.value_or(top_k);
@@ -182,11 +183,15 @@ KernelPlan plan_experts(const KernelQuery& query, const char* isa) {
 }
 
 KernelPlan plan_biased_topk_on_cuda(const KernelQuery& query) {
-  const bool fits_warp = query.num_experts.value_or(1) <= kMaxWarpExperts && query.top_k.value_or(1) <= kMaxWarpTopK;
-  const std::string limits =
-      std::to_string(kMaxWarpExperts) + " experts and a top_k of up to " + std::to_string(kMaxWarpTopK);
-  return fits_warp ? KernelPlan{query.op, "cuda", "biased_topk_warp", "A warp holds a row of up to " + limits + "."}
-                   : KernelPlan{query.op, "cuda", "biased_topk_block", "A warp holds no more than " + limits + "."};
+  const std::string most_experts = std::to_string(kMaxWarpExperts);
+  const std::string most_top_k = std::to_string(kMaxWarpTopK);
+  return fits_warp(query.num_experts.value_or(1), query.top_k.value_or(1))
+             ? KernelPlan{query.op, "cuda", "biased_topk_warp",
+                          "A warp routes a row of up to " + most_experts + " experts with a top_k of up to " +
+                              most_top_k + "."}
+             : KernelPlan{query.op, "cuda", "biased_topk_block",
+                          "A block routes a row of more than " + most_experts + " experts or with a top_k above " +
+                              most_top_k + "."};
 }
 
 KernelPlan plan_biased_topk_and_plan_on_cuda(const KernelQuery& query) {
@@ -195,15 +200,24 @@ KernelPlan plan_biased_topk_and_plan_on_cuda(const KernelQuery& query) {
                              std::to_string(kMaxWarpTopK) + ", on compute capability 9 and 10";
   if (is_one_launch(query.compute_capability.value_or(0), query.num_tokens.value_or(1), query.num_experts.value_or(1),
                     query.top_k.value_or(1))) {
-    return {query.op, "cuda", query.op, "One launch takes up to " + limits + "."};
+    return {query.op, "cuda", query.op, "One launch routes and plans up to " + limits + "."};
   }
   return {query.op, "cuda", plan_biased_topk_on_cuda(query).kernel + ", counting_sort",
-          "One launch takes no more than " + limits + ": biased_topk and moe_plan run one after the other."};
+          "One launch routes and plans no more than " + limits + ": biased_topk and moe_plan run one after the other."};
+}
+
+KernelPlan plan_moe_plan_on_cuda(const KernelQuery& query) {
+  std::string blocks;
+  if (query.num_tokens && query.top_k) {
+    const int64_t num_blocks = moe_plan_cuda_num_blocks(*query.num_tokens * *query.top_k);
+    blocks = num_blocks == 1 ? " by one block" : " by " + std::to_string(num_blocks) + " blocks";
+  }
+  return {query.op, "cuda", "counting_sort", "The slots are counted and placed on the device" + blocks + "."};
 }
 
 KernelPlan plan_on_cuda(const KernelQuery& query) {
   if (query.op == "moe_plan") {
-    return {query.op, "cuda", "counting_sort", "The slots are counted and placed on the device."};
+    return plan_moe_plan_on_cuda(query);
   }
   if (query.op == "moe_permute") {
     return {query.op, "cuda", query.op,

@@ -15,6 +15,9 @@ namespace zexpert::python {
 
 void bind_kernel_plan(py::module_& module) {
   py::class_<KernelPlan>(module, "KernelPlan", "The kernel that an operator call runs, and why.")
+      .def_static(
+          "__new__",
+          [](const py::args&, const py::kwargs&) { throw py::type_error("KernelPlan is made by kernel_plan() alone"); })
       .def_readonly("op", &KernelPlan::op)
       .def_readonly("backend", &KernelPlan::backend)
       .def_readonly("kernel", &KernelPlan::kernel)

@@ -26,6 +26,7 @@ __all__ = [
     "build_info",
     "create_fused_moe_router",
     "experts",
+    "integrations",
     "kernel_plan",
     "models",
     "ops",
@@ -36,11 +37,11 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from zexpert import models, telemetry, training
+    from zexpert import integrations, models, telemetry, training
 else:
 
     def __getattr__(name: str) -> ModuleType:
         """Imports what not every program needs at its first use."""
-        if name in ("models", "telemetry", "training"):
+        if name in ("integrations", "models", "telemetry", "training"):
             return import_module(f"zexpert.{name}")
         raise AttributeError(f"module 'zexpert' has no attribute {name!r}")

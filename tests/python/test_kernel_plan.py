@@ -298,6 +298,20 @@ def test_hopper_is_chosen_where_it_runs() -> None:
     assert (plan.backend, plan.kernel) == (("cuda", "grouped_mlp_hopper") if runs else ("torch", "grouped_mm"))
 
 
+def test_plans_are_made_by_kernel_plan_alone() -> None:
+    for make in (zexpert._C.KernelPlan, lambda: zexpert._C.KernelPlan.__new__(zexpert._C.KernelPlan)):
+        with pytest.raises(TypeError, match=r"^KernelPlan is made by kernel_plan\(\) alone$"):
+            make()
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "blocks"), [(None, ""), (0, " by one block"), (256, " by one block"), (257, " by 2 blocks")]
+)
+def test_moe_plan_says_how_many_blocks_plan(num_tokens: int | None, blocks: str) -> None:
+    plan = zexpert.kernel_plan("moe_plan", device="cuda", num_tokens=num_tokens, top_k=8)
+    assert plan.reason == f"The slots are counted and placed on the device{blocks}."
+
+
 def test_one_launch_is_planned_where_it_runs() -> None:
     sizes = {name: size for name, size in DECODING.items() if name != "compute_capability"}
     plan = zexpert.kernel_plan("biased_topk_and_plan", device="cuda", **sizes)  # type: ignore[arg-type]

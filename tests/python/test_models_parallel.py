@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -54,6 +55,35 @@ def test_recompute(name: str) -> None:
     assert "recompute=True" in repr(blocks)
     for key, value in results(blocks, hidden_states, gradient).items():
         assert_equal(value, expected[key], key)
+
+
+class Stack(nn.Module):
+    """MoE++ blocks, the first without a gating residual, as docs/models.md makes them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        config = BLOCKS["moe++"][1]
+        self.blocks = nn.ModuleList(MoEPlusPlusBlock(replace(config, gating_residual=layer > 0)) for layer in range(3))
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        logits = None
+        for block in self.blocks:
+            out, logits = block(hidden_states, logits)
+            hidden_states = hidden_states + out
+        return hidden_states
+
+
+def train_replicated(group: Any) -> None:
+    torch.manual_seed(0)
+    model = nn.parallel.DistributedDataParallel(Stack(), process_group=group, broadcast_buffers=False)
+    for _ in range(2):  # a parameter without a gradient stops the second forward
+        model(torch.randn(40, HIDDEN)).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+
+
+def test_a_stack_with_gating_residuals_trains_replicated(ranks: Ranks) -> None:
+    ranks.run(train_replicated, 2)
 
 
 def as_one_process(group: Any, name: str, kind: str) -> None:

@@ -18,6 +18,7 @@ from model_cases import BLOCKS, as_module_list, make_blocks
 from ranks import Ranks
 from testing import assert_equal
 from zexpert import FusedMoE
+from zexpert.models import checkpoint_state_dict
 
 
 def checkpoint(name: str) -> dict[str, Tensor]:
@@ -156,6 +157,19 @@ def test_blocks_pickle_in_the_middle() -> None:
     again = torch.load(file, weights_only=False)
     again.load_state_dict(second, strict=False)
     assert_same_weights(again, "longcat")
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_a_whole_models_checkpoint(name: str) -> None:
+    model = nn.ModuleDict({"layers": make_blocks(name), "norm": nn.LayerNorm(4)})
+    weights = checkpoint_state_dict(model)
+    own = {f"layers.{i}.{key}" for i in range(2) for key in make_blocks(name)[i].checkpoint_state_dict()}
+    assert weights.keys() == own | {"norm.weight", "norm.bias"}
+    again = nn.ModuleDict({"layers": nn.ModuleList([fresh(name), fresh(name)]), "norm": nn.LayerNorm(4)})
+    again.load_state_dict(weights)
+    for key, tensor in model.state_dict().items():
+        assert_equal(again.state_dict()[key], tensor, key)
+    assert checkpoint_state_dict(model["layers"][0]).keys() == model["layers"][0].checkpoint_state_dict().keys()
 
 
 # ---- Quantised ------------------------------------------------------------------------------------------------------

@@ -28,13 +28,21 @@ class LayerOptions(TypedDict, total=False):
     device: torch.device | str | None
 
 
-def config_value(config: object, name: str, default: Any = REQUIRED) -> Any:
+def config_value(config: object, name: str, default: Any = REQUIRED, *, other_name: str | None = None) -> Any:
     """The entry `name` of a model's configuration: a mapping (config.json) or an object (transformers' config).
+
+    Args:
+        config: the configuration.
+        name: of the entry.
+        default: the value if there is none.
+        other_name: the name in files of other versions of transformers.
 
     Raises:
         ValueError: if it is missing or None and there is no default.
     """
     value = config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
+    if value is None and other_name is not None:
+        return config_value(config, other_name, default)
     if value is None:
         if default is REQUIRED:
             raise ValueError(f"config must have {name}, got none")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from zexpert.layer import FusedMoE
-from zexpert.models.checkpoint import CheckpointBlock, rename
+from zexpert.models.checkpoint import CheckpointBlock, experts_of, rename
 from zexpert.models.config import LayerOptions, config_value, require_config, require_silu
 from zexpert.models.expert_tensors import ExpertTensor, module_list
 from zexpert.models.float32_linear import Float32Linear
@@ -29,7 +29,8 @@ class MoEPlusPlusConfig:
         num_copy_experts: experts that return x.
         num_zero_experts: experts that return 0.
         top_k: K.
-        gating_residual: add the previous layer's logits, through a matrix, to this layer's.
+        gating_residual: add the previous layer's logits, through a matrix, to this layer's. False for the first layer:
+            its matrix would get no gradient, for which DistributedDataParallel stops.
         two_layer_gate: logits from tanh(x @ W1.T) @ W2.T, W1 [8N, H], instead of x @ W.T.
         logits_std: None, or: softmax gets each token's logits divided by their standard deviation over the experts and
             multiplied by this. The next layer's residual gets them undivided. Logits that are all the same are not
@@ -58,11 +59,11 @@ class MoEPlusPlusConfig:
 
     @staticmethod
     def from_hf(config: object) -> "MoEPlusPlusConfig":
-        """From the configuration in the published code, or its config.json as a mapping. That code fixes two constant
-        experts, one copy and one zero expert, and two experts per token.
+        """From the configuration in the published code, or its config.json as a mapping. That code always has two
+        constant experts, one copy expert, one zero expert, and two experts per token.
 
         Raises:
-            ValueError: if an entry is missing, or asks for what the block does not have.
+            ValueError: if an entry is missing, or the block does not support its value.
         """
         require_silu(config)
         num_experts = config_value(config, "num_experts")[0]
@@ -83,7 +84,7 @@ class MoEPlusPlusConfig:
 class MoEPlusPlusGate(nn.Module):
     """Logits in float32 (float64 for float64 hidden_states): G(x) = wg(x) + gate_map(G of the previous layer).
 
-    Columns are ordered as FusedMoE's, [FFN | copy | constant | zero].
+    The columns are in FusedMoE's order, [FFN | copy | constant | zero].
     """
 
     def __init__(self, config: MoEPlusPlusConfig, device: torch.device | str | None = None) -> None:
@@ -103,7 +104,7 @@ class MoEPlusPlusGate(nn.Module):
             self.gate_map = Float32Linear(num_experts, num_experts, device)
 
     def forward(self, hidden_states: Tensor, previous_logits: Tensor | None = None) -> Tensor:
-        """hidden_states [..., H], previous_logits [..., N] or None in the first layer -> logits [..., N]."""
+        """hidden_states [..., H], previous_logits [..., N] or None -> logits [..., N]."""
         logits: Tensor = self.wg(hidden_states)
         if self.gate_map is not None:
             if previous_logits is not None:
@@ -117,15 +118,16 @@ class MoEPlusPlusBlock(CheckpointBlock):
         out = sum_k w_k * E_k(x),    w = p_k / sum of the chosen p, the zero experts' p counting 0,
         p = softmax(G(x)), the K largest; E is a feed-forward network, x, a1 * x + a2 * v, or 0.
 
-    forward gives the logits too, for the next layer's gating residual:
+    forward returns the logits too, for the next layer's gating residual. The first layer has none:
 
+        blocks = [MoEPlusPlusBlock(replace(config, gating_residual=layer > 0)) for layer in range(num_layers)]
         out, logits = blocks[0](x)
-        out, logits = blocks[1](x, logits)
+        out, logits = blocks[1](out, logits)
 
-    load_state_dict takes this block's own state dict and, under the same prefix, the published code's names
-    ("moe.gate.wg.weight" or "moe.gate.wg.{0,2}.weight", "moe.gate.gate_map.weight", "moe.experts.experts.{i}.*"). Its
-    experts are ordered [FFN | constant | copy | zero]: rows of the gate, and columns too of the residual's matrix, are
-    permuted to FusedMoE's order. Without gating_residual the first layer's unused "gate_map" is left out.
+    load_state_dict accepts this block's own state dict and, under the same prefix, the published code's names
+    ("moe.gate.wg.weight" or "moe.gate.wg.{0,2}.weight", "moe.gate.gate_map.weight", "moe.experts.experts.{i}.*"). That
+    code orders the experts [FFN | constant | copy | zero]: the rows of the gate, and rows and columns of the residual's
+    matrix, are permuted to FusedMoE's order. Without gating_residual the checkpoint's unused "gate_map" is ignored.
 
     Args:
         config: sizes and switches.
@@ -133,7 +135,7 @@ class MoEPlusPlusBlock(CheckpointBlock):
         chunk_size, recompute, experts_backend, expert_parallel_group, tensor_parallel_group, device: see FusedMoE.
 
     Raises:
-        ValueError: if config is no MoEPlusPlusConfig, or a size is out of range.
+        ValueError: if config is not a MoEPlusPlusConfig, or a size is out of range.
     """
 
     __jit_ignored_attributes__ = ["config"]  # noqa: RUF012
@@ -149,16 +151,17 @@ class MoEPlusPlusBlock(CheckpointBlock):
             "constant": config.num_constant_experts,
             "drop": config.num_zero_experts,
         }
+        has_zero_experts = any(zero_experts.values())
         self.gate = MoEPlusPlusGate(config, options.get("device"))
         self.experts = FusedMoE(
             config.num_ffn_experts,
             config.top_k,
             config.hidden_size,
             config.intermediate_size,
-            zero_expert_type=zero_experts if any(zero_experts.values()) else None,
+            zero_expert_type=zero_experts if has_zero_experts else None,
             scoring_func="softmax",
             renormalize=True,
-            drop_before_renormalize=config.drop_before_renormalize,
+            drop_before_renormalize=config.drop_before_renormalize and has_zero_experts,
             **options,
         )
 
@@ -167,7 +170,8 @@ class MoEPlusPlusBlock(CheckpointBlock):
 
         Args:
             hidden_states: [..., H], of the experts' dtype.
-            previous_logits: [..., N], what the previous MoE++ block returned; None in the first.
+            previous_logits: [..., N], the logits of the previous MoE++ block; None for the first. A block without
+                gating_residual ignores them.
 
         Returns:
             [..., H] in the dtype of hidden_states, and logits [..., N] in float32 (float64 for float64).
@@ -186,7 +190,7 @@ class MoEPlusPlusBlock(CheckpointBlock):
 
     def expert_tensors(self) -> dict[str, ExpertTensor]:
         config, name = self.config, "moe.experts.experts.{}."
-        places = module_list(self.experts, name, gate_proj=False)
+        places = module_list(experts_of(self)[1], name, gate_proj=False)
         for index in range(config.num_constant_experts):
             constant = name.format(config.num_ffn_experts + index)
             places[f"{constant}wg.weight"] = ExpertTensor("constant_gate_weight", index, None, [2, config.hidden_size])
@@ -203,17 +207,18 @@ class MoEPlusPlusBlock(CheckpointBlock):
     def checkpoint_state_dict(self) -> dict[str, Tensor]:
         """See CheckpointBlock. Names and order of experts are the published code's."""
         weights = super().checkpoint_state_dict()
+        experts, _ = experts_of(self)
         order = expert_order(self.config)
         permute_gate(weights, "moe.gate.", [order.index(expert) for expert in range(len(order))])
         published = {name: tensor for name, tensor in weights.items() if name.startswith("moe.gate.")}
         for name, place in self.expert_tensors().items():
-            published[name] = weights[f"experts.{place.weight}"][place.expert]
+            published[name] = weights[f"{experts}.{place.weight}"][place.expert]
         return published
 
 
 def spread(logits: Tensor, otherwise: float) -> Tensor:
-    """[..., 1], the standard deviation of each token's logits [..., N], or `otherwise` for a token whose logits are all
-    the same up to rounding: padding, or any token if the gate is 0."""
+    """[..., 1], the standard deviation of each token's logits [..., N], or `otherwise` if they are all the same up to
+    rounding: for padding, and for every token if the gate is 0."""
     std = logits.std(dim=-1, keepdim=True)
     eps = 2.0**-52 if logits.dtype == torch.float64 else 2.0**-23
     # Below 1e-12 the gradient of a division by it would overflow.
@@ -222,8 +227,8 @@ def spread(logits: Tensor, otherwise: float) -> Tensor:
 
 
 def permute_gate(state_dict: dict[str, Any], prefix: str, order: list[int]) -> None:
-    """Puts the rows of the gate under `prefix`, and the columns too of the residual's matrix, in another order of
-    experts, in place. Raises RuntimeError for another shape."""
+    """Permutes the experts of the gate under `prefix`, in place: the rows of its weights, and the columns of the
+    residual's matrix too. Raises RuntimeError for another shape."""
     for name in ("wg.weight", "wg.2.weight", "gate_map.weight"):
         weight = state_dict.get(prefix + name)
         if weight is None:
@@ -236,7 +241,7 @@ def permute_gate(state_dict: dict[str, Any], prefix: str, order: list[int]) -> N
 
 
 def expert_order(config: MoEPlusPlusConfig) -> list[int]:
-    """For every column of FusedMoE's order, [FFN | copy | constant | zero], the expert of the published order,
+    """Maps each column in FusedMoE's order, [FFN | copy | constant | zero], to the expert in the published order,
     [FFN | constant | copy | zero]."""
     first_copy = config.num_ffn_experts + config.num_constant_experts
     first_zero = first_copy + config.num_copy_experts

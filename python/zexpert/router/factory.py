@@ -51,7 +51,7 @@ def create_fused_moe_router(
         RoutingSimulatorRouter  routing_simulation, or ZEXPERT_ROUTING_SIMULATION in the environment
         ZeroExpertRouter        zero_expert_type; takes the grouped arguments and the bias too
         GroupedTopKRouter       use_grouped_topk; takes the bias too
-        CustomRoutingRouter     custom_routing_function
+        CustomRoutingRouter     custom_routing_function; without zero_expert_type and use_grouped_topk
         FusedTopKBiasRouter     e_score_correction_bias
         FusedTopKRouter
 
@@ -102,6 +102,8 @@ def create_fused_moe_router(
     groups = num_expert_group if use_grouped_topk and num_expert_group is not None else 1
     eligible_groups = topk_group if use_grouped_topk and topk_group is not None else 1
     simulation = routing_simulation or os.environ.get(ROUTING_SIMULATION_VARIABLE)
+    if not simulation:
+        check_used(custom_routing_function, zero_expert_type, use_grouped_topk, drop_before_renormalize)
 
     router: BaseRouter
     if simulation:
@@ -183,3 +185,20 @@ def create_fused_moe_router(
         )
     router.set_capture_fn(capture_fn)
     return router
+
+
+def check_used(
+    custom_routing_function: CustomRoutingFunction | None,
+    zero_expert_type: ZeroExperts | None,
+    use_grouped_topk: bool,
+    drop_before_renormalize: bool,
+) -> None:
+    """Raises ValueError for an argument that the router of the others would not use."""
+    if custom_routing_function is not None and (zero_expert_type is not None or use_grouped_topk):
+        other = "use_grouped_topk" if zero_expert_type is None else "zero_expert_type"
+        raise ValueError(
+            f"custom_routing_function must be None when {other} is set, which makes the choice, got "
+            f"{custom_routing_function!r}"
+        )
+    if drop_before_renormalize and zero_expert_type is None:
+        raise ValueError("drop_before_renormalize needs zero_expert_type, got None")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from zexpert import ops
-from zexpert_tools.benchmark import harness
+from zexpert_tools.benchmark import harness, machine, rates
 from zexpert_tools.benchmark.torch_routing import RoutingCase
 
 SUBJECT = "zexpert"
@@ -113,13 +113,15 @@ def run_case(
         name: harness.check_error(run(inputs[0])[:CHECKED_TOKENS], plain, expected) for name, run in contenders.items()
     }
     runs = {name: harness.on_inputs(run, inputs) for name, run in contenders.items()}
-    with harness.OtherLoad() as load:
+    with machine.OtherLoad() as load:
         timings = harness.measure_on(device, runs, num_inputs=count, repeats=repeats)
+    num_bytes = (num_rows + 2 * num_tokens) * row_bytes
+    bandwidth = rates.bandwidth_for(int(count * num_bytes), device, bandwidth)
     sizes = f"{harness.counted(num_tokens, 'token')}, hidden size {hidden_size}"
     return harness.CaseResult(
         case=f"{case.name}: {sizes}, {harness.dtype_name(dtype)}",
         subject=SUBJECT,
-        floor=(num_rows + 2 * num_tokens) * row_bytes / bandwidth,
+        floor=num_bytes / bandwidth,
         timings=timings,
         checks=checks,
         other_load=0.0 if device.type == "cuda" else load.share,

@@ -2,33 +2,29 @@
 """Side-by-side timing in one run: interleaved contenders, rotated inputs, checked outputs, floors and JSON.
 
 What keeps a comparison honest is here, not in each benchmark:
-- contenders take turns, repetition by repetition, so a slow moment of the machine falls on all of them;
-- every call gets the next input of a rotation that is larger than the last-level cache, so nobody finds its data warm;
+- contenders run in turns, repetition by repetition: a slow moment of the machine affects all of them;
+- every call gets the next input of a rotation that is larger than the last-level cache where that is possible;
+- the floor is what the machine reached in the same run, from a cache if the rotation fits into one;
 - medians and quartiles are reported, after a warm-up;
 - an output passes if its error against a float64 reference is at most twice plain PyTorch's error in the same dtype.
 """
 
 from __future__ import annotations
 
-import argparse
-import datetime
 import functools
 import json
 import math
-import os
-import platform
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from zexpert._info import build_info
-from zexpert_tools.benchmark import cuda
+from zexpert_tools.benchmark import cuda, rates
+from zexpert_tools.benchmark.machine import environment
 from zexpert_tools.benchmark.timing import Timing
 
 Input = TypeVar("Input")
@@ -63,7 +59,7 @@ def rotation_length(bytes_per_input: int, num_contenders: int, at_most_bytes: in
 
     The length shares no factor with the number of contenders, so that each of them meets every input.
     """
-    wanted = math.ceil(1.5 * last_level_cache_bytes() / max(bytes_per_input, 1)) + 1
+    wanted = math.ceil(1.5 * rates.last_level_cache_bytes() / max(bytes_per_input, 1)) + 1
     length = max(2, min(wanted, 64, at_most_bytes // max(bytes_per_input, 1)))
     while math.gcd(length, max(num_contenders, 1)) != 1:
         length += 1
@@ -80,8 +76,7 @@ def measure(
 ) -> dict[str, Timing]:
     """Times the contenders in turns. Each is called with the index of the next input, in [0, num_inputs).
 
-    The order within a repetition rotates, so that nobody always follows the same neighbour. Each contender runs
-    `warmup` repetitions untimed.
+    The order rotates from repetition to repetition. Each contender runs `warmup` repetitions untimed.
     """
     if repeats < 1:
         raise ValueError(f"repeats must be at least 1, got {repeats}")
@@ -101,57 +96,6 @@ def measure(
             if repetition >= warmup:
                 seconds[name].append(elapsed)
     return {name: Timing.of(values) for name, values in seconds.items()}
-
-
-# ---- What the machine can do ---------------------------------------------------------------------------------------
-
-
-def last_level_cache_bytes() -> int:
-    """Size of the largest cache the first processor sees; 32 MiB where the system does not tell."""
-    sizes = [32 << 20]
-    units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
-    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        text = path.read_text().strip()
-        if text and text[-1] in units:
-            sizes.append(int(text[:-1]) * units[text[-1]])
-    return max(sizes)
-
-
-def read_bandwidth(num_bytes: int | None = None, repeats: int = 5) -> float:
-    """Bytes per second at which this machine reads memory, with torch's current number of threads."""
-    if num_bytes is None:
-        num_bytes = min(2 * last_level_cache_bytes(), 2 << 30)
-    data = torch.zeros(max(num_bytes // 4, 1))
-    timing = measure({"read": lambda _: data.sum()}, num_inputs=1, repeats=repeats)["read"]
-    return data.numel() * 4 / timing.lower_quartile
-
-
-def matmul_rate(dtype: torch.dtype, size: int = 2048, repeats: int = 5) -> float:
-    """Floating-point operations per second of a large square matrix product of `dtype`."""
-    a = torch.randn(size, size).to(dtype)
-    timing = measure({"matmul": lambda _: a @ a}, num_inputs=1, repeats=repeats)["matmul"]
-    return 2 * size**3 / timing.lower_quartile
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a device can do at most, as measured: the floors are made of these."""
-
-    bandwidth: float
-    """Bytes per second: memory reads on the CPU, a copy's reads and writes on a GPU."""
-    rate: float
-    """Floating-point operations per second of a large matrix product."""
-
-    def floor(self, operations: float, num_bytes: float) -> float:
-        """Seconds below which nothing can be that does so many operations and moves so many bytes."""
-        return max(operations / self.rate, num_bytes / self.bandwidth)
-
-
-def measure_limits(device: torch.device, dtype: torch.dtype) -> Limits:
-    """Measures the limits of `device`, with torch's current number of threads."""
-    if device.type == "cuda":
-        return Limits(cuda.copy_bandwidth(), cuda.matmul_rate(dtype))
-    return Limits(read_bandwidth(), matmul_rate(dtype))
 
 
 def measure_on(
@@ -179,7 +123,7 @@ def on_inputs(run: Callable[[Input], object], inputs: Sequence[Input]) -> Callab
 
 
 def inputs_to_rotate(device: torch.device, bytes_per_input: int, num_contenders: int) -> int:
-    """How many inputs exceed the device's last cache together."""
+    """How many inputs together exceed the device's last cache."""
     if device.type != "cuda":
         return rotation_length(bytes_per_input, num_contenders)
     cache = torch.cuda.get_device_properties(device).L2_cache_size
@@ -195,100 +139,6 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
-
-
-def processor_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def processor_features() -> list[str]:
-    """The vector extensions that decide which kernels run, as Linux names them."""
-    cpuinfo = Path("/proc/cpuinfo")
-    flags: set[str] = set()
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("flags"):
-                flags = set(line.partition(":")[2].split())
-                break
-    wanted = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_bf16", "avx512_fp16", "amx_bf16")
-    return [feature for feature in wanted if feature in flags]
-
-
-def installed_version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"
-
-
-def environment() -> dict[str, Any]:
-    """Machine and versions, for the JSON file and the head of the report; the GPU in a process that has used it."""
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    versions |= {name: installed_version(name) for name in ("zexpert", "transformers")}
-    gpu: dict[str, Any] = {}
-    if torch.cuda.is_initialized():
-        properties = torch.cuda.get_device_properties()
-        gpu = {"gpu": properties.name, "gpu_memory_bytes": properties.total_memory}
-    return {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        **gpu,
-        "processor": processor_name(),
-        "features": processor_features(),
-        "cores": os.cpu_count(),
-        "last_level_cache_bytes": last_level_cache_bytes(),
-        "system": platform.platform(),
-        "git_revision": build_info()["git_revision"],
-        "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "versions": versions,
-    }
-
-
-class OtherLoad:
-    """How much of the benchmark's processors others used while a block ran, between 0 and 1.
-
-    Others are the processes beside the benchmark and the host's other guests (steal). They may use the processors that
-    the benchmark's threads leave idle. Times from a busy machine mean little. 0 where the system does not tell, or the
-    block was too short for its clock of 10 ms.
-    """
-
-    SHORTEST = 0.3  # seconds
-
-    def __init__(self, num_threads: int | None = None) -> None:
-        self.num_threads = torch.get_num_threads() if num_threads is None else num_threads
-
-    def __enter__(self) -> OtherLoad:
-        self.share = 0.0
-        self._start = self._sample()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        wall, busy, own = (end - start for end, start in zip(self._sample(), self._start, strict=True))
-        cores = os.cpu_count() or 1
-        threads = min(self.num_threads, cores)
-        if wall >= self.SHORTEST and busy > 0:
-            others = (busy - own) / wall - (cores - threads)
-            self.share = min(max(others / threads, 0.0), 1.0)
-
-    @staticmethod
-    def _sample() -> tuple[float, float, float]:
-        """Seconds: on the clock, of processors being busy, of that for this process."""
-        times = os.times()
-        busy = 0.0
-        stat = Path("/proc/stat")
-        if stat.exists():
-            user, nice, system, _idle, _iowait, irq, softirq, steal = stat.read_text().split()[1:9]
-            ticks = sum(map(int, (user, nice, system, irq, softirq, steal)))
-            busy = ticks / os.sysconf("SC_CLK_TCK")
-        return time.perf_counter(), busy, times.user + times.system
-
-
 # ---- Reports -------------------------------------------------------------------------------------------------------
 
 
@@ -300,14 +150,14 @@ class Target:
     at_least: float
 
     def verdict(self, speedup: float, ceiling: float) -> str:
-        """`ceiling` is the speed-up that the floor itself would have."""
+        """`ceiling` is the speed-up of the floor."""
         met = "met" if speedup >= self.at_least else "missed"
         return f"{met} (>= {self.at_least:g}x {self.over}; the floor is {ceiling:.2f}x)"
 
 
 @dataclass
 class CaseResult:
-    """One line group of a report: the contenders on one case."""
+    """The contenders on one case."""
 
     case: str
     subject: str
@@ -316,6 +166,11 @@ class CaseResult:
     checks: dict[str, ErrorCheck]
     other_load: float
     target: Target | None = None
+
+    @property
+    def floor_is_beaten(self) -> bool:
+        """Whether a contender was faster than the floor, which is then wrong."""
+        return min(timing.median for timing in self.timings.values()) < self.floor
 
     def speedup(self, over: str) -> float:
         return self.timings[over].median / self.timings[self.subject].median
@@ -362,7 +217,7 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def print_case(result: CaseResult) -> None:
-    """The case's timings, then the floor, the checks that failed and the target."""
+    """Prints the floor, the timings, the checks and the target."""
     rows = []
     for name, timing in result.timings.items():
         check = result.checks.get(name)
@@ -382,9 +237,7 @@ def print_case(result: CaseResult) -> None:
         ceiling = result.timings[result.target.over].median / result.floor
         print(f"target {result.target.verdict(result.speedup(result.target.over), ceiling)}")
     if result.other_load > MOST_OTHER_LOAD:
-        print(
-            f"others used {100 * result.other_load:.0f}% of the processors meanwhile: measure again on a quiet machine"
-        )
+        print(f"others used {100 * result.other_load:.0f}% of the processors: measure again on a quiet machine")
 
 
 def finish(benchmark: str, settings: Mapping[str, Any], results: Sequence[CaseResult], json_path: Path | None) -> int:
@@ -405,39 +258,3 @@ def finish(benchmark: str, settings: Mapping[str, Any], results: Sequence[CaseRe
     for line in wrong:
         print(f"WRONG OUTPUT: {line}")
     return 1 if wrong else 0
-
-
-def integers(text: str, is_right: Callable[[int], bool], what: str) -> list[int]:
-    """ "1,16,512" as a list, for argparse types: every number must be right, that is, be `what`."""
-    try:
-        values = [int(part) for part in text.split(",")]
-    except ValueError:
-        values = []
-    if not values or not all(map(is_right, values)):
-        raise argparse.ArgumentTypeError(f"must be {what}, separated by commas, got {text!r}")
-    return values
-
-
-def positive_ints(text: str) -> list[int]:
-    """An argparse type: "1,16,512" as a list of positive integers."""
-    return integers(text, lambda value: value >= 1, "positive integers")
-
-
-def positive_int(text: str) -> int:
-    """An argparse type."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a positive integer, got {text!r}")
-    return int(text)
-
-
-def names_of(choices: Collection[str]) -> Callable[[str], list[str]]:
-    """An argparse type: "a,b" as a list of names, each one of `choices`."""
-
-    def names(text: str) -> list[str]:
-        given = text.split(",")
-        for name in given:
-            if name not in choices:
-                raise argparse.ArgumentTypeError(f"must be of {', '.join(choices)}, got {name!r}")
-        return given
-
-    return names

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zexpert.layer import FusedMoE
-from zexpert_tools.benchmark import harness, plain_moe, torch_routing
+from zexpert_tools.benchmark import harness, machine, plain_moe, rates, torch_routing
 from zexpert_tools.benchmark.timing import Timing
 from zexpert_tools.benchmark.torch_routing import RoutingCase
 
@@ -196,7 +198,7 @@ def transformers_has(routing: RoutingCase) -> bool:
 
 @dataclass(kw_only=True)
 class LayerResult(harness.CaseResult):
-    """A case, with what the roofline needs."""
+    """A case with the figures of the roofline."""
 
     name: str
     num_tokens: int
@@ -209,7 +211,7 @@ class LayerResult(harness.CaseResult):
 
     @classmethod
     def from_json(cls, result: Mapping[str, Any]) -> LayerResult:
-        """What as_json wrote, but for the target."""
+        """The inverse of as_json, without the target."""
         return cls(
             case=result["case"],
             subject=result["subject"],
@@ -229,7 +231,7 @@ def run_case(
     num_tokens: int,
     weights: Sequence[Weights],
     *,
-    limits: harness.Limits,
+    limits: rates.Limits,
     repeats: int,
     training: bool = False,
     router_projection: bool = True,
@@ -240,10 +242,10 @@ def run_case(
     """Times the contenders from hidden states, or from router logits without `router_projection`, to the output; with
     `training`, on to the gradients of hidden states and experts.
 
-    Calls rotate over `weights`, whose dtype and device are those of the case. The floor is the larger of the products
-    at the rate of a large matrix product and the bytes of the weights used at the rate of the memory; a training step
-    has three times the products, and reads the weights twice and writes their gradients. `peers` make further
-    contenders, called as PlainLayer is.
+    Calls rotate over `weights`; the case has their dtype and device. The floor is the larger of two times:
+    of the products at the rate of a large matrix product, and of the weights used at the rate of the memory. A training
+    step has three times the products, reads the weights twice and writes their gradients. `peers` make further
+    contenders; they are called like PlainLayer.
     """
     with torch.inference_mode(not training):
         return run_contenders(
@@ -255,7 +257,7 @@ def run_contenders(
     shape: Shape,
     num_tokens: int,
     weights: Sequence[Weights],
-    limits: harness.Limits,
+    limits: rates.Limits,
     repeats: int,
     training: bool,
     router_projection: bool,
@@ -263,7 +265,7 @@ def run_contenders(
     target: harness.Target | None,
     say: Callable[[str], object],
 ) -> LayerResult:
-    """run_case, in the mode that suits it."""
+    """run_case, inside inference mode or outside."""
     dtype, device = weights[0].w2.dtype, weights[0].w2.device
     generator = torch.Generator(device).manual_seed(num_tokens)
     count = len(weights) ** 2 if device.type == "cpu" else (8 if num_tokens <= 64 else 2)
@@ -285,7 +287,7 @@ def run_contenders(
     elif dtype == torch.bfloat16:
         in_turns["torch grouped_mm"] = contender(GroupedMMLayer)
     in_turns |= {name: contender(make) for name, make in peers.items()}
-    apart: dict[str, Callable[[int], Tensor]] = {}  # what waits for the host is in no CUDA graph
+    apart: dict[str, Callable[[int], Tensor]] = {}  # those that wait for the host cannot be captured into a CUDA graph
     if router_projection and transformers_has(shape.routing):
         try:
             (apart if graphs else in_turns)["transformers"] = contender(transformers_layer, has_router=True)
@@ -294,25 +296,29 @@ def run_contenders(
 
     outputs = {name: run(0) for name, run in (in_turns | apart).items()}
     checks = check_outputs(shape, outputs, inputs[0], logits[0], weights[0], training=training)
-    with harness.OtherLoad() as load:
+    with machine.OtherLoad() as load:
         timings = harness.measure_on(device, in_turns, num_inputs=count, repeats=repeats, graphs=graphs)
         if apart:
             timings |= harness.measure_on(device, apart, num_inputs=count, repeats=repeats, graphs=False)
-    operations, num_bytes, floor = means_over_inputs(shape, weights, logits, limits, training=training)
+    work = work_of_inputs(shape, weights, logits)
+    in_turn = min(sum(read for _, read in work), len(weights) * shape.weight_bytes(dtype))
+    limits = dataclasses.replace(limits, bandwidth=rates.bandwidth_for(in_turn, device, limits.bandwidth))
+    passes = 3 if training else 1
+    work = [(passes * operations, passes * num_bytes) for operations, num_bytes in work]
     threads = "" if device.type == "cuda" else ", " + harness.counted(torch.get_num_threads(), "thread")
     what = f"{'training step' if training else 'layer'}, {harness.counted(num_tokens, 'token')}"
     return LayerResult(
         case=f"{shape.routing.name}: {what}, {harness.dtype_name(dtype)}{threads}",
         subject=SUBJECT,
-        floor=floor,
+        floor=statistics.fmean(limits.floor(*one) for one in work),
         timings=timings,
         checks=checks,
         other_load=0.0 if device.type == "cuda" else load.share,
         target=target,
         name=shape.routing.name,
         num_tokens=num_tokens,
-        operations=operations,
-        num_bytes=num_bytes,
+        operations=statistics.fmean(operations for operations, _ in work),
+        num_bytes=statistics.fmean(num_bytes for _, num_bytes in work),
     )
 
 
@@ -380,17 +386,12 @@ def check_outputs(
     return {name: harness.check_error(output[sampled], plain, expected) for name, output in outputs.items()}
 
 
-def means_over_inputs(
-    shape: Shape, weights: Sequence[Weights], logits: Sequence[Tensor], limits: harness.Limits, *, training: bool
-) -> tuple[float, float, float]:
-    """(operations, bytes of weights, floor in seconds) of a call, means over the inputs."""
-    passes = 3 if training else 1
-    totals = [0.0, 0.0, 0.0]
+def work_of_inputs(shape: Shape, weights: Sequence[Weights], logits: Sequence[Tensor]) -> list[tuple[int, int]]:
+    """(operations, bytes of weights) of a forward of each input."""
+    work = []
     for index, one in enumerate(logits):
         topk_ids = torch_routing.route(one, weights[index % len(weights)].bias, shape.routing)[1]
         busy = topk_ids[topk_ids >= 0]
-        operations = passes * 2 * busy.numel() * shape.values_per_expert
-        num_bytes = passes * int(busy.unique().numel()) * shape.values_per_expert * weights[0].w2.element_size()
-        for which, value in enumerate((operations, num_bytes, limits.floor(operations, num_bytes))):
-            totals[which] += value / len(logits)
-    return totals[0], totals[1], totals[2]
+        weight_bytes = int(busy.unique().numel()) * shape.values_per_expert * weights[0].w2.element_size()
+        work.append((2 * busy.numel() * shape.values_per_expert, weight_bytes))
+    return work

@@ -11,8 +11,9 @@ from typing import Any
 from matplotlib import pyplot as plt
 from matplotlib.lines import Line2D
 
-from zexpert_tools.benchmark.harness import CaseResult, Limits, counted, format_seconds
+from zexpert_tools.benchmark.harness import CaseResult, counted, format_seconds
 from zexpert_tools.benchmark.layer import LayerResult
+from zexpert_tools.benchmark.rates import Limits
 from zexpert_tools.pictures import save
 
 

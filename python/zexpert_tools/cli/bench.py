@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`zexpert bench`: how fast the operators and the layer are here, beside what else is installed."""
+"""`zexpert bench`: times of the operators and the layer on this machine, compared with what else is installed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from zexpert_tools.benchmark import epilogue, harness, layer, routing
+from zexpert_tools.benchmark import epilogue, harness, layer, machine, rates, routing
 from zexpert_tools.cli.terminal import (
     DeviceOption,
     choose_device,
@@ -27,6 +27,7 @@ from zexpert_tools.cli.terminal import (
     print_table,
     progress,
 )
+from zexpert_tools.files import prepare_folder
 
 
 class Suite(str, Enum):
@@ -42,6 +43,11 @@ class Suite(str, Enum):
 TOKENS = {"cpu": [1, 16, 256], "cuda": [1, 16, 256, 4096, 16384]}
 TRAINING_TOKENS = [256]
 
+PICTURE_BYTES = 1 << 20
+
+#: A case is repeated so often, with the limits measured anew, while a contender beats its floor.
+MOST_REPETITIONS = 3
+
 
 def bench(
     suite: Annotated[
@@ -53,7 +59,7 @@ def bench(
     ] = Suite.layer,
     model: Annotated[
         str | None,
-        typer.Option(help=f"Whose layer: {', '.join(layer.MODELS)}. Default: small on a CPU, longcat-flash on a GPU."),
+        typer.Option(help=f"Sizes of {', '.join(layer.MODELS)}. Default: small on a CPU, longcat-flash on a GPU."),
     ] = None,
     tokens: Annotated[str | None, typer.Option(help="Numbers of tokens, such as 1,16,256.")] = None,
     dtype: Annotated[
@@ -69,10 +75,10 @@ def bench(
         Path | None, typer.Option(dir_okay=False, help="Also draw a picture into this file: .png, .pdf or .svg.")
     ] = None,
 ) -> None:
-    """Time routing, epilogue, layer or training step here, beside PyTorch and what else is installed.
+    """Time routing, epilogue, layer or training step, and PyTorch and others at the same work.
 
-    Every output is checked against float64. The floor is what the memory and
-    the arithmetic of this machine, measured in the same run, allow at best.
+    Every output is checked against float64. The floor is the least time that
+    this machine's memory and arithmetic, measured in the same run, allow.
     Exit code 1: an output is wrong.
     """
     chosen = choose_device(device)
@@ -93,6 +99,8 @@ def bench(
         raise fail(f"--plot must be in a folder that exists, got {plot}")
     if plot is not None and plot.suffix not in (".png", ".pdf", ".svg"):
         raise fail(f"--plot must end in .png, .pdf or .svg, got {plot}")
+    if plot is not None:
+        prepare_folder(plot.resolve().parent, PICTURE_BYTES)
     if threads is not None:
         torch.set_num_threads(threads)
     if chosen.type == "cuda" and chosen.index is not None:
@@ -101,13 +109,13 @@ def bench(
     notes: list[str] = []
     with torch.inference_mode(not training):
         limits, results = measure(suite, shape, numbers, kind, chosen, times, notes.append)
-    name_of_device = harness.device_name(chosen)
+    name_of_device = machine.device_name(chosen)
     if json_output:
         report = {
             "benchmark": f"bench {suite.value}",
             "settings": {"model": name, "tokens": numbers, "dtype": harness.dtype_name(kind), "repeats": times},
             "limits": {"bytes_per_s": limits.bandwidth, "operations_per_s": limits.rate},
-            "environment": harness.environment(),
+            "environment": machine.environment(),
             "results": [result.as_json() for result in results],
         }
         print(json.dumps(report, indent=2))
@@ -128,8 +136,8 @@ def measure(
     device: torch.device,
     repeats: int,
     say: Callable[[str], object],
-) -> tuple[harness.Limits, list[harness.CaseResult]]:
-    """Limits of the device and one result per number of tokens, under a progress bar. ValueError if memory is short."""
+) -> tuple[rates.Limits, list[harness.CaseResult]]:
+    """The device's limits and a result per number of tokens. Raises ValueError if the memory is too small."""
     is_layer = suite in (Suite.layer, Suite.training)
     copies = 1
     if is_layer:
@@ -139,7 +147,7 @@ def measure(
     results: list[harness.CaseResult] = []
     with progress(f"bench {suite.value}") as bar:
         task = bar.add_task("the machine's limits", total=len(numbers) + 1 + is_layer)
-        limits = harness.measure_limits(device, dtype)
+        limits = rates.measure_limits(device, dtype)
         bar.advance(task)
         weights = []
         if is_layer:
@@ -150,33 +158,25 @@ def measure(
             ]
             bar.advance(task)
         peers = routing.installed_peers(shape.routing, device, say) if suite is Suite.routing else {}
+        common: dict[str, Any] = {"device": device, "dtype": dtype, "repeats": repeats}
+
+        def run_case(number: int) -> harness.CaseResult:
+            if suite is Suite.routing:
+                return routing.run_case(shape.routing, number, bandwidth=limits.bandwidth, others=peers, **common)
+            if suite is Suite.epilogue:
+                sizes = (shape.routing, shape.hidden_size, number)
+                return epilogue.run_case(*sizes, bandwidth=limits.bandwidth, **common)
+            training = suite is Suite.training
+            return layer.run_case(shape, number, weights, limits=limits, repeats=repeats, training=training, say=say)
+
         for number in numbers:
             bar.update(task, description=harness.counted(number, "token"))
-            if suite is Suite.routing:
-                result = routing.run_case(
-                    shape.routing,
-                    number,
-                    dtype=dtype,
-                    device=device,
-                    repeats=repeats,
-                    bandwidth=limits.bandwidth,
-                    others=peers,
-                )
-            elif suite is Suite.epilogue:
-                result = epilogue.run_case(
-                    shape.routing,
-                    shape.hidden_size,
-                    number,
-                    dtype=dtype,
-                    device=device,
-                    repeats=repeats,
-                    bandwidth=limits.bandwidth,
-                )
-            else:
-                training = suite is Suite.training
-                result = layer.run_case(
-                    shape, number, weights, limits=limits, repeats=repeats, training=training, say=say
-                )
+            result = run_case(number)
+            for _ in range(MOST_REPETITIONS):
+                if not result.floor_is_beaten:
+                    break
+                limits = limits.best(rates.measure_limits(device, dtype))  # the machine can do more than was measured
+                result = run_case(number)
             results.append(result)
             bar.advance(task)
     return limits, results
@@ -184,7 +184,7 @@ def measure(
 
 def show(
     results: Sequence[harness.CaseResult],
-    limits: harness.Limits,
+    limits: rates.Limits,
     device_name: str,
     dtype: torch.dtype,
     notes: Sequence[str],
@@ -214,7 +214,7 @@ def show(
         print_table(console, f"{result.case}; floor {harness.format_seconds(result.floor)}", table)
         if result.other_load > harness.MOST_OTHER_LOAD:
             share = f"{100 * result.other_load:.0f}%"
-            console.print(f"Others used {share} of the processors meanwhile: measure again on a quiet machine.")
+            console.print(f"Others used {share} of the processors: measure again on a quiet machine.")
     for note in notes:
         console.print(f"{escape(note)}.", highlight=False)
     for line in wrong_outputs(results):
@@ -225,7 +225,7 @@ def wrong_outputs(results: Sequence[harness.CaseResult]) -> list[str]:
     return [f"{result.case}: {name}" for result in results for name, one in result.checks.items() if not one.passed]
 
 
-def draw(path: Path, results: Sequence[harness.CaseResult], limits: harness.Limits, device_name: str) -> None:
+def draw(path: Path, results: Sequence[harness.CaseResult], limits: rates.Limits, device_name: str) -> None:
     from zexpert_tools.benchmark import plots
 
     layers = [result for result in results if isinstance(result, layer.LayerResult)]

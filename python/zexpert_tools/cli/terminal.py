@@ -21,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from zexpert_tools.benchmark import harness
+from zexpert_tools.benchmark import parse
 
 #: In a pipe, lines are as long as their text.
 console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 1000)
@@ -115,7 +115,7 @@ def first_line(error: Exception) -> str:
 
 def parse_positive_ints(option: str, text: str) -> list[int]:
     try:
-        numbers = harness.positive_ints(text)
+        numbers = parse.positive_ints(text)
     except argparse.ArgumentTypeError:
         raise fail(f'{option} must be positive integers with commas between, such as 1,16,256, got "{text}"') from None
     for number in numbers:
