@@ -32,7 +32,7 @@ TARGETS = {1: 2.0, 16: 2.5, 512: 1.8}  # times as fast as transformers, float32
 def breakdown(
     layers: Sequence[zexpert.FusedMoE], hidden_states: Sequence[Tensor], weights: Sequence[Weights], repeats: int
 ) -> str:
-    """A table of the time each step of the layer takes on its own."""
+    """A table of the times of the layer's steps."""
     steps: dict[str, list[Callable[[], object]]] = {}
     for index, rows in enumerate(hidden_states):
         layer, parameters = layers[index % len(layers)], weights[index % len(weights)]

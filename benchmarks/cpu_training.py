@@ -6,7 +6,7 @@ Usage: python benchmarks/cpu_training.py [--batch-size 4] [--repeats 7] [--threa
 A step is forward, loss and backward of zexpert_tools.byte_decoder.ByteDecoder in float32 with LongCat-Flash's kind of
 layers (hidden size 512, expert ffn 256, 64 real + 32 identity experts, K 12). Both models start from the same weights
 and see the same bytes; loss and gradients are compared before anything is timed. Peak memory is measured in a process
-per model, as the growth of its resident set over what model and input take.
+per model, as the growth of its resident set beyond model and input.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def compare(models: dict[str, ByteDecoder], batch_size: int) -> dict[str, harnes
 
 
 def peak_memory(name: str, options: argparse.Namespace) -> int:
-    """Bytes that a training step of `name` needs beside model and input, measured in a process of its own."""
+    """Bytes that a training step of `name` needs in addition to model and input, measured in a process of its own."""
     command = [sys.executable, __file__, "--memory-of", name, "--batch-size", str(options.batch_size)]
     printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     return int(json.loads(printed.splitlines()[-1]))

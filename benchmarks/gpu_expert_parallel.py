@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Times expert parallelism: exchange, experts and way back, against one device and against sending every slot.
+"""Times expert parallelism: dispatch, experts and combine, against one device and against sending every slot.
 
 Usage: python benchmarks/gpu_expert_parallel.py [--ranks 2] [--tokens 64,4096,16384] [--json PATH]
        python benchmarks/gpu_expert_parallel.py --device cpu --experts 16 --hidden-size 64 --intermediate-size 32 ...
@@ -8,7 +8,7 @@ Starts the ranks itself: NCCL with a GPU each, or Gloo on the CPU. The layer has
 the whole layer on one device with one rank's tokens. "all slots" sends a row for each of a token's slots, zero experts'
 to expert 0, as engines do. Each time is the slowest rank's. Bytes are what a rank sends to others, there and back. The
 token rate is that of all ranks over that of one rank alone. Outputs of sampled tokens are checked against float64.
-Beside the times stand those of zexpert_tools.cluster_plan for the same sizes, with the matrix products' rate measured.
+Also prints the times that zexpert_tools.cluster_plan estimates for the same sizes, from the measured rate of products.
 """
 
 from __future__ import annotations
@@ -269,7 +269,7 @@ def run_rank(rank: int, options: argparse.Namespace, folder: str) -> None:
         }
         Path(folder, "report.json").write_text(json.dumps(report, indent=2) + "\n")
     dist.destroy_process_group()
-    gc.collect()  # frees what holds a group, whose threads must not meet the end of Python
+    gc.collect()  # free the groups: their threads must end before Python does
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

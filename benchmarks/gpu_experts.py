@@ -4,7 +4,7 @@
 Usage: python benchmarks/gpu_experts.py [--shapes longcat,lite,qwen3] [--tokens 1,16,...] [--tile-rows 0,64,160,288]
        [--json PATH]
 
-Rows lie as the layer's plan orders them. "torch grouped_mm" is its two products with zexpert's silu_and_mul between
+Rows are in the order of the layer's plan. "torch grouped_mm" is its two products with zexpert's silu_and_mul between
 them, "its products alone" is without. All are captured in CUDA graphs. The floor is that of gpu_layer.py. Rows of
 sampled experts are checked against float64. Prints TFLOP/s and TB/s of weights too.
 """
@@ -100,7 +100,7 @@ def run_case(
 
 
 def tile_rows(text: str) -> list[int]:
-    """An argparse type: "0,64" as a list of what grouped_mlp_hopper takes as tile_rows."""
+    """An argparse type: "0,64" as a list of values of grouped_mlp_hopper's tile_rows."""
     return parse.integers(text, lambda value: value % 8 == 0 and 0 <= value <= 288, "multiples of 8 up to 288")
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Times zexpert beside vLLM's own code for LongCat-Flash's layer on a CUDA device: routing, epilogue, layer.
+"""Times zexpert and vLLM's own code for LongCat-Flash's layer on a CUDA device: routing, epilogue, layer.
 
 Usage: python benchmarks/gpu_vllm.py [--parts routing,epilogue,layer] [--tokens 1,128,1024,8192] [--repeats 10]
        [--json PATH]

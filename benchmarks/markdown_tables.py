@@ -4,7 +4,7 @@
 Usage: python benchmarks/markdown_tables.py FILE.json|PAGE.md [...]
 
 Prints the tables of a JSON file. In a page, such as docs/performance.md, writes anew what stands between
-<!-- table: NAME.json --> and <!-- end of table -->, from the file of that name beside the page.
+<!-- table: NAME.json --> and <!-- end of table -->, from the file of that name in the page's folder.
 """
 
 from __future__ import annotations

@@ -79,7 +79,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.steps < 1 or options.seeds < 1:
         parser.error("--steps and --seeds must be positive")
-    text = load_text(options.text, min_bytes=4096)
+    try:
+        text = load_text(options.text, min_bytes=4096)
+    except ValueError as error:
+        parser.error(str(error))
 
     histories: dict[str, list[list[StepRecord]]] = {name: [] for name in MODELS}
     rows = []

@@ -140,14 +140,14 @@ class RandomLayer:
         )
 
     def clear_choices(self, router_logits: Tensor) -> Tensor:
-        """Tokens [T] whose 12th and 13th keys are far enough apart that float32 and float64 must choose alike."""
+        """Tokens [T] with 12th and 13th keys so far apart that float32 and float64 choose alike."""
         keys = router_logits.double().softmax(dim=-1) + self.bias.double()
         largest = keys.topk(TOP_K + 1, dim=-1).values
         return largest[:, TOP_K - 1] - largest[:, TOP_K] > 1e-5 * largest[:, TOP_K - 1].abs()
 
 
 def median_seconds(contenders: Sequence[Callable[[], object]], repeats: int) -> list[float]:
-    """Median time of each contender; they take turns, after one untimed call each, for TIMING_SECONDS at most."""
+    """Median time of each contender; they run in turns, after one untimed call each, for TIMING_SECONDS at most."""
     stop = time.perf_counter() + TIMING_SECONDS
     times: list[list[float]] = [[] for _ in contenders]
     for repetition in range(repeats + 1):
@@ -239,7 +239,7 @@ def run(options: argparse.Namespace) -> bool:
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="A mixture-of-experts layer with identity experts on a real text.")
     parser.add_argument("--text", type=Path, metavar="FILE", help="default: Python's documentation strings")
-    parser.add_argument("--tokens", type=int, default=2048, help="words of the text to take (default 2048)")
+    parser.add_argument("--tokens", type=int, default=2048, help="words of the text (default 2048)")
     parser.add_argument("--hidden-size", type=int, default=256, help="expert ffn is half of it (default 256)")
     parser.add_argument("--dtype", choices=list(DTYPES), default="float32")
     parser.add_argument("--seed", type=int, default=0, help="of the random weights (default 0)")

@@ -46,6 +46,32 @@ __device__ __forceinline__ __half Computed<__half>::to(float value) {
   return __float2half_rn(value);
 }
 
+/// is_floating() as a constant: device code cannot call the function.
+template <ScalarType type>
+inline constexpr bool kIsFloating = is_floating(type);
+
+/// The CUDA type of a floating ScalarType.
+template <ScalarType type>
+struct DeviceTypeOf;
+template <>
+struct DeviceTypeOf<ScalarType::kFloat32> {
+  using type = float;
+};
+template <>
+struct DeviceTypeOf<ScalarType::kFloat64> {
+  using type = double;
+};
+template <>
+struct DeviceTypeOf<ScalarType::kBFloat16> {
+  using type = __nv_bfloat16;
+};
+template <>
+struct DeviceTypeOf<ScalarType::kFloat16> {
+  using type = __half;
+};
+template <ScalarType type>
+using DeviceType = typename DeviceTypeOf<type>::type;
+
 /// Calls `fn` with an element of the type: float32, bfloat16 or float16. Throws Error for any other.
 template <typename Fn>
 void visit_data_type(ScalarType type, Fn&& fn) {

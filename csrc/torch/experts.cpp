@@ -3,6 +3,7 @@
 
 #include <optional>
 
+#include "torch/device.h"
 #include "torch/segment_products.h"
 #include "torch/token_rows.h"
 #include "zexpert/silu_and_mul.h"

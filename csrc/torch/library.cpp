@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// The zexpert operator library: the schema of every op, and torch's thread pool for the CPU kernels. Importing it needs
-// no Python: a C++ process that loads this library sees the ops as torch.ops.zexpert does.
+// The operator library: the schema of every operator, and PyTorch's thread pool for the CPU kernels. A C++ process that
+// loads it has the operators of torch.ops.zexpert without Python.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include "torch/routing_arguments.h"
 #include "zexpert/parallel.h"
 
 namespace {
@@ -17,19 +18,13 @@ void torch_pool(int64_t begin, int64_t end, int64_t grain_size, zexpert::Paralle
 STABLE_TORCH_LIBRARY(zexpert, m) {
   zexpert::set_parallel_for(&torch_pool);
 
-  m.def(
-      "biased_topk(Tensor logits, Tensor? bias, int top_k, *, int num_real_experts, int? num_identity_experts=None, "
-      "int num_constant_experts=0, str scoring_func=\"softmax\", bool renormalize=False, "
-      "bool drop_before_renormalize=False, float routed_scaling_factor=1.0, int num_expert_group=1, "
-      "int topk_group=1, ScalarType? indices_dtype=None) "
-      "-> (Tensor topk_weights, Tensor topk_ids, Tensor zero_weight, Tensor constant_weight)");
-  m.def(
-      "biased_topk_and_plan(Tensor logits, Tensor? bias, int top_k, *, int num_real_experts, "
-      "int? num_identity_experts=None, int num_constant_experts=0, str scoring_func=\"softmax\", "
-      "bool renormalize=False, bool drop_before_renormalize=False, float routed_scaling_factor=1.0, "
-      "int num_expert_group=1, int topk_group=1, ScalarType? indices_dtype=None) "
-      "-> (Tensor topk_weights, Tensor topk_ids, Tensor zero_weight, Tensor constant_weight, "
-      "Tensor expert_offsets, Tensor row_slots, Tensor slot_rows)");
+  m.def("biased_topk(Tensor logits, Tensor? bias, " ZEXPERT_ROUTING_ARGUMENTS
+        ", ScalarType? indices_dtype=None) "
+        "-> (Tensor topk_weights, Tensor topk_ids, Tensor zero_weight, Tensor constant_weight)");
+  m.def("biased_topk_and_plan(Tensor logits, Tensor? bias, " ZEXPERT_ROUTING_ARGUMENTS
+        ", ScalarType? indices_dtype=None) "
+        "-> (Tensor topk_weights, Tensor topk_ids, Tensor zero_weight, Tensor constant_weight, "
+        "Tensor expert_offsets, Tensor row_slots, Tensor slot_rows)");
   m.def("zero_expert_accumulate(Tensor hidden_states, Tensor zero_weight) -> Tensor");
   m.def("zero_expert_accumulate.out(Tensor hidden_states, Tensor zero_weight, *, Tensor(a!) out) -> ()");
   m.def(
@@ -54,10 +49,7 @@ STABLE_TORCH_LIBRARY(zexpert, m) {
   // Training
   m.def(
       "biased_topk_backward(Tensor grad_topk_weights, Tensor grad_zero_weight, Tensor grad_constant_weight, "
-      "Tensor logits, Tensor? bias, int top_k, *, int num_real_experts, int? num_identity_experts=None, "
-      "int num_constant_experts=0, str scoring_func=\"softmax\", bool renormalize=False, "
-      "bool drop_before_renormalize=False, float routed_scaling_factor=1.0, int num_expert_group=1, "
-      "int topk_group=1) -> Tensor grad_logits");
+      "Tensor logits, Tensor? bias, " ZEXPERT_ROUTING_ARGUMENTS ") -> Tensor grad_logits");
   m.def(
       "zero_expert_accumulate_backward(Tensor grad_out, Tensor hidden_states, Tensor zero_weight) "
       "-> (Tensor grad_hidden_states, Tensor grad_zero_weight)");

@@ -70,15 +70,13 @@ void check_constants(const MoeFinalizeTensors& args) {
   }
   if (args.constant_weight) {
     check_dims(*args.constant_weight, "constant_weight", 2, "[tokens, constant_experts]");
-    ZEXPERT_CHECK(args.constant_vectors || args.constant_weight->size(1) == 0,
-                  "constant_vectors must be given beside constant_weight of shape ",
-                  text(args.constant_weight->sizes()), ", got None");
+    ZEXPERT_CHECK(args.constant_vectors || args.constant_weight->size(1) == 0, "constant_weight of shape ",
+                  text(args.constant_weight->sizes()), " needs constant_vectors, got None");
     check_shape(*args.constant_weight, "constant_weight", {args.hidden_states.size(0), num_constant_experts(args)},
                 "[tokens, constant_experts]");
   }
-  ZEXPERT_CHECK(args.constant_weight || num_constant_experts(args) == 0,
-                "constant_weight must be given beside constant_vectors of shape ", text(args.constant_vectors->sizes()),
-                ", got None");
+  ZEXPERT_CHECK(args.constant_weight || num_constant_experts(args) == 0, "constant_vectors of shape ",
+                text(args.constant_vectors->sizes()), " needs constant_weight, got None");
 }
 
 void check_moe_finalize(const MoeFinalizeTensors& args) {

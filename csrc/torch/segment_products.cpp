@@ -4,6 +4,7 @@
 #include <initializer_list>
 
 #include "cpu/expert_offsets.h"
+#include "torch/device.h"
 #include "zexpert/zero_idle.h"
 
 ZEXPERT_DEVICE_NAMESPACE_BEGIN

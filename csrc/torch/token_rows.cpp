@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "torch/token_rows.h"
 
+#include "torch/device.h"
 #include "zexpert/moe_finalize.h"
 #include "zexpert/moe_permute.h"
 #include "zexpert/zero_idle.h"

@@ -125,6 +125,10 @@ class KernelPlan:
     def reason(self) -> str:
         """One sentence."""
 
+    @property
+    def implementation(self) -> str:
+        """Of grouped_mlp and fused_moe, the name that forces it; else empty."""
+
 def kernel_plan(
     op: str,
     *,
@@ -137,6 +141,8 @@ def kernel_plan(
     hidden_size: int | None = None,
     intermediate_size: int | None = None,
     compute_capability: int | None = None,
-    experts_backend: str = "auto",
+    has_hopper_code: bool = True,
+    keep_gate_up: bool = True,
+    implementation: str = "auto",
 ) -> KernelPlan:
     """The kernel that a call of ``op`` runs: see ``zexpert.kernel_plan``."""

@@ -29,7 +29,7 @@ class RoutingStats(nn.Module):
     at every forward.
 
     Args:
-        num_experts: R, the experts whose load is counted. With an expert map these are physical experts.
+        num_experts: R, the number of real experts; with an expert map, of physical experts.
         top_k: K, slots per token.
 
     Attributes:

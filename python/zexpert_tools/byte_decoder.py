@@ -2,9 +2,9 @@
 """A small byte-level decoder with LongCat-Flash's kind of mixture-of-experts layers.
 
 Every token picks `top_k` of `num_experts` feed-forward and `zero_expert_num` identity experts (softmax in float32, a
-selection bias, no renormalisation: LongCat-Flash, arXiv 2509.01322), so the model itself decides how much compute
-a byte gets. Attention is torch's scaled_dot_product_attention with rotary positions (arXiv 2104.09864). Small enough
-to train on a CPU in minutes; nothing in it is specific to bytes but the vocabulary of 256.
+selection bias, no renormalisation: LongCat-Flash, arXiv 2509.01322). So the model decides how much compute a byte
+gets. Attention is torch's scaled_dot_product_attention with rotary positions (arXiv 2104.09864). It trains
+on a CPU in minutes. Only the vocabulary of 256 is specific to bytes.
 """
 
 from __future__ import annotations
@@ -142,14 +142,14 @@ class ByteDecoder(nn.Module):
     def generate(
         self, prompt: Tensor, length: int, *, temperature: float = 0.8, generator: torch.Generator | None = None
     ) -> Tensor:
-        """`prompt` (uint8 [P], P >= 1) and `length` sampled bytes after it; temperature 0 takes the likeliest byte."""
+        """`prompt` (uint8 [P], P >= 1) and `length` sampled bytes after it; temperature 0 picks the likeliest byte."""
         if prompt.numel() == 0:
             raise ValueError("prompt must hold at least one byte")
         text = prompt.long()
         for _ in range(length):
             logits = self(text[None, -self.config.context_length :])[0, -1].float()
             if temperature > 0:
-                # In float64, and from 0 downwards: the smallest temperatures give no infinity that softmax cannot have.
+                # In float64, the largest at 0: the smallest temperature gives no NaN.
                 scaled = (logits.double() - logits.max()) / temperature
                 # Sampled on the CPU, whose generator gives the same bytes whatever the device.
                 probabilities = torch.softmax(scaled, dim=-1).float().cpu()

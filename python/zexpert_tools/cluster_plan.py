@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What expert parallelism costs each rank of a cluster: bytes, times, memory, on paper and by simulated routing."""
+"""Costs of expert parallelism for each rank of a cluster: bytes, times and memory, computed and simulated."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ class MoEShape:
 
 @dataclass(frozen=True)
 class Cluster:
-    """Speeds of one GPU and of its links; the defaults are assumptions about an H200 node: the published speeds of its
-    links in one direction, and for memory and matrix products about what programs reach.
+    """Speeds of one GPU and of its links; the defaults assume an H200 node: the published speeds of
+    its links in one direction, and what programs reach of its memory and arithmetic.
 
     Attributes:
         gpus_per_node: GPUs that NVLink connects.
         nvlink: bytes per second from a GPU to others of its node.
         network: bytes per second from a GPU to other nodes.
-        latency: seconds that an exchange takes however little is sent.
+        latency: seconds of an exchange of no bytes.
         memory_bandwidth: bytes per second.
         matmul_rate: floating-point operations per second of the experts' products.
     """
@@ -55,10 +55,10 @@ class Cluster:
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """One layer's forward on one of `gpus` ranks, with as many tokens on every rank and experts chosen evenly.
+    """One layer's forward on one of `gpus` ranks, with equal numbers of tokens and experts chosen evenly.
 
     Attributes:
-        ranks_per_token: ranks that hold an expert of a token, on average: the rows it sends, to its own rank included.
+        ranks_per_token: ranks that hold an expert of a token, on average: the rows it sends, its own rank included.
         dispatch_bytes: bytes a rank sends to others' experts: rows, and their slots' ids and weights.
         combine_bytes: bytes of the sums it sends back.
         all_slots_bytes: both, if every slot, zero experts' too, were a row of its own.
@@ -67,7 +67,7 @@ class LayerPlan:
         expert_seconds: of the experts' products.
         weight_bytes: the rank's experts of one layer.
         model_weight_bytes: of all layers.
-        buffer_bytes: rows that are there at the same time at most.
+        buffer_bytes: rows in memory at the same time, at most.
     """
 
     gpus: int
@@ -86,12 +86,12 @@ class LayerPlan:
 
     @property
     def seconds(self) -> float:
-        """One after another: nothing overlaps."""
+        """Without overlap."""
         return self.dispatch_seconds + self.expert_seconds + self.combine_seconds
 
     @property
     def overlapped_seconds(self) -> float:
-        """In chunks so small that exchanges and products overlap fully."""
+        """With full overlap of exchanges and products."""
         return max(self.dispatch_seconds + self.combine_seconds, self.expert_seconds)
 
 
@@ -114,13 +114,13 @@ def expected_ranks_per_token(shape: MoEShape, gpus: int) -> float:
 def plan_layer(gpus: int, tokens: int, shape: MoEShape | None = None, cluster: Cluster | None = None) -> LayerPlan:
     """The cost of one layer.
 
-    A token chooses experts evenly and sends each rank that holds one of them a row, its own rank too, at no cost. An
-    exchange takes the longer of what goes through NVLink and what goes through the network, which work side by side.
-    The products take the longer of computing and of reading the rank's experts.
+    Experts are chosen evenly. A token sends a row to each rank that holds one of its experts; to its own at no cost. An
+    exchange lasts as long as the slower of NVLink and network, which work at the same time; the products as long as the
+    slower of computing and reading the rank's experts.
 
     Args:
         gpus: P, ranks that share the experts: a divisor of R, or a multiple, P / R of which have the same expert.
-        tokens: of each rank.
+        tokens: on each rank.
 
     Raises:
         ValueError: if gpus is neither, or tokens or gpus is less than 1.
@@ -179,7 +179,7 @@ def plan_layer(gpus: int, tokens: int, shape: MoEShape | None = None, cluster: C
 
 @dataclass(frozen=True)
 class SimulatedRouting:
-    """What random routing did.
+    """Counts of random routing.
 
     Attributes:
         ranks_per_token: mean number of ranks that hold an expert of a token.
@@ -203,7 +203,7 @@ def simulate_routing(
 
     Args:
         gpus: ranks that share the experts; a divisor of R.
-        tokens: of each rank. No more than max_tokens are drawn for all ranks together.
+        tokens: on each rank. No more than max_tokens are drawn for all ranks together.
         skew: expert e is chosen with a weight of (e + 1)^-skew, the order being random; 0 is even.
 
     Raises:
@@ -225,7 +225,7 @@ def simulate_routing(
         keys = log_weights - (-uniform.log()).log()
         chosen = keys.topk(min(whole + 1, shape.num_experts), dim=1).indices // (shape.num_experts // gpus)
         extra = torch.rand(size, generator=generator) < shape.ffn_experts - whole
-        chosen[:, whole:][~extra] = gpus  # nobody
+        chosen[:, whole:][~extra] = gpus  # no rank
         hit = torch.zeros(size, gpus + 1, dtype=torch.bool).scatter_(1, chosen, True)
         ranks += int(hit[:, :gpus].sum())
         load += chosen.flatten().bincount(minlength=gpus + 1)[:gpus]

@@ -14,14 +14,23 @@ from zexpert_tools.cli import doctor
 def main() -> None:
     """Runs the command. Where an import fails, prints one sentence that says why."""
     if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end as other commands do where nobody reads on
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end quietly when the reader of a pipe ends
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")  # print a question mark for what the terminal cannot show
+    try:
+        run()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except OSError as error:
+        sys.exit(f"error: the output cannot be written: {error.strerror or error}")
+
+
+def run() -> None:
     if sys.argv[1:] == ["doctor"]:
         sys.exit(doctor.main())  # needs neither zexpert nor PyTorch, whose import may crash the process
-    if sys.argv[1:2] != ["bench"]:  # which measures PyTorch as it comes
-        # Threads that wait sleep. By default they spin, and on a busy machine take the processors from each other.
+    if sys.argv[1:2] != ["bench"]:  # which measures PyTorch with its defaults
+        # Waiting threads sleep. By default they spin, which slows a busy machine down.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         from zexpert_tools.cli.app import app

@@ -23,10 +23,13 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def prepare_folder(folder: Path, num_bytes: int) -> None:
-    """Makes the folder. Raises OSError or ValueError if no file can be written there, or `num_bytes` do not fit."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder) as file:
-        file.write(b"x")
-    free = shutil.disk_usage(folder).free
+    """Makes the folder. Raises ValueError if no file can be written there, or `num_bytes` do not fit."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"x")
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise ValueError(f"cannot write to {folder}: {error.strerror or error}") from error
     if free < num_bytes:
         raise ValueError(f"{folder} must have {num_bytes / 2**20:.0f} MiB free, got {free / 2**20:.0f}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures of a training run: where the model spends its compute, and how it learnt to."""
+"""Pictures of a model's compute: coloured text for the terminal, maps and curves as files."""
 
 from __future__ import annotations
 

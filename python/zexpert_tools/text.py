@@ -56,5 +56,5 @@ def load_text(path: Path | None, *, min_bytes: int) -> Tensor:
 
 
 def printable_bytes(text: Sequence[int]) -> list[str]:
-    """What stands for each byte in a terminal: itself, a mark before a line's end, or a dot."""
+    """A character for each byte: itself, a line end, or a dot for what cannot be printed."""
     return [chr(byte) if 32 <= byte <= 126 else ("\n" if byte == 10 else ".") for byte in text]

@@ -26,7 +26,7 @@ class TrainerConfig:
     learning_rate: float = 3e-3
     warmup_steps: int = 30
     weight_decay: float = 0.1
-    target_ffn_experts: float = 4.0  # wanted mean number of feed-forward experts per token and layer
+    target_ffn_experts: float = 4.0  # mean number of feed-forward experts per token and layer
     bias_update_rate: float = 0.1
     held_out_every: int = 50
     seed: int = 0
@@ -34,7 +34,7 @@ class TrainerConfig:
 
 @dataclass
 class StepRecord:
-    """What one training step showed. `held_out_bits_per_byte` is measured at some steps only."""
+    """Measurements of one training step. `held_out_bits_per_byte` is measured at some steps only."""
 
     step: int
     bits_per_byte: float
@@ -62,8 +62,8 @@ def split_text(text: Tensor, held_out_share: float = 0.1) -> tuple[Tensor, Tenso
 class Trainer:
     """Trains `model` on `text` (uint8 [n]).
 
-    All state, the random generator's included, goes through state_dict(), so that a resumed run equals an
-    uninterrupted one bit by bit on the same machine.
+    state_dict() has all state, the random generator's included: on the same machine a resumed run equals an
+    uninterrupted one bit by bit.
     """
 
     def __init__(self, model: ByteDecoder, text: Tensor, config: TrainerConfig) -> None:
@@ -123,7 +123,7 @@ class Trainer:
         return record
 
     def _batch(self) -> tuple[Tensor, Tensor]:
-        """Windows of the text, int64 [B, context_length], and the bytes that follow each of theirs."""
+        """Windows of the text, int64 [B, context_length], and the same windows one byte later."""
         length = self.model.config.context_length
         starts = torch.randint(self.train_text.numel() - length, (self.config.batch_size,), generator=self.generator)
         windows = self.train_text[starts[:, None] + torch.arange(length + 1)].long().to(self.device)

@@ -7,7 +7,7 @@
 #include <array>
 #include <string>
 
-#include "zexpert/biased_topk_backward.h"
+#include "zexpert/biased_topk.h"
 #include "zexpert/error.h"
 #include "zexpert/grouped_mlp.h"
 #include "zexpert/moe_finalize.h"
@@ -31,7 +31,9 @@ std::string error_of(void (*op)(const Params&), const Params& params) {
 }
 
 TEST(CheckParams, NothingToDoNeedsNoArrays) {
-  EXPECT_EQ(error_of(&biased_topk_backward_cpu, {}), "");
+  BiasedTopKBackwardParams routing;
+  routing.spec = routing.spec.for_width(2);
+  EXPECT_EQ(error_of(&biased_topk_backward_cpu, routing), "");
   EXPECT_EQ(error_of(&moe_finalize_cpu, {}), "");
   EXPECT_EQ(error_of(&moe_finalize_backward_cpu, {}), "");
   EXPECT_EQ(error_of(&moe_permute_cpu, {}), "");
@@ -63,6 +65,9 @@ TEST(CheckParams, BiasedTopKBackward) {
   using P = BiasedTopKBackwardParams;
   P params;
   params.spec.num_constant_experts = 1;
+  EXPECT_EQ(error_of(&biased_topk_backward_cpu, params),
+            "spec must be resolved by RoutingSpec::for_width, got an open count of experts");
+  params.spec = params.spec.for_width(2);
   expect_checks(&biased_topk_backward_cpu, params, std::array{SIZE(P, num_tokens)}, "grad_topk_weights");
   const float value = 0.0F;
   float grad_logit = -7.0F;

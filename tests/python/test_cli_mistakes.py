@@ -285,6 +285,7 @@ def test_a_prompt_may_hold_any_bytes(checkpoint: Path) -> None:
         (("bench", "--tokens", "9999999999999"), "out of memory: try fewer tokens or a smaller model"),
         (("plan", "--gpus", "9" * 20), "--gpus must be below 2^63"),
         (("plan", "--network", "inf"), "--network must be finite, got inf"),
+        (("bench", "routing", "--plot", "/proc/a.png"), "cannot write to /proc: No such file or directory"),
         (("profile", "gone"), "profile accepts checkpoints of zexpert demo and folders with a LongCat-Flash"),
     ],
 )
@@ -343,6 +344,16 @@ def test_a_bug_is_told_from_a_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "this is a bug in zexpert: KeyError: 'gone' (ZEXPERT_TRACEBACK=1 prints where)" in result.stderr
     monkeypatch.setenv("ZEXPERT_TRACEBACK", "1")
     assert isinstance(run("bench").exception, KeyError)
+
+
+@pytest.mark.parametrize("arguments", [["info", "--json"], ["doctor"], ["--help"]], ids=" ".join)
+def test_output_that_cannot_be_written(arguments: list[str]) -> None:
+    with open("/dev/full", "wb") as full:
+        command = [sys.executable, "-m", "zexpert_tools", *arguments]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, env=ENVIRONMENT, timeout=300)
+    assert done.returncode in (1, 2)
+    assert done.stderr.decode().count("\n") == 1
+    assert "No space left on device" in done.stderr.decode()
 
 
 def test_threads_sleep_while_they_wait() -> None:

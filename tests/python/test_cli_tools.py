@@ -110,7 +110,7 @@ def test_version_and_short_help() -> None:
 def test_doctor_names_variables_that_change_what_runs() -> None:
     result = zexpert("doctor", ZEXPERT_ROUTING_SIMULATION="round_robin", ZEXPERT_CPU_CAPABILITY="foo")
     assert result.returncode == 0, result.stdout
-    assert "ZEXPERT_ROUTING_SIMULATION=round_robin puts a simulation in the place of every router" in result.stdout
+    assert "ZEXPERT_ROUTING_SIMULATION=round_robin replaces every router by a simulation" in result.stdout
     assert "ZEXPERT_CPU_CAPABILITY=foo is ignored" in result.stdout
     assert "the layer on the CPU gives the right result" in result.stdout
 
@@ -138,10 +138,9 @@ def test_doctor_tells_of_another_package_of_this_name(copy_of_the_package: Path,
     environment = {**ENVIRONMENT, "PYTHONPATH": f"{path}{copy_of_the_package}"}
     result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder, timeout=300)
     assert result.returncode == 1
-    assert (
-        f"PROBLEM here Python imports zexpert from {other}; this command is of {copy_of_the_package}" in result.stdout
-    )
-    remedy = f"take {other.parent} out of PYTHONPATH" if by == "PYTHONPATH" else "start Python in another folder"
+    problem = f"PROBLEM here Python imports zexpert from {other}; this command belongs to {copy_of_the_package}"
+    assert problem in result.stdout
+    remedy = f"remove {other.parent} from PYTHONPATH" if by == "PYTHONPATH" else "start Python in another folder"
     assert f"-> {remedy}" in result.stdout
 
 
@@ -158,7 +157,12 @@ def test_doctor_tells_of_another_package_of_this_name(copy_of_the_package: Path,
             f"{PACKAGE} comes before the zexpert that is installed, /venv/zexpert",
         ),
         (Path("/venv/zexpert"), Path("/venv/zexpert"), "note", "here Python imports zexpert from /venv/zexpert; this "),
-        (Path("/x/zexpert.py"), PACKAGE, "problem", "here Python imports zexpert from /x/zexpert.py; this command is "),
+        (
+            Path("/x/zexpert.py"),
+            PACKAGE,
+            "problem",
+            "here Python imports zexpert from /x/zexpert.py; this command belongs ",
+        ),
     ],
 )
 def test_which_of_several_packages_is_meant(
@@ -236,22 +240,22 @@ def steps(**others: Any) -> dict[str, Any]:
             {"zexpert": {"cuda_library": "not built", "cuda_archs": []}},
             ["/dev/nvidia0"],
             "problem",
-            "there is a GPU, and zexpert's CUDA library is not built",
+            "there is a GPU, but zexpert's CUDA library is not built",
         ),
         (
             {"torch": {"version": "2.13.0+cpu", "cuda": None}},
             ["/dev/nvidia0"],
             "problem",
-            "this machine has an NVIDIA GPU, and PyTorch 2.13.0+cpu has no CUDA",
+            "this machine has an NVIDIA GPU, but PyTorch 2.13.0+cpu has no CUDA",
         ),
-        ({"torch": {"version": "2.13.0+cpu", "cuda": None}}, [], "ok", "no GPU to serve: PyTorch has no CUDA"),
+        ({"torch": {"version": "2.13.0+cpu", "cuda": None}}, [], "ok", "PyTorch has no CUDA, and there is no GPU"),
         (
             {"gpus": {"gpus": [], "reason": "the driver is too old"}},
             ["/dev/nvidia0"],
             "problem",
-            "PyTorch has CUDA and no GPU to use: the driver is too old",
+            "PyTorch has CUDA but cannot use a GPU: the driver is too old",
         ),
-        ({"gpus": {"gpus": []}}, [], "note", "PyTorch has CUDA and no GPU to use: it sees no GPU"),
+        ({"gpus": {"gpus": []}}, [], "note", "PyTorch has CUDA but cannot use a GPU: it sees no GPU"),
         (
             {"cuda:0": {"error": "RuntimeError: CUDA error: out of memory"}},
             ["/dev/nvidia0"],
@@ -280,8 +284,8 @@ def test_doctor_tells_of_a_build_without_the_experts_for_hopper(
     right, note = doctor.check_cuda(told)
     assert (right.level, note.level) == ("ok", "note")
     assert note.what == (
-        f"zexpert was built for {archs[0]}, without its experts for cuda:0, NVIDIA H200, compute capability 9.0, "
-        "which need 9.0a"
+        f"zexpert was built for {archs[0]}; its kernels for the experts on cuda:0, NVIDIA H200, compute capability 9.0 "
+        "need 9.0a"
     )
     assert "TORCH_CUDA_ARCH_LIST=9.0a " in note.remedy
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from model_cases import BLOCKS, make_blocks
 from test_integrations_transformers import TOKENS, longcat, other_moe
 from testing import assert_equal
 from zexpert import FusedMoE
@@ -103,7 +105,7 @@ def test_adapters_of_freed_rows() -> None:
     patch(wrapped)
 
 
-def test_saved_adapters_load_into_either(tmp_path: Any) -> None:
+def test_saved_adapters_load_into_either(tmp_path: Path) -> None:
     trained = patch_first(TARGETS["experts"])
     trained.save_pretrained(tmp_path)
     plain = peft.PeftModel.from_pretrained(longcat(), tmp_path)
@@ -137,6 +139,34 @@ def test_lora_on_a_fused_moe() -> None:
     assert all(gradient is not None and bool(gradient.any()) for gradient in gradients.values())
     assert not torch.allclose(out, model(*inputs))
     torch.testing.assert_close(adapted.merge_and_unload()(*inputs), out, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_lora_on_the_experts_of_a_block(name: str, tmp_path: Path) -> None:
+    """Adapters are saved and loaded, the checkpoint's names and the selection bias are there as without."""
+
+    def model() -> nn.ModuleDict:
+        return nn.ModuleDict({"mlp": make_blocks(name)[1]})
+
+    targets = {"target_parameters": ["mlp.experts.w13_weight", "mlp.experts.w2_weight"], "target_modules": []}
+    adapted = with_lora(model(), targets)
+    block = adapted.base_model.model["mlp"]
+    x = torch.randn(9, 16, dtype=torch.float64)
+    before = make_blocks(name)[1].checkpoint_state_dict()
+    (expected,) = block(x)[:1] if name == "moe++" else (block(x),)
+    expected.sum().backward()
+    assert all(bool(p.grad.any()) for p in adapted.parameters() if p.requires_grad)
+    for key, tensor in before.items():
+        assert_equal(block.checkpoint_state_dict()[key], tensor, key)
+    block.load_state_dict(before, strict=False)
+    if hasattr(type(block), "e_score_correction_bias"):
+        assert_equal(block.e_score_correction_bias, make_blocks(name)[1].e_score_correction_bias)
+
+    adapted.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(model(), tmp_path)
+    for one in (block, again.base_model.model["mlp"], adapted.merge_and_unload()["mlp"]):
+        out = one(x)[0] if name == "moe++" else one(x)
+        torch.testing.assert_close(out, expected)
 
 
 def test_lora_beside_the_experts_implementation() -> None:

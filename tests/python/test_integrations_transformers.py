@@ -434,6 +434,15 @@ def test_zexpert_alone_does_not_import_transformers() -> None:
     assert done.stdout.strip() == "False"
 
 
+def test_the_integration_is_imported_at_its_first_use() -> None:
+    code = (
+        "import sys, zexpert; before = 'transformers' in sys.modules; zexpert.integrations.transformers.patch; "
+        "print(before, 'transformers' in sys.modules, hasattr(zexpert.integrations, 'tensorflow'))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False True False"
+
+
 def test_a_missing_transformers_is_told() -> None:
     code = "import sys; sys.modules['transformers'] = None; import zexpert.integrations.transformers"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

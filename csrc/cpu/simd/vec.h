@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Vec<float> and Vec<double>: one register's worth of numbers. Compiled once per instruction set by for_each_isa.h,
-// which is why it has no include guard and includes nothing.
+// Vec<float> and Vec<double>: the numbers of one register. Compiled once per instruction set by for_each_isa.h, so it
+// has no include guard and includes nothing.
 //
 // A comparison gives a Mask, one bit a lane, lane 0 lowest. A comparison with NaN is false.
 
@@ -350,7 +350,7 @@ ZEXPERT_INLINE Vec<T> silu(Vec<T> x) {
   return x / (Vec<T>::broadcast(T(1)) + exp(Vec<T>::zero() - x));
 }
 
-/// x, rounded where it stands: compilers may otherwise fuse a product into the sum that takes it.
+/// x, rounded here: without this, compilers may fuse a product into the sum that uses it.
 template <typename T>
 ZEXPERT_INLINE Vec<T> unfused(Vec<T> x) {
 #if defined(__x86_64__)

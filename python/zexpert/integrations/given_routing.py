@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Experts of a routing that another library made."""
+"""Experts for a routing that another library computed."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from zexpert.runner.moe_runner_base import MoERunnerBase
 
 
 class GivenRoutingRunner(MoERunnerBase):
-    """The runner's path from the plan on."""
+    """A runner that starts at the plan."""
 
     def run(
         self, hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor, w13_weight: Tensor, w2_weight: Tensor
     ) -> Tensor:
-        """[T, H], the weighted sum of each token's experts, leaving out slots with id -1.
+        """[T, H], the weighted sum of each token's experts. Slots with id -1 are skipped.
 
         Args:
             hidden_states: [T, H], of the weights' dtype.

@@ -170,7 +170,7 @@ class PatchedRouter(LongcatFlashTopkRouter):  # type: ignore[misc]
 
 
 class PatchedExperts(LongcatFlashExperts):  # type: ignore[misc]
-    """transformers' experts, whose weights the layer's runner gets inside of this call: there PEFT has added its
+    """transformers' experts, run by the layer's runner. The weights are read inside this call, where PEFT has added its
     adapters, FSDP has gathered the weights and accelerate has loaded them."""
 
     def forward(self, hidden_states: Tensor, run: Callable[..., Tensor]) -> Tensor:

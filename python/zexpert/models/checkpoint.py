@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +14,6 @@ from zexpert.models.expert_tensors import ExpertLoader, ExpertTensor, module_lis
 from zexpert.runner.placement import EXPERT_WEIGHTS
 
 Block = TypeVar("Block", bound="CheckpointBlock")
-
-#: The expert tensors of transformers' checkpoints, and a block's names for them.
-STACKED_EXPERTS = {"experts.gate_up_proj": "experts.w13_weight", "experts.down_proj": "experts.w2_weight"}
 
 
 class CheckpointBlock(nn.Module):
@@ -29,9 +26,6 @@ class CheckpointBlock(nn.Module):
     The names are changed inside load_state_dict, so a whole model that contains such blocks loads a whole checkpoint.
     """
 
-    if TYPE_CHECKING:  # at run time torch.jit.script would read the annotation
-        experts: FusedMoE
-
     def __init__(self) -> None:
         super().__init__()
         self.load_prefix = ""  # the prefix of the block's names in the state dict that is being loaded
@@ -42,16 +36,20 @@ class CheckpointBlock(nn.Module):
     def checkpoint_names(self) -> dict[str, str]:
         """Maps the checkpoint's names to this block's where they differ. A name that ends in "." stands for all names
         that start with it."""
-        return dict(STACKED_EXPERTS)
+        experts, _ = experts_of(self)
+        return {
+            "experts.gate_up_proj": f"{experts}.w13_weight",  # transformers' tensors of all experts
+            "experts.down_proj": f"{experts}.w2_weight",
+        }
 
     def expert_tensors(self) -> dict[str, ExpertTensor]:
         """The entries of a checkpoint that has a module list of experts, by name."""
-        return module_list(self.experts, "experts.{}.", gate_proj=True)
+        return module_list(experts_of(self)[1], "experts.{}.", gate_proj=True)
 
     def rename_checkpoint(self, state_dict: dict[str, Any], prefix: str) -> None:
         """Gives the entries of a checkpoint under `prefix` this block's names, in place. Entries with the block's own
         names stay, and so do those of expert_tensors. Raises RuntimeError for a tensor that does not fit."""
-        trim_stacked_experts(state_dict, prefix, self.experts)
+        trim_stacked_experts(state_dict, prefix, experts_of(self)[1])
         rename(state_dict, prefix, self.checkpoint_names())
 
     def checkpoint_state_dict(self) -> dict[str, Tensor]:
@@ -60,8 +58,9 @@ class CheckpointBlock(nn.Module):
         With an expert_parallel_group or a tensor_parallel_group, all of its ranks must call this; each gets everything.
         """
         weights: dict[str, Tensor] = dict(self.state_dict())
-        for name in EXPERT_WEIGHTS:
-            weights[f"experts.{name}"] = self.experts.placement.whole(name, self.experts.get_parameter(name).detach())
+        name, experts = experts_of(self)
+        for weight in EXPERT_WEIGHTS:
+            weights[f"{name}.{weight}"] = experts.placement.whole(weight, experts.get_parameter(weight).detach())
         rename(weights, "", {ours: theirs for theirs, ours in self.checkpoint_names().items()})
         return weights
 
@@ -105,7 +104,7 @@ class CheckpointBlock(nn.Module):
 
 
 class SelectionBiasBlock(CheckpointBlock):
-    """A CheckpointBlock whose router has a selection bias, float32 and 0 at first."""
+    """A CheckpointBlock with a selection bias, float32 and 0 at first."""
 
     __jit_unused_properties__ = ["e_score_correction_bias"]  # noqa: RUF012
     __jit_ignored_attributes__ = ["config", "e_score_correction_bias"]  # noqa: RUF012
@@ -113,14 +112,22 @@ class SelectionBiasBlock(CheckpointBlock):
     @property
     def e_score_correction_bias(self) -> Tensor:
         """[N], the selection bias: the tensor that routing reads and a controller updates."""
-        bias = self.experts.e_score_correction_bias
-        assert bias is not None
+        # A copy that PEFT trains (modules_to_save) answers for itself; PEFT's LoRA does not.
+        bias = getattr(self.experts, "e_score_correction_bias", None)
+        if bias is None:
+            bias = experts_of(self)[1].e_score_correction_bias
+        assert isinstance(bias, Tensor)
         return bias
 
     def reset_parameters(self) -> None:
         """Sets the selection bias to 0. The submodules' reset_parameters draw the weights."""
         with torch.no_grad():
             self.e_score_correction_bias.zero_()
+
+
+def experts_of(block: nn.Module) -> tuple[str, FusedMoE]:
+    """The block's FusedMoE and its name: "experts", or longer if PEFT has wrapped it."""
+    return next((name, module) for name, module in block.named_modules() if isinstance(module, FusedMoE))
 
 
 def checkpoint_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -150,8 +157,9 @@ def load_checkpoint_names(
     loader.take(module.expert_tensors(), state_dict, prefix)
     check_shapes_of_state_dict(module, state_dict, prefix, shown=lambda key: checkpoint_name(module, key))
     assign = bool(local_metadata.get("assign_to_params_buffers", False))
-    for name, weight in loader.fill(module.experts, assign).items():
-        key = f"{prefix}experts.{name}"
+    experts_name, experts = experts_of(module)
+    for name, weight in loader.fill(experts, assign).items():
+        key = f"{prefix}{experts_name}.{name}"
         if name in loader.complete or key in state_dict:
             state_dict[key] = weight
 
@@ -194,7 +202,7 @@ def trim_stacked_experts(state_dict: dict[str, Any], prefix: str, experts: Fused
     Raises:
         RuntimeError: if a tensor has another shape.
     """
-    # A rank of several may hold only a part of these: FusedMoE takes it out of the whole.
+    # With groups a rank holds a part of these. FusedMoE selects it from the whole.
     num_real_experts = experts.num_experts
     hidden_size, intermediate_size = experts.hidden_size, experts.intermediate_size
     first_sizes = sorted({num_real_experts, experts.router.num_experts or num_real_experts})

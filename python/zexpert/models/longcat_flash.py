@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from zexpert.layer import FusedMoE
-from zexpert.models.checkpoint import SelectionBiasBlock
+from zexpert.models.checkpoint import SelectionBiasBlock, experts_of
 from zexpert.models.config import LayerOptions, config_value, require_config, require_silu
 from zexpert.models.float32_linear import Float32Linear
 
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LongcatFlashConfig:
-    """Sizes of one LongcatFlashMoE; names and defaults are those of the published configuration.
+    """Sizes of one LongcatFlashMoE. Names and defaults are those of the published configuration.
 
     Attributes:
         hidden_size: H.
         expert_ffn_hidden_size: F, of one expert.
         n_routed_experts: R, real experts.
         zero_expert_num: zero experts; 0 for none.
-        zero_expert_type: what they do, "identity" in all published models.
+        zero_expert_type: their kind, "identity" in all published models.
         moe_topk: K, experts per token, zero experts included.
         routed_scaling_factor: factor on every weight.
         norm_topk_prob: divide a token's weights by their sum.
@@ -50,7 +50,7 @@ class LongcatFlashConfig:
         """From transformers' LongcatFlashConfig, or a config.json as a mapping.
 
         Raises:
-            ValueError: if an entry is missing, or asks for what the block does not have.
+            ValueError: if an entry is missing, or the block does not support its value.
         """
         require_silu(config)
         if config_value(config, "router_bias", False):
@@ -68,9 +68,9 @@ class LongcatFlashConfig:
 
 
 class LongcatFlashRouter(nn.Module):
-    """The classifier: logits in float32 whatever the dtype of hidden_states (float64 for float64).
+    """The classifier. Logits are float32 for any dtype of hidden_states (float64 for float64).
 
-    The selection bias, "router.e_score_correction_bias" in checkpoints, belongs to the experts layer's router.
+    The selection bias, "router.e_score_correction_bias" in checkpoints, is in the router of the FusedMoE.
     """
 
     def __init__(self, hidden_size: int, num_experts: int, device: torch.device | str | None = None) -> None:
@@ -97,7 +97,7 @@ class LongcatFlashMoE(SelectionBiasBlock):
         experts.gate_up_proj [R or N, 2F, H] and experts.down_proj [R or N, H, F], or
         experts.{i}.gate_proj.weight, experts.{i}.up_proj.weight and experts.{i}.down_proj.weight
 
-    So a whole model whose `mlp` modules are this block loads a whole Hugging Face state dict.
+    So a whole model with this block as its `mlp` modules loads a whole Hugging Face state dict.
 
     Args:
         config: the sizes.
@@ -135,8 +135,8 @@ class LongcatFlashMoE(SelectionBiasBlock):
         return out
 
     def checkpoint_names(self) -> dict[str, str]:
-        names = super().checkpoint_names()
-        return {"router.e_score_correction_bias": "experts.runner.router.e_score_correction_bias", **names}
+        bias = f"{experts_of(self)[0]}.runner.router.e_score_correction_bias"
+        return {"router.e_score_correction_bias": bias, **super().checkpoint_names()}
 
     def checkpoint_state_dict(self) -> dict[str, Tensor]:
         """See CheckpointBlock. The layout is that of transformers' LongcatFlashMoE: experts.gate_up_proj has N expert

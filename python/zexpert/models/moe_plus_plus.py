@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from zexpert.layer import FusedMoE
-from zexpert.models.checkpoint import CheckpointBlock, rename
+from zexpert.models.checkpoint import CheckpointBlock, experts_of, rename
 from zexpert.models.config import LayerOptions, config_value, require_config, require_silu
 from zexpert.models.expert_tensors import ExpertTensor, module_list
 from zexpert.models.float32_linear import Float32Linear
@@ -59,11 +59,11 @@ class MoEPlusPlusConfig:
 
     @staticmethod
     def from_hf(config: object) -> "MoEPlusPlusConfig":
-        """From the configuration in the published code, or its config.json as a mapping. That code fixes two constant
-        experts, one copy and one zero expert, and two experts per token.
+        """From the configuration in the published code, or its config.json as a mapping. That code always has two
+        constant experts, one copy expert, one zero expert, and two experts per token.
 
         Raises:
-            ValueError: if an entry is missing, or asks for what the block does not have.
+            ValueError: if an entry is missing, or the block does not support its value.
         """
         require_silu(config)
         num_experts = config_value(config, "num_experts")[0]
@@ -84,7 +84,7 @@ class MoEPlusPlusConfig:
 class MoEPlusPlusGate(nn.Module):
     """Logits in float32 (float64 for float64 hidden_states): G(x) = wg(x) + gate_map(G of the previous layer).
 
-    Columns are ordered as FusedMoE's, [FFN | copy | constant | zero].
+    The columns are in FusedMoE's order, [FFN | copy | constant | zero].
     """
 
     def __init__(self, config: MoEPlusPlusConfig, device: torch.device | str | None = None) -> None:
@@ -104,7 +104,7 @@ class MoEPlusPlusGate(nn.Module):
             self.gate_map = Float32Linear(num_experts, num_experts, device)
 
     def forward(self, hidden_states: Tensor, previous_logits: Tensor | None = None) -> Tensor:
-        """hidden_states [..., H], previous_logits [..., N] or None in the first layer -> logits [..., N]."""
+        """hidden_states [..., H], previous_logits [..., N] or None -> logits [..., N]."""
         logits: Tensor = self.wg(hidden_states)
         if self.gate_map is not None:
             if previous_logits is not None:
@@ -190,7 +190,7 @@ class MoEPlusPlusBlock(CheckpointBlock):
 
     def expert_tensors(self) -> dict[str, ExpertTensor]:
         config, name = self.config, "moe.experts.experts.{}."
-        places = module_list(self.experts, name, gate_proj=False)
+        places = module_list(experts_of(self)[1], name, gate_proj=False)
         for index in range(config.num_constant_experts):
             constant = name.format(config.num_ffn_experts + index)
             places[f"{constant}wg.weight"] = ExpertTensor("constant_gate_weight", index, None, [2, config.hidden_size])
@@ -207,17 +207,18 @@ class MoEPlusPlusBlock(CheckpointBlock):
     def checkpoint_state_dict(self) -> dict[str, Tensor]:
         """See CheckpointBlock. Names and order of experts are the published code's."""
         weights = super().checkpoint_state_dict()
+        experts, _ = experts_of(self)
         order = expert_order(self.config)
         permute_gate(weights, "moe.gate.", [order.index(expert) for expert in range(len(order))])
         published = {name: tensor for name, tensor in weights.items() if name.startswith("moe.gate.")}
         for name, place in self.expert_tensors().items():
-            published[name] = weights[f"experts.{place.weight}"][place.expert]
+            published[name] = weights[f"{experts}.{place.weight}"][place.expert]
         return published
 
 
 def spread(logits: Tensor, otherwise: float) -> Tensor:
-    """[..., 1], the standard deviation of each token's logits [..., N], or `otherwise` for a token whose logits are all
-    the same up to rounding: padding, or any token if the gate is 0."""
+    """[..., 1], the standard deviation of each token's logits [..., N], or `otherwise` if they are all the same up to
+    rounding: for padding, and for every token if the gate is 0."""
     std = logits.std(dim=-1, keepdim=True)
     eps = 2.0**-52 if logits.dtype == torch.float64 else 2.0**-23
     # Below 1e-12 the gradient of a division by it would overflow.
@@ -226,8 +227,8 @@ def spread(logits: Tensor, otherwise: float) -> Tensor:
 
 
 def permute_gate(state_dict: dict[str, Any], prefix: str, order: list[int]) -> None:
-    """Puts the rows of the gate under `prefix`, and the columns too of the residual's matrix, in another order of
-    experts, in place. Raises RuntimeError for another shape."""
+    """Permutes the experts of the gate under `prefix`, in place: the rows of its weights, and the columns of the
+    residual's matrix too. Raises RuntimeError for another shape."""
     for name in ("wg.weight", "wg.2.weight", "gate_map.weight"):
         weight = state_dict.get(prefix + name)
         if weight is None:
@@ -240,7 +241,7 @@ def permute_gate(state_dict: dict[str, Any], prefix: str, order: list[int]) -> N
 
 
 def expert_order(config: MoEPlusPlusConfig) -> list[int]:
-    """For every column of FusedMoE's order, [FFN | copy | constant | zero], the expert of the published order,
+    """Maps each column in FusedMoE's order, [FFN | copy | constant | zero], to the expert in the published order,
     [FFN | constant | copy | zero]."""
     first_copy = config.num_ffn_experts + config.num_constant_experts
     first_zero = first_copy + config.num_copy_experts

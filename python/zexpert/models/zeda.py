@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ZEDA (arXiv 2605.18643): experts with output zero, added to trained models of the Qwen3 and the GLM-4.7 kind."""
+"""ZEDA (arXiv 2605.18643): drop experts for trained models of the Qwen3 and GLM-4.7 families."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zexpert.layer import FusedMoE
-from zexpert.models.checkpoint import CheckpointBlock, SelectionBiasBlock
+from zexpert.models.checkpoint import CheckpointBlock, SelectionBiasBlock, experts_of
 from zexpert.models.config import LayerOptions, config_value, require_config, require_silu
 from zexpert.models.float32_linear import Float32Linear
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ZedaQwen3Config:
-    """Sizes of one ZedaQwen3MoE; names and defaults are those of Qwen3-30B-A3B with ZEDA's 64 zero experts.
+    """Sizes of one ZedaQwen3MoE. Names and defaults are those of Qwen3-30B-A3B with ZEDA's 64 zero experts.
 
     Attributes:
         hidden_size: H.
@@ -39,11 +39,11 @@ class ZedaQwen3Config:
 
     @staticmethod
     def from_hf(config: object) -> "ZedaQwen3Config":
-        """From the configuration of a Qwen3 MoE model, as an object or a mapping; ZEDA's "zce_nums" count the zero
-        experts, and without them there are none.
+        """From the configuration of a Qwen3 MoE model, as an object or a mapping. ZEDA's "zce_nums" count the zero
+        experts; without that entry there are none.
 
         Raises:
-            ValueError: if an entry is missing, or asks for what the block does not have.
+            ValueError: if an entry is missing, or the block does not support its value.
         """
         require_silu(config)
         return ZedaQwen3Config(
@@ -58,7 +58,7 @@ class ZedaQwen3Config:
 
 @dataclass(frozen=True)
 class ZedaGlm4Config:
-    """Sizes of one ZedaGlm4MoE; names and defaults are those of GLM-4.7-Flash with ZEDA's 32 zero experts.
+    """Sizes of one ZedaGlm4MoE. Names and defaults are those of GLM-4.7-Flash with ZEDA's 32 zero experts.
 
     Attributes:
         hidden_size: H.
@@ -67,7 +67,7 @@ class ZedaGlm4Config:
         num_zero_experts: experts with output 0.
         num_experts_per_tok: K.
         n_shared_experts: the shared expert's intermediate size is this times F; 0 for no shared expert.
-        n_group, topk_group: the real experts form n_group groups, of which a token chooses within the topk_group best.
+        n_group, topk_group: a token chooses within the best topk_group of n_group groups of real experts.
         routed_scaling_factor: factor on every weight.
         norm_topk_prob: divide a token's weights by their sum, zero experts' weights included.
     """
@@ -110,12 +110,12 @@ def count_zero_experts(config: object) -> int:
 
 
 class ZedaQwen3MoE(CheckpointBlock):
-    """Qwen3's MoE block with zero-output experts: softmax over all experts, no bias, the K weights divided by their
-    sum, zero experts' included. Logits are in the experts' dtype, as in the model.
+    """Qwen3's MoE block with drop experts: softmax over all experts, no bias, the K weights divided by their sum, zero
+    experts' included. Logits have the experts' dtype, as in the model.
 
         out = sum over the chosen real experts of p_k / (sum of the K chosen p) * FFN_k(x)
 
-    load_state_dict takes this block's own state dict and, under the same prefix, a checkpoint's names: "gate.weight"
+    load_state_dict accepts this block's own state dict and, under the same prefix, a checkpoint's names: "gate.weight"
     [N, H], and "experts.{i}.gate_proj.weight" ... or "experts.gate_up_proj" and "experts.down_proj".
 
     Args:
@@ -124,7 +124,7 @@ class ZedaQwen3MoE(CheckpointBlock):
         chunk_size, recompute, experts_backend, expert_parallel_group, tensor_parallel_group, device: see FusedMoE.
 
     Raises:
-        ValueError: if config is no ZedaQwen3Config, or a size is out of range.
+        ValueError: if config is not a ZedaQwen3Config, or a size is out of range.
     """
 
     __jit_ignored_attributes__ = ["config"]  # noqa: RUF012
@@ -176,14 +176,14 @@ class GatedMLP(nn.Module):
 
 
 class ZedaGlm4MoE(SelectionBiasBlock):
-    """GLM-4's MoE block with zero-output experts: sigmoid scores, a selection bias, groups, a shared expert.
+    """GLM-4's MoE block with drop experts: sigmoid scores, a selection bias, groups, a shared expert.
 
         out = sum over the chosen real experts of scale * s_k / (sum of the K chosen s) * FFN_k(x) + shared(x)
 
-    The groups are of real experts, and zero experts are always eligible; ZEDA's code lets groups run over both kinds,
-    which is the same for the n_group = 1 of its model.
+    The groups contain real experts; zero experts are always eligible. In ZEDA's code the groups contain both kinds,
+    which is the same for its model's n_group = 1.
 
-    load_state_dict takes this block's own state dict and, under the same prefix, a checkpoint's names: "gate.weight"
+    load_state_dict accepts this block's own state dict and, under the same prefix, a checkpoint's names: "gate.weight"
     [N, H], "gate.e_score_correction_bias" [N], "shared_experts.*", and "experts.{i}.gate_proj.weight" ... or
     "experts.gate_up_proj" and "experts.down_proj".
 
@@ -194,7 +194,7 @@ class ZedaGlm4MoE(SelectionBiasBlock):
         chunk_size, recompute, experts_backend, expert_parallel_group, tensor_parallel_group, device: see FusedMoE.
 
     Raises:
-        ValueError: if config is no ZedaGlm4Config, or a size is out of range.
+        ValueError: if config is not a ZedaGlm4Config, or a size is out of range.
     """
 
     def __init__(self, config: ZedaGlm4Config, **options: "Unpack[LayerOptions]") -> None:
@@ -232,18 +232,19 @@ class ZedaGlm4MoE(SelectionBiasBlock):
         return out
 
     def checkpoint_names(self) -> dict[str, str]:
+        experts, _ = experts_of(self)
         names = super().checkpoint_names()
-        names["gate.e_score_correction_bias"] = "experts.runner.router.e_score_correction_bias"
+        names["gate.e_score_correction_bias"] = f"{experts}.runner.router.e_score_correction_bias"
         if self.config.n_shared_experts > 0:
-            names["shared_experts."] = "experts.runner.shared_experts."
+            names["shared_experts."] = f"{experts}.runner.shared_experts."
         return names
 
 
 def extend_router(parameter: Tensor, num_zero_experts: int, generator: torch.Generator | None = None) -> Tensor:
-    """The router of a trained model with rows for zero experts, ready to be adapted: ZEDA's injection.
+    """Adds rows for zero experts to the router of a trained model, as ZEDA does.
 
-    New rows are drawn from a normal distribution with the mean and the standard deviation of the trained rows, entry by
-    entry, so that zero experts start as likely as any other.
+    Each entry of a new row is drawn from a normal distribution with the mean and the standard deviation of that entry
+    in the trained rows, so zero experts start as likely as any other.
 
     Args:
         parameter: [R, H] gate weight, or [R] selection bias; R at least 2.
@@ -251,7 +252,7 @@ def extend_router(parameter: Tensor, num_zero_experts: int, generator: torch.Gen
         generator: for the draw, on the device of `parameter`.
 
     Returns:
-        [R + num_zero_experts, H] or [R + num_zero_experts], a new tensor whose first R rows are `parameter`'s.
+        [R + num_zero_experts, H] or [R + num_zero_experts], a new tensor. Its first R rows are `parameter`'s.
 
     Raises:
         ValueError: if there are fewer than two trained rows, or num_zero_experts is negative.

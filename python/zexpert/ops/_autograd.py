@@ -19,7 +19,7 @@ Context = Any
 def refuse_tangents(op: str, arguments: Iterable[object]) -> None:
     """Raises RuntimeError if an argument is a dual tensor of forward-mode differentiation: the op would drop the
     tangent, which then counts as 0."""
-    if forward_ad._current_level < 0:  # forward mode is off
+    if forward_ad._current_level < 0:  # not in forward mode
         return
     for argument in arguments:
         if isinstance(argument, Tensor) and argument.is_floating_point():
@@ -37,7 +37,8 @@ class AutogradLibrary(torch.library.Library):
         assert dispatch_key == "Autograd", dispatch_key
 
         def kernel(keyset: torch.DispatchKeySet, *args: Any, **kwargs: Any) -> Any:
-            refuse_tangents(op_name, (*args, *kwargs.values()))
+            if forward_ad._current_level >= 0:
+                refuse_tangents(op_name, (*args, *kwargs.values()))
             return fn(keyset, *args, **kwargs)
 
         return super().impl(op_name, kernel, dispatch_key, *arguments, **keywords)  # type: ignore[no-untyped-call]

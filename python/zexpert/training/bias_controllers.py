@@ -122,7 +122,7 @@ class BiasController:
             self.check_layer(bias, load, stats.top_k)
         if not any(stats.training for _, _, stats in layers):
             warnings.warn(
-                "the model is in eval mode, whose forwards no update counts: call model.train() for training steps",
+                "the model is in eval mode, and only forwards in training mode count: call model.train() for training",
                 stacklevel=3,  # past torch.no_grad's wrapper
             )
         device = layers[0][0].device

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `zexpert bench` and the scripts of benchmarks/ measure with: timing in turns, outputs checked, floors."""
+"""The harness of `zexpert bench` and of benchmarks/: timing in turns, checked outputs, floors."""

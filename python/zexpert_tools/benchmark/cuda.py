@@ -13,7 +13,7 @@ import torch
 from zexpert_tools.benchmark.timing import Timing
 
 WARMUP_SECONDS = 0.1
-"""A GPU that was idle, as it is while a contender is being compiled, takes a while to reach its clock rate."""
+"""A GPU that was idle needs a while to reach its clock rate."""
 
 
 def require_gpu(parser: argparse.ArgumentParser) -> None:
@@ -66,7 +66,7 @@ def copy_bandwidth(num_values: int = 1 << 29) -> float:
 
 
 def stream_seconds(calls: Sequence[Callable[[], object]], repeats: int) -> Timing:
-    """Seconds per call, launched one by one as a program would, each behind the one before."""
+    """Seconds per call, launched one by one, as a program does."""
     for call in calls:
         call()
     seconds = []

@@ -2,7 +2,7 @@
 """Side-by-side timing in one run: interleaved contenders, rotated inputs, checked outputs, floors and JSON.
 
 What keeps a comparison honest is here, not in each benchmark:
-- contenders take turns, repetition by repetition, so a slow moment of the machine falls on all of them;
+- contenders run in turns, repetition by repetition: a slow moment of the machine affects all of them;
 - every call gets the next input of a rotation that is larger than the last-level cache where that is possible;
 - the floor is what the machine reached in the same run, from a cache if the rotation fits into one;
 - medians and quartiles are reported, after a warm-up;
@@ -76,8 +76,7 @@ def measure(
 ) -> dict[str, Timing]:
     """Times the contenders in turns. Each is called with the index of the next input, in [0, num_inputs).
 
-    The order within a repetition rotates, so that nobody always follows the same neighbour. Each contender runs
-    `warmup` repetitions untimed.
+    The order rotates from repetition to repetition. Each contender runs `warmup` repetitions untimed.
     """
     if repeats < 1:
         raise ValueError(f"repeats must be at least 1, got {repeats}")
@@ -124,7 +123,7 @@ def on_inputs(run: Callable[[Input], object], inputs: Sequence[Input]) -> Callab
 
 
 def inputs_to_rotate(device: torch.device, bytes_per_input: int, num_contenders: int) -> int:
-    """How many inputs exceed the device's last cache together."""
+    """How many inputs together exceed the device's last cache."""
     if device.type != "cuda":
         return rotation_length(bytes_per_input, num_contenders)
     cache = torch.cuda.get_device_properties(device).L2_cache_size
@@ -151,14 +150,14 @@ class Target:
     at_least: float
 
     def verdict(self, speedup: float, ceiling: float) -> str:
-        """`ceiling` is the speed-up that the floor itself would have."""
+        """`ceiling` is the speed-up of the floor."""
         met = "met" if speedup >= self.at_least else "missed"
         return f"{met} (>= {self.at_least:g}x {self.over}; the floor is {ceiling:.2f}x)"
 
 
 @dataclass
 class CaseResult:
-    """One line group of a report: the contenders on one case."""
+    """The contenders on one case."""
 
     case: str
     subject: str
@@ -170,7 +169,7 @@ class CaseResult:
 
     @property
     def floor_is_beaten(self) -> bool:
-        """Whether the floor is none: a contender was faster than it."""
+        """Whether a contender was faster than the floor, which is then wrong."""
         return min(timing.median for timing in self.timings.values()) < self.floor
 
     def speedup(self, over: str) -> float:
@@ -218,7 +217,7 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def print_case(result: CaseResult) -> None:
-    """The case's timings, then the floor, the checks that failed and the target."""
+    """Prints the floor, the timings, the checks and the target."""
     rows = []
     for name, timing in result.timings.items():
         check = result.checks.get(name)
@@ -238,9 +237,7 @@ def print_case(result: CaseResult) -> None:
         ceiling = result.timings[result.target.over].median / result.floor
         print(f"target {result.target.verdict(result.speedup(result.target.over), ceiling)}")
     if result.other_load > MOST_OTHER_LOAD:
-        print(
-            f"others used {100 * result.other_load:.0f}% of the processors meanwhile: measure again on a quiet machine"
-        )
+        print(f"others used {100 * result.other_load:.0f}% of the processors: measure again on a quiet machine")
 
 
 def finish(benchmark: str, settings: Mapping[str, Any], results: Sequence[CaseResult], json_path: Path | None) -> int:

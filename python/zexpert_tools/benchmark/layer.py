@@ -198,7 +198,7 @@ def transformers_has(routing: RoutingCase) -> bool:
 
 @dataclass(kw_only=True)
 class LayerResult(harness.CaseResult):
-    """A case, with what the roofline needs."""
+    """A case with the figures of the roofline."""
 
     name: str
     num_tokens: int
@@ -211,7 +211,7 @@ class LayerResult(harness.CaseResult):
 
     @classmethod
     def from_json(cls, result: Mapping[str, Any]) -> LayerResult:
-        """What as_json wrote, but for the target."""
+        """The inverse of as_json, without the target."""
         return cls(
             case=result["case"],
             subject=result["subject"],
@@ -242,10 +242,10 @@ def run_case(
     """Times the contenders from hidden states, or from router logits without `router_projection`, to the output; with
     `training`, on to the gradients of hidden states and experts.
 
-    Calls rotate over `weights`, whose dtype and device are those of the case. The floor is the larger of the products
-    at the rate of a large matrix product and the bytes of the weights used at the rate of the memory; a training step
-    has three times the products, and reads the weights twice and writes their gradients. `peers` make further
-    contenders, called as PlainLayer is.
+    Calls rotate over `weights`; the case has their dtype and device. The floor is the larger of two times:
+    of the products at the rate of a large matrix product, and of the weights used at the rate of the memory. A training
+    step has three times the products, reads the weights twice and writes their gradients. `peers` make further
+    contenders; they are called like PlainLayer.
     """
     with torch.inference_mode(not training):
         return run_contenders(
@@ -265,7 +265,7 @@ def run_contenders(
     target: harness.Target | None,
     say: Callable[[str], object],
 ) -> LayerResult:
-    """run_case, in the mode that suits it."""
+    """run_case, inside inference mode or outside."""
     dtype, device = weights[0].w2.dtype, weights[0].w2.device
     generator = torch.Generator(device).manual_seed(num_tokens)
     count = len(weights) ** 2 if device.type == "cpu" else (8 if num_tokens <= 64 else 2)
@@ -287,7 +287,7 @@ def run_contenders(
     elif dtype == torch.bfloat16:
         in_turns["torch grouped_mm"] = contender(GroupedMMLayer)
     in_turns |= {name: contender(make) for name, make in peers.items()}
-    apart: dict[str, Callable[[int], Tensor]] = {}  # what waits for the host is in no CUDA graph
+    apart: dict[str, Callable[[int], Tensor]] = {}  # those that wait for the host cannot be captured into a CUDA graph
     if router_projection and transformers_has(shape.routing):
         try:
             (apart if graphs else in_turns)["transformers"] = contender(transformers_layer, has_router=True)

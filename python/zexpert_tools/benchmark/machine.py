@@ -75,9 +75,8 @@ def environment() -> dict[str, Any]:
 class OtherLoad:
     """How much of the benchmark's processors others used while a block ran, between 0 and 1.
 
-    Others are the processes beside the benchmark and the host's other guests (steal). They may use the processors that
-    the benchmark's threads leave idle. Times from a busy machine mean little. 0 where the system does not tell, or the
-    block was too short for its clock of 10 ms.
+    Others are other processes and the host's other guests (steal). They may use the processors that the benchmark's
+    threads leave idle. 0 where the system does not say, or if the block was too short for its clock of 10 ms.
     """
 
     SHORTEST = 0.3  # seconds
@@ -100,7 +99,7 @@ class OtherLoad:
 
     @staticmethod
     def _sample() -> tuple[float, float, float]:
-        """Seconds: on the clock, of processors being busy, of that for this process."""
+        """Seconds: on the clock, of busy processors, of this process on them."""
         times = os.times()
         busy = 0.0
         stat = Path("/proc/stat")

@@ -26,7 +26,7 @@ class Route(Protocol):
 
 
 def routing_arguments(case: RoutingCase) -> dict[str, Any]:
-    """Of zexpert's routing, but for logits and bias."""
+    """The arguments of zexpert's routing, without logits and bias."""
     return {
         "top_k": case.top_k,
         "num_real_experts": case.num_real_experts,
@@ -70,7 +70,7 @@ def with_plan(case: RoutingCase) -> Route:
 
 
 def vllm_route(case: RoutingCase) -> Route:
-    """vLLM's top-k kernel, then what it leaves to do for zero experts."""
+    """vLLM's top-k kernel, then PyTorch for the zero experts."""
     from vllm import _custom_ops
 
     def route(logits: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -93,7 +93,7 @@ def vllm_route(case: RoutingCase) -> Route:
 
 
 def flashinfer_route(case: RoutingCase) -> Route:
-    """FlashInfer's routing for DeepSeek-V3, which knows no zero experts."""
+    """FlashInfer's routing for DeepSeek-V3, without zero experts."""
     from flashinfer.fused_moe import fused_topk_deepseek
 
     def route(logits: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -107,7 +107,7 @@ def flashinfer_route(case: RoutingCase) -> Route:
 
 
 def installed_peers(case: RoutingCase, device: torch.device, say: Callable[[str], object] = print) -> dict[str, Route]:
-    """The engine's kernel that serves the case on a GPU, if it is installed and takes this call."""
+    """The engine's kernel that serves the case on a GPU, if it is installed and accepts this call."""
     if device.type != "cuda":
         return {}
     if case.scoring_func == "softmax":
@@ -151,7 +151,8 @@ def run_case(
     unchecked: Mapping[str, Route] | None = None,
     target: harness.Target | None = None,
 ) -> harness.CaseResult:
-    """Times zexpert, torch operations and `others`, whose results are compared with float64, and `unchecked` ones.
+    """Times zexpert, torch operations and `others`, and compares their results with float64; `unchecked` ones are timed
+    only.
 
     The floor is the time to read the logits; on a GPU, to write the results as well. `bandwidth` is the memory's.
     """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`zexpert bench`: how fast the operators and the layer are here, beside what else is installed."""
+"""`zexpert bench`: times of the operators and the layer on this machine, compared with what else is installed."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from zexpert_tools.cli.terminal import (
     print_table,
     progress,
 )
+from zexpert_tools.files import prepare_folder
 
 
 class Suite(str, Enum):
@@ -42,7 +43,9 @@ class Suite(str, Enum):
 TOKENS = {"cpu": [1, 16, 256], "cuda": [1, 16, 256, 4096, 16384]}
 TRAINING_TOKENS = [256]
 
-#: Of a case whose floor is beaten, with the limits measured anew.
+PICTURE_BYTES = 1 << 20
+
+#: A case is repeated so often, with the limits measured anew, while a contender beats its floor.
 MOST_REPETITIONS = 3
 
 
@@ -56,7 +59,7 @@ def bench(
     ] = Suite.layer,
     model: Annotated[
         str | None,
-        typer.Option(help=f"Whose layer: {', '.join(layer.MODELS)}. Default: small on a CPU, longcat-flash on a GPU."),
+        typer.Option(help=f"Sizes of {', '.join(layer.MODELS)}. Default: small on a CPU, longcat-flash on a GPU."),
     ] = None,
     tokens: Annotated[str | None, typer.Option(help="Numbers of tokens, such as 1,16,256.")] = None,
     dtype: Annotated[
@@ -72,10 +75,10 @@ def bench(
         Path | None, typer.Option(dir_okay=False, help="Also draw a picture into this file: .png, .pdf or .svg.")
     ] = None,
 ) -> None:
-    """Time routing, epilogue, layer or training step here, beside PyTorch and what else is installed.
+    """Time routing, epilogue, layer or training step, and PyTorch and others at the same work.
 
-    Every output is checked against float64. The floor is what the memory and
-    the arithmetic of this machine, measured in the same run, allow at best.
+    Every output is checked against float64. The floor is the least time that
+    this machine's memory and arithmetic, measured in the same run, allow.
     Exit code 1: an output is wrong.
     """
     chosen = choose_device(device)
@@ -96,6 +99,8 @@ def bench(
         raise fail(f"--plot must be in a folder that exists, got {plot}")
     if plot is not None and plot.suffix not in (".png", ".pdf", ".svg"):
         raise fail(f"--plot must end in .png, .pdf or .svg, got {plot}")
+    if plot is not None:
+        prepare_folder(plot.resolve().parent, PICTURE_BYTES)
     if threads is not None:
         torch.set_num_threads(threads)
     if chosen.type == "cuda" and chosen.index is not None:
@@ -132,7 +137,7 @@ def measure(
     repeats: int,
     say: Callable[[str], object],
 ) -> tuple[rates.Limits, list[harness.CaseResult]]:
-    """Limits of the device and one result per number of tokens, under a progress bar. ValueError if memory is short."""
+    """The device's limits and a result per number of tokens. Raises ValueError if the memory is too small."""
     is_layer = suite in (Suite.layer, Suite.training)
     copies = 1
     if is_layer:
@@ -209,7 +214,7 @@ def show(
         print_table(console, f"{result.case}; floor {harness.format_seconds(result.floor)}", table)
         if result.other_load > harness.MOST_OTHER_LOAD:
             share = f"{100 * result.other_load:.0f}%"
-            console.print(f"Others used {share} of the processors meanwhile: measure again on a quiet machine.")
+            console.print(f"Others used {share} of the processors: measure again on a quiet machine.")
     for note in notes:
         console.print(f"{escape(note)}.", highlight=False)
     for line in wrong_outputs(results):

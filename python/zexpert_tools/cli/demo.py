@@ -58,8 +58,8 @@ def run_demo(console: Console, text: Tensor, options: DemoOptions) -> None:
     printed.
 
     Raises:
-        ValueError: a checkpoint cannot be resumed, or must not be replaced; the folder has too little space.
-        OSError: the folder cannot be written.
+        ValueError: a checkpoint cannot be resumed, or must not be replaced; the folder cannot be written.
+        OSError: writing a file failed.
     """
     torch.manual_seed(options.seed)
     trainer = make_trainer(text, options)
@@ -127,7 +127,8 @@ def introduce(console: Console, trainer: Trainer) -> None:
         f"network and {config.zero_expert_num} without, the zero experts.\n"
         "A zero expert returns its input and costs nothing. A controller moves the mean towards "
         f"{trainer.controller.target_ffn_experts:g} feed-forward experts per byte. Which bytes get more, and which "
-        "fewer, the model learns.",
+        "fewer, the model learns.\n"
+        f"Training: {trainer.config.steps - trainer.step} steps; 450 need about two minutes on two cores.",
     )
 
 
@@ -150,13 +151,15 @@ def train(console: Console, trainer: Trainer, stopped: threading.Event) -> None:
     def describe(record: StepRecord) -> str:
         return f"{record.bits_per_byte:.2f} bits/byte, {record.ffn_slots_per_token:.2f} experts/byte"
 
+    first, started = trainer.step, time.perf_counter()
     with progress("training") as bar:
         task = bar.add_task("", total=trainer.config.steps, completed=trainer.step)
         while trainer.step < trainer.config.steps and not stopped.is_set():
             record = trainer.train_step()
             bar.update(task, completed=trainer.step, description=describe(record))
             if not console.is_terminal and trainer.step % 25 == 0:
-                console.print(f"step {trainer.step}: {describe(record)}")
+                left = (time.perf_counter() - started) / (trainer.step - first) * (trainer.config.steps - trainer.step)
+                console.print(f"step {trainer.step}: {describe(record)}, {left:.0f} s left", highlight=False)
 
 
 def show_results(console: Console, trainer: Trainer) -> None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`zexpert doctor`: finds and explains what keeps zexpert from working. Needs nothing but Python, not even zexpert.
 
-What may fail, or crash, happens in a process of its own (PROBE), which tells step by step how far it comes.
+What may crash runs in a process of its own (PROBE), which prints every step that it begins and ends.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ OLDEST_TORCH = (2, 10)
 PROBE = """
 import json, sys
 
-def tell(step, **found):
+def report(step, **found):
     print("PROBE " + json.dumps({"step": step, **found}), flush=True)
 
 def attempt(step, run):
-    tell("begin " + step)
+    report("begin " + step)
     try:
         found = run()
     except BaseException as error:
-        tell(step, error=f"{type(error).__name__}: {error}")
+        report(step, error=f"{type(error).__name__}: {error}")
         return False
-    tell(step, **found)
+    report(step, **found)
     return True
 
 def import_torch():
@@ -68,7 +68,7 @@ def run_layer(device):
     router_logits[:, :8] = -100.0
     difference = (layer(hidden_states, router_logits) - 0.75 * hidden_states).abs().max().item()
     if not difference < 1e-5:
-        raise ValueError(f"a layer whose result is known is off by {difference}")
+        raise ValueError(f"a layer with a known result is off by {difference}")
     return {}
 
 if attempt("torch", import_torch) and attempt("zexpert", import_zexpert):
@@ -78,7 +78,7 @@ if attempt("torch", import_torch) and attempt("zexpert", import_zexpert):
         attempt(f"cuda:{index}", lambda: run_layer(f"cuda:{index}"))
 """
 
-#: Prints the file, or the folder, that `import zexpert` takes; imports nothing.
+#: Prints the file or folder that `import zexpert` would import; imports nothing.
 LOCATE = """
 import importlib.util
 spec = importlib.util.find_spec("zexpert")
@@ -121,11 +121,11 @@ def check_python() -> Finding:
 
 
 def check_environment() -> list[Finding]:
-    """Variables that make zexpert do other than it would."""
+    """Variables that change what zexpert does."""
     findings = []
     if simulation := os.environ.get("ZEXPERT_ROUTING_SIMULATION"):
-        what = f"ZEXPERT_ROUTING_SIMULATION={simulation} puts a simulation in the place of every router"
-        findings.append(Finding("note", what, "unset it for real routing; below it is left out"))
+        what = f"ZEXPERT_ROUTING_SIMULATION={simulation} replaces every router by a simulation"
+        findings.append(Finding("note", what, "unset it for real routing; the doctor's layers run without it"))
     capability = os.environ.get("ZEXPERT_CPU_CAPABILITY", "")
     if capability.lower() not in ("", "default", "avx2", "avx512"):
         what = f"ZEXPERT_CPU_CAPABILITY={capability} is ignored"
@@ -134,7 +134,7 @@ def check_environment() -> list[Finding]:
 
 
 def check_files() -> list[Finding]:
-    """The binaries that an import needs."""
+    """Whether the binaries that an import needs are there."""
     rebuild = "install a wheel, or build in the source tree: pip install -e . --no-build-isolation"
     missing = []
     module = PACKAGE / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
@@ -149,7 +149,7 @@ def check_files() -> list[Finding]:
 
 
 def check_shadows() -> list[Finding]:
-    """Whether another zexpert stands in the way of this one, or this one in the way of the one that is installed."""
+    """Whether `import zexpert` finds another package than this one, or than the one that is installed."""
     here = Path.cwd()
     imported = locate(here)
     # Without PYTHONPATH and away from this folder, Python finds what is installed, editable or not.
@@ -159,15 +159,14 @@ def check_shadows() -> list[Finding]:
         return [Finding("note", what, f"if that is not meant, {remedy_for_shadow(PACKAGE, here)}")]
     if imported is None or imported == PACKAGE:
         return []
-    what = f"here Python imports zexpert from {imported}; this command is of {PACKAGE}, and looks at that"
+    what = f"here Python imports zexpert from {imported}; this command belongs to {PACKAGE} and examines that"
     if imported == installed:
-        return [Finding("note", what, "that one's is: python -m zexpert doctor")]
+        return [Finding("note", what, "to examine the other: python -m zexpert doctor")]
     return [Finding("problem", what, remedy_for_shadow(imported, here))]
 
 
 def locate(folder: Path, *options: str) -> Path | None:
-    """The package, or what goes by its name, that a Python started in `folder` imports as zexpert; None if there is
-    none."""
+    """What a Python started in `folder` imports as zexpert; None if there is nothing."""
     done = subprocess.run([sys.executable, *options, "-c", LOCATE], capture_output=True, text=True, cwd=folder)
     found = Path(done.stdout.strip()).resolve()
     return None if not done.stdout else found.parent if found.name == "__init__.py" else found
@@ -175,8 +174,8 @@ def locate(folder: Path, *options: str) -> Path | None:
 
 def remedy_for_shadow(shadow: Path, folder: Path) -> str:
     if shadow.parent == folder:
-        return "start Python in another folder, or rename what goes by this name in this one"
-    return f"take {shadow.parent} out of PYTHONPATH"
+        return "start Python in another folder, or rename the zexpert in this one"
+    return f"remove {shadow.parent} from PYTHONPATH"
 
 
 def check_torch(steps: Mapping[str, Any]) -> Finding:
@@ -201,12 +200,12 @@ def check_import(steps: Mapping[str, Any]) -> Finding:
         message = f"a CUDA library is missing, {missing[1]} ({message})"
         remedy = "install a PyTorch with CUDA, or build zexpert without: ZEXPERT_CUDA=off"
     elif "undefined symbol" in message:
-        remedy = "PyTorch was changed for one it does not fit: build zexpert again under the PyTorch that is installed"
+        remedy = "PyTorch was replaced by another version: build zexpert again with the PyTorch that is installed"
     return Finding("problem", f"zexpert cannot be imported: {message}", remedy)
 
 
 def check_versions(steps: Mapping[str, Any]) -> Finding:
-    """Whether pip's idea of the installation is the one that runs."""
+    """Whether the version that pip has installed is the one that runs."""
     running = steps["zexpert"]["version"]
     try:
         installed = metadata.version("zexpert")
@@ -226,19 +225,19 @@ def check_layer(steps: Mapping[str, Any], step: str, name: str) -> Finding:
 
 
 def check_cuda(steps: Mapping[str, Any]) -> list[Finding]:
-    """The way from GPU to kernel: driver, PyTorch, zexpert's CUDA library, an image for this GPU, a right result."""
+    """From GPU to kernel: driver, PyTorch, zexpert's CUDA library, code for this GPU, a right result."""
     without = check_gpu_without_cuda(steps)
     if without or steps["torch"]["cuda"] is None:
-        return without or [Finding("ok", "no GPU to serve: PyTorch has no CUDA")]
+        return without or [Finding("ok", "PyTorch has no CUDA, and there is no GPU")]
     gpus = steps.get("gpus", {}).get("gpus", [])
     state, archs = steps["zexpert"]["cuda_library"], steps["zexpert"]["cuda_archs"]
     if not gpus:
         reason = steps.get("gpus", {}).get("reason") or "it sees no GPU"
         level: Literal["problem", "note"] = "problem" if nvidia_gpus() else "note"
-        return [Finding(level, f"PyTorch has CUDA and no GPU to use: {reason}", "check nvidia-smi and the driver")]
+        return [Finding(level, f"PyTorch has CUDA but cannot use a GPU: {reason}", "check nvidia-smi and the driver")]
     if state != "loaded":
         remedy = "build zexpert with CUDA: ZEXPERT_CUDA=on pip install -e . --no-build-isolation"
-        return [Finding("problem", f"there is a GPU, and zexpert's CUDA library is {state}", remedy)]
+        return [Finding("problem", f"there is a GPU, but zexpert's CUDA library is {state}", remedy)]
     findings = []
     again = probe(range(len(gpus)))
     for index, (name, major, minor) in enumerate(gpus):
@@ -251,14 +250,14 @@ def check_cuda(steps: Mapping[str, Any]) -> list[Finding]:
         else:
             findings.append(check_layer(again, f"cuda:{index}", f"the layer on {what}"))
             if arch == "9.0a" and not any(one.startswith(arch) for one in archs):
-                slower = f"zexpert was built for {built}, without its experts for {what}, which need 9.0a"
+                slower = f"zexpert was built for {built}; its kernels for the experts on {what} need 9.0a"
                 findings.append(Finding("note", slower, remedy))
     return findings
 
 
 def check_gpu_without_cuda(steps: Mapping[str, Any]) -> list[Finding]:
     if steps["torch"]["cuda"] is None and nvidia_gpus():
-        what = f"this machine has an NVIDIA GPU, and PyTorch {steps['torch']['version']} has no CUDA"
+        what = f"this machine has an NVIDIA GPU, but PyTorch {steps['torch']['version']} has no CUDA"
         return [Finding("problem", what, "install a PyTorch with CUDA: https://pytorch.org/get-started/locally")]
     return []
 
@@ -284,7 +283,7 @@ def nvidia_gpus() -> list[str]:
 
 
 def probe(gpus: range = range(0)) -> dict[str, dict[str, Any]]:
-    """What each step of PROBE told; the last step that began and told nothing has the process' end as its error."""
+    """What each step of PROBE printed. If the process died, the step that it was in has that as its error."""
     paths = [
         str(PACKAGE.parent),
         *map(os.path.abspath, filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))),
@@ -334,7 +333,7 @@ def report(findings: list[Finding]) -> str:
 
 
 def environment_lines() -> list[str]:
-    """Versions of what is around, and the variables that change what happens."""
+    """Versions of related packages, and environment variables that matter."""
     names = {"torch", "transformers", "vllm", "sglang", "numpy", "typer", "rich", "matplotlib"}
     versions = sorted({f"{one.name} {one.version}" for one in metadata.distributions() if one.name in names})
     lines = [f"python {sys.executable}", f"packages: {', '.join(versions) or 'none'}"]

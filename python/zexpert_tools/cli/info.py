@@ -25,7 +25,7 @@ OPTIONAL_PACKAGES = ("transformers", "vllm", "sglang", "flashinfer-python", "typ
 
 
 def collect() -> dict[str, Any]:
-    """Everything that `zexpert info` tells, as plain values."""
+    """Everything that `zexpert info` prints, as plain values."""
     return {
         "python": {"version": platform.python_version(), "executable": sys.executable, "system": platform.platform()},
         "zexpert": dict(build_info()),
@@ -87,14 +87,14 @@ def registered_operators() -> list[str]:
 
 def info(json_output: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False) -> None:
     """Show versions, what was built against what runs, devices, and which operators run where."""
-    told = collect()
+    known = collect()
     if json_output:
-        print(json.dumps(told, indent=2))
+        print(json.dumps(known, indent=2))
         return
-    built = told["zexpert"]
+    built = known["zexpert"]
     archs = f", GPU architectures {' '.join(built['cuda_archs'])}" if built["cuda_archs"] else ""
     toolkit = f", CUDA {built['cuda_toolkit']}" if built["cuda_toolkit"] else ""
-    torch_cuda = f"with CUDA {told['torch']['cuda']}" if told["torch"]["cuda"] else "without CUDA"
+    torch_cuda = f"with CUDA {known['torch']['cuda']}" if known["torch"]["cuda"] else "without CUDA"
 
     versions = table("", "")
     versions.add_row("version", f"{built['version']} (revision {built['git_revision']})")
@@ -102,15 +102,15 @@ def info(json_output: Annotated[bool, typer.Option("--json", help="Print everyth
     versions.add_row("runs under", f"PyTorch {built['torch_version']} {torch_cuda}")
     versions.add_row("serves", f"PyTorch {built['torch_abi_target']} and later")
     versions.add_row("CUDA library", built["cuda_library"])
-    versions.add_row("Python", f"{told['python']['version']} on {told['python']['system']}")
-    for name, version in told["packages"].items():
+    versions.add_row("Python", f"{known['python']['version']} on {known['python']['system']}")
+    for name, version in known["packages"].items():
         versions.add_row(name, version)
-    for name, value in told["environment"].items():
+    for name, value in known["environment"].items():
         versions.add_row(name, value)
     print_table(console, "zexpert", versions)
 
     found = table("device", "name", "")
-    for one in told["devices"]:
+    for one in known["devices"]:
         if one["device"] == "cpu":
             found.add_row("cpu", one["name"], f"{one['cores']} cores, kernels for {one['capability']}")
         else:
@@ -119,7 +119,7 @@ def info(json_output: Annotated[bool, typer.Option("--json", help="Print everyth
     print_table(console, "devices", found)
 
     available = table("operator", "CPU", "CUDA", "gradient")
-    for name, where in told["operators"].items():
+    for name, where in known["operators"].items():
         available.add_row(name, *("yes" if where[key] else "no" for key in ("cpu", "cuda", "backward")))
     print_table(console, "operators", available)
 

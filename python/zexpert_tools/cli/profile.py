@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`zexpert profile`: where a trained model spends its feed-forward compute, and how even its experts' load is."""
+"""`zexpert profile`: the feed-forward compute of a trained model by token and layer, and its experts' load."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ ACCEPTED = "profile accepts checkpoints of zexpert demo and folders with a LongC
 
 @dataclass(frozen=True)
 class Subject:
-    """A model with the text as it reads it."""
+    """A model and its text."""
 
     kind: str
     model: nn.Module
@@ -52,7 +52,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Profile:
-    """What the model did with the text."""
+    """The model's routing of the text."""
 
     stats: dict[str, RoutingStats]  # by layer
     ffn_slots: Tensor  # [layers, T], int64: feed-forward experts that each token used

@@ -11,8 +11,6 @@
 
 #include "../testing.h"
 #include "zexpert/biased_topk.h"
-#include "zexpert/biased_topk_and_plan.h"
-#include "zexpert/biased_topk_backward.h"
 #include "zexpert/moe_finalize.h"
 #include "zexpert/moe_permute.h"
 #include "zexpert/moe_plan.h"
@@ -122,11 +120,11 @@ TEST_F(Cuda, MoePlan) {
       Shared<int32_t> ids(random.integers<int32_t>(num_slots, -1, num_experts - 1));
       Shared<int32_t> expected(num_experts + 1 + 2 * num_slots);
       Shared<int32_t> actual(num_experts + 1 + 2 * num_slots);
-      Shared<char> workspace(moe_plan_cuda_workspace_bytes(num_slots, num_experts));
       MoePlanParams params;
       params.topk_ids = ids.data();
       params.num_slots = num_slots;
       params.num_experts = num_experts;
+      Shared<char> workspace(moe_plan_cuda_workspace_bytes(params));
       params.workspace = workspace.data();
       const auto point = [&](Shared<int32_t>& memory) {
         params.expert_offsets = memory.data();
@@ -210,29 +208,31 @@ TEST_F(Cuda, BiasedTopKAndPlan) {
       Shared<float> weights[2] = {Shared<float>(num_tokens * 7), Shared<float>(num_tokens * 7)};
       Shared<int32_t> integers[2] = {Shared<int32_t>(num_offsets + 3 * num_slots),
                                      Shared<int32_t>(num_offsets + 3 * num_slots)};
-      Shared<char> workspace(moe_plan_cuda_workspace_bytes(num_slots, resolved.num_real_experts));
       for (const bool together : {false, true}) {
-        BiasedTopKAndPlanParams params;
-        params.routing.logits = logits.data();
-        params.routing.logits_row_stride = width;
-        params.routing.bias = bias.data();
-        params.routing.topk_weights = weights[together].data();
-        params.routing.zero_weight = weights[together].data() + num_slots;
-        params.routing.topk_ids = integers[together].data();
-        params.routing.num_tokens = num_tokens;
-        params.routing.spec = resolved;
+        BiasedTopKParams params;
+        params.logits = logits.data();
+        params.logits_row_stride = width;
+        params.bias = bias.data();
+        params.topk_weights = weights[together].data();
+        params.zero_weight = weights[together].data() + num_slots;
+        params.topk_ids = integers[together].data();
+        params.num_tokens = num_tokens;
+        params.spec = resolved;
         params.row_slots = integers[together].data() + num_slots;
         params.slot_rows = params.row_slots + num_slots;
         params.expert_offsets = params.slot_rows + num_slots;
+        Shared<char> workspace(biased_topk_cuda_workspace_bytes(params));
         params.workspace = workspace.data();
-        if (together) {
-          biased_topk_and_plan_cuda(params, nullptr);
-        } else {
-          biased_topk_cuda(params.routing, nullptr);
-          moe_plan_cuda(params.plan(), nullptr);
+        const MoePlanParams plan = params.plan();
+        if (!together) {
+          params.expert_offsets = params.row_slots = params.slot_rows = nullptr;
         }
+        biased_topk_cuda(params, nullptr);
+        if (!together) {
+          moe_plan_cuda(plan, nullptr);
+        }
+        wait();
       }
-      wait();
       expect_equal(weights[1], weights[0]);
       expect_equal(integers[1], integers[0]);
     }
@@ -258,6 +258,74 @@ TEST_F(Cuda, ChecksParams) {
   MoePermuteParams params;
   params.num_rows = params.num_tokens = params.hidden_size = 1;
   EXPECT_EQ(error_of([&] { moe_permute_cuda(params, nullptr); }), "row_slots must not be null");
+}
+
+// Needs no device: bad params are refused before anything is launched.
+TEST(CudaParams, Routing) {
+  float value = 0.0F;
+  int32_t integer = 0;
+  BiasedTopKParams params;
+  const auto forward = [&] { biased_topk_cuda(params, nullptr); };
+  params.num_tokens = 1;
+  EXPECT_EQ(error_of(forward), "spec must be resolved by RoutingSpec::for_width, got an open count of experts");
+  params.spec = params.spec.for_width(2);
+  EXPECT_EQ(error_of(forward), "logits must not be null");
+  params.logits = params.topk_weights = params.topk_ids = &value;
+  EXPECT_EQ(error_of(forward), "zero_weight must not be null");
+  params.zero_weight = &value;
+  params.slot_rows = &integer;
+  EXPECT_EQ(error_of(forward), "expert_offsets must not be null");
+  params.slot_rows = nullptr;
+  params.num_tokens = -1;
+  EXPECT_EQ(error_of(forward), "num_tokens must not be negative, got -1");
+  params.num_tokens = 1;
+  params.logits_type = static_cast<ScalarType>(17);
+  EXPECT_EQ(error_of(forward), "data must be of a floating type, got unknown");
+  params.logits_type = ScalarType::kFloat64;
+  EXPECT_EQ(error_of(forward), "logits must be float32, bfloat16 or float16 on CUDA, got float64");
+  params.logits_type = ScalarType::kFloat32;
+  params.ids_type = ScalarType::kFloat16;
+  EXPECT_EQ(error_of(forward), "topk_ids must be int32 or int64, got float16");
+  params.ids_type = ScalarType::kInt32;
+  params.spec.scoring_func = static_cast<ScoringFunc>(17);
+  EXPECT_EQ(error_of(forward), "scoring_func must be a ScoringFunc, got 17");
+  params.spec.scoring_func = ScoringFunc::kSoftmax;
+  params.num_tokens = 3000;
+  params.expert_offsets = params.row_slots = params.slot_rows = &integer;
+  EXPECT_EQ(error_of(forward), "workspace must not be null");
+  params.spec.num_experts = kMaxExpertsOnCuda + 1;
+  EXPECT_EQ(error_of(forward), "logits must have at most 8192 columns on CUDA, got 8193");
+
+  BiasedTopKBackwardParams gradients;
+  const auto backward = [&] { biased_topk_backward_cuda(gradients, nullptr); };
+  gradients.spec = gradients.spec.for_width(2);
+  gradients.num_tokens = 1;
+  EXPECT_EQ(error_of(backward), "grad_topk_weights must not be null");
+  gradients.num_tokens = -1;
+  EXPECT_EQ(error_of(backward), "num_tokens must not be negative, got -1");
+}
+
+TEST(CudaParams, MoePlan) {
+  int32_t integer = 0;
+  MoePlanParams params;
+  const auto plan = [&] { moe_plan_cuda(params, nullptr); };
+  EXPECT_EQ(error_of(plan), "expert_offsets must not be null");
+  params.expert_offsets = params.row_slots = params.slot_rows = &integer;
+  params.num_slots = 1;
+  EXPECT_EQ(error_of(plan), "topk_ids must not be null");
+  params.topk_ids = &integer;
+  params.num_slots = -1;
+  EXPECT_EQ(error_of(plan), "num_slots must not be negative, got -1");
+  params.num_slots = int64_t{1} << 31;
+  EXPECT_EQ(error_of(plan), "num_slots must be below 2^31, got 2147483648");
+  params.num_slots = 3000;
+  params.num_experts = 1;
+  EXPECT_EQ(error_of(plan), "workspace must not be null");
+  params.ids_type = ScalarType::kFloat32;
+  EXPECT_EQ(error_of(plan), "topk_ids must be int32 or int64, got float32");
+  params.ids_type = ScalarType::kInt64;
+  params.num_experts = kMaxExpertsOnCuda + 1;
+  EXPECT_EQ(error_of(plan), "num_experts must be at most 8192 on CUDA, got 8193");
 }
 
 TYPED_TEST(CudaTyped, ZeroExpertAccumulate) {
