@@ -255,13 +255,13 @@ def test_the_layer_chooses_it() -> None:
         assert_equal(torch.jit.script(layer)(*inputs), expected)
         assert_equal(torch.compile(layer, fullgraph=True)(*inputs), expected)
         program = torch.export.export(layer, inputs)
-        assert "grouped_mlp_hopper" in program.graph_module.code
+        assert "zexpert.fused_moe" in program.graph_module.code
         assert_equal(program.module()(*inputs), expected)
 
 
 def test_gradients_come_from_grouped_mm() -> None:
     layers = []
-    for backend in ("hopper", "grouped_mm"):
+    for backend in ("auto", "grouped_mm"):
         torch.manual_seed(0)
         layers.append(FusedMoE(16, 6, 128, 64, params_dtype=torch.bfloat16, experts_backend=backend).cuda())
     hidden_states = torch.randn(40, 128, device="cuda").bfloat16()
@@ -272,3 +272,10 @@ def test_gradients_come_from_grouped_mm() -> None:
         gradients.append(torch.autograd.grad(out, [layer.w13_weight, layer.w2_weight], torch.ones_like(out)))
     for actual, expected in zip(*gradients, strict=True):
         assert_equal(actual, expected)
+
+
+def test_forced_for_training_is_refused() -> None:
+    layer = FusedMoE(16, 6, 128, 64, params_dtype=torch.bfloat16, experts_backend="hopper", device="cuda")
+    inputs = torch.randn(40, 128, device="cuda").bfloat16(), torch.randn(40, 16, device="cuda")
+    with pytest.raises(RuntimeError, match=r'^keep_gate_up must be False for implementation "hopper"|where gradients'):
+        layer(*inputs)
