@@ -32,9 +32,9 @@ class FusedMoE(nn.Module):
         out[t] = sum_k topk_weights[t, k] * FFN_{topk_ids[t, k]}(x[t]) + zero_weight[t] * x[t] + constants[t]
                + shared_experts(x)[t],                FFN(x) = (silu(x @ gate.T) * (x @ up.T)) @ down.T
 
-    A token that chose a zero expert spends no expert's computation on that slot. An identity expert gives the token
-    itself, a drop expert nothing, and constant expert c gives a1 * x + a2 * v_c with [a1, a2] = softmax(x @ Wc.T)
-    (MoE++, arXiv 2410.07348). The router's logits are the caller's: [..., N] with N = real + zero experts, ordered
+    A slot that chose a zero expert costs no expert computation. An identity expert gives the token itself, a drop
+    expert nothing, and constant expert c gives a1 * x + a2 * v_c with [a1, a2] = softmax(x @ Wc.T) (MoE++, arXiv
+    2410.07348). Compute the router's logits yourself: [..., N] with N = real + zero experts, ordered
     [real | identity | constant | drop].
 
     Parameters (`params_dtype`; R real experts, C constant experts, H hidden size, F intermediate size):
@@ -50,19 +50,20 @@ class FusedMoE(nn.Module):
         intermediate_size: F.
         zero_expert_type: "identity" (or "copy"), "constant", "drop" (or "zero"), or the ZeroExpertType; or counts by
             these, such as {"identity": 1, "constant": 2, "drop": 1}; None for no zero experts.
-        zero_expert_num: number of zero experts; required with one type, unless the length of the bias tells.
-        e_score_correction_bias: [N], any floating dtype, for selection only. Kept by reference: what a controller
-            writes into it, the next call sees. It moves with the layer, its dtype included when that is converted.
+        zero_expert_num: number of zero experts; required with one type and without a bias, since a bias gives the
+            number by its length.
+        e_score_correction_bias: [N], any floating dtype, for selection only. Kept by reference: the
+            next call sees what a controller writes into it. It moves with the layer and is converted with it.
         scoring_func: "softmax", "sigmoid" or "sqrtsoftplus".
         renormalize: divide a token's weights by their sum.
         routed_scaling_factor: factor on every weight.
         params_dtype: dtype of the parameters, and so of hidden_states; None for torch's default dtype.
         shared_experts: a module called on hidden_states [T, H] that returns [T, H].
-        chunk_size: most tokens to take through the experts at a time; None for all.
+        chunk_size: most tokens to compute at a time; None for all.
         expert_parallel_group: ranks to spread the experts over: a torch.distributed.ProcessGroup or a DeviceMesh of one
             dimension, such as mesh["expert"]. Rank p holds physical experts p * E / P to (p + 1) * E / P - 1. See
-            ExpertParallelMoERunner for what each rank then has to do. state_dict holds the experts as DTensors, so that
-            torch.distributed.checkpoint loads them under another number of ranks; load_state_dict also takes whole
+            ExpertParallelMoERunner for what each rank must do. state_dict holds the experts as DTensors, so that
+            torch.distributed.checkpoint loads them under another number of ranks; load_state_dict also accepts whole
             tensors [R, ...], as one process saves them. Seed the ranks alike.
         logical_to_physical_map: [R, max_replicas] int32 or int64, for an expert_parallel_group: the physical experts
             of each expert, each named once, padded with -1 at the end; see BaseRouter.set_expert_map. Slots are counted
@@ -73,13 +74,13 @@ class FusedMoE(nn.Module):
         custom_routing_function: see CustomRoutingRouter.
         drop_before_renormalize: weights of drop experts become 0 before renormalising (MoE++).
         routing_simulation: see RoutingSimulatorRouter.
-        recompute: train in less memory: compute the experts again in the backward, instead of keeping what it needs of
-            them. About a third more work; the same gradients. Scripted and traced layers keep what they need.
+        recompute: train in less memory: compute the experts' gate and up again in the backward instead of keeping
+            them. About a third more work; the same gradients to rounding.
         experts_backend: "auto", "cpu", "grouped_mm", "hopper" or "torch"; see zexpert.experts.create_experts.
         device: where the parameters are made; None for torch's default device.
 
     Raises:
-        ValueError: if an argument is out of range, is missing beside another, or contradicts another.
+        ValueError: if an argument is out of range, is missing with another, or contradicts another.
     """
 
     w13_weight: nn.Parameter
@@ -87,7 +88,7 @@ class FusedMoE(nn.Module):
     constant_gate_weight: Tensor | None
     constant_vectors: Tensor | None
 
-    # Properties for people, which read submodules; torch.jit.script leaves them out.
+    # torch.jit.script leaves these properties out.
     __jit_unused_properties__ = [  # noqa: RUF012
         "e_score_correction_bias",
         "experts_backend",
@@ -234,19 +235,17 @@ class FusedMoE(nn.Module):
 
     @property
     def experts_backend(self) -> str:
-        """Name of the experts backend that a call would take now, for tokens of the parameters' device and dtype:
-        "cpu", "grouped_mm", "hopper" or "torch". On a GPU it may be another under torch.no_grad()."""
+        """Name of the experts backend that a call would use now, for tokens of the parameters' device and dtype: "cpu",
+        "grouped_mm", "hopper" or "torch". On a GPU it may be another under torch.no_grad()."""
         return self.runner.experts.backend_for(self.w13_weight, self.w2_weight)
 
     def forward(self, hidden_states: Tensor, router_logits: Tensor) -> Tensor:
         """The layer's output.
 
-        Where hidden states or experts' weights want gradients, the CPU backend takes torch.ops.zexpert.fused_moe, which
-        keeps little for the backward, and "auto" another backend than "hopper"; the last bits of the results may differ
-        from those without gradients.
+        With gradients, other kernels may run than without: the last bits of the results may differ.
 
-        Under torch.autocast hidden states and experts are converted to autocast's dtype. The routing is not: make the
-        logits in float32.
+        torch.autocast converts hidden states and experts to its dtype, and not the routing: compute the logits in
+        float32.
 
         Args:
             hidden_states: [..., H], of the parameters' dtype; under autocast any floating dtype.
@@ -256,7 +255,7 @@ class FusedMoE(nn.Module):
             [..., H], dtype of hidden_states; under autocast its dtype.
 
         Raises:
-            ValueError: if an argument is no tensor, or a shape or a dtype does not fit.
+            ValueError: if an argument is not a tensor, or a shape or a dtype does not fit.
         """
         check_tensor("hidden_states", hidden_states)
         check_tensor("router_logits", router_logits)

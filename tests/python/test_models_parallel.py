@@ -138,7 +138,7 @@ def through_checkpoints(group: Any, name: str, kind: str) -> None:
                 assert_equal(gathered[key], tensor, key)
     with pytest.raises(ValueError, match=rf"^{kind} must be a process group .*, got 3$"):
         block(config, **{kind: 3})
-    with pytest.raises(ValueError, match=r"^tensor_parallel_group must be None beside an expert_parallel_group$"):
+    with pytest.raises(ValueError, match=r"^tensor_parallel_group must be None with an expert_parallel_group$"):
         block(config, expert_parallel_group=group, tensor_parallel_group=group)
 
 

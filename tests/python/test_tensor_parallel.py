@@ -100,7 +100,7 @@ def load_slices(group: Any, folder: str) -> None:
         ValueError, match=r"^intermediate_size must be a multiple .* tensor_parallel_group \(2\), got 5$"
     ):
         FusedMoE(4, 2, 8, 5, tensor_parallel_group=group)
-    with pytest.raises(ValueError, match=r"^tensor_parallel_group must be None beside an expert_parallel_group$"):
+    with pytest.raises(ValueError, match=r"^tensor_parallel_group must be None with an expert_parallel_group$"):
         FusedMoE(4, 2, 8, 6, tensor_parallel_group=group, expert_parallel_group=group)
 
 

@@ -31,7 +31,7 @@ def biased_topk_and_plan(
 ) -> tuple[RoutingResult, DispatchPlan]:
     """biased_topk, and moe_plan of its ids over the real experts: the same results bit for bit.
 
-    Up to 256 tokens take one launch instead of two on a GPU of compute capability 9 or 10, for at most 1024 experts, 32
+    Up to 256 tokens need one launch instead of two on a GPU of compute capability 9 or 10, for at most 1024 experts, 32
     choices per token and 4096 in all.
 
     Args:

@@ -22,11 +22,11 @@ class BaseRouter(FusedMoERouter):
     Args:
         spec: the validated description of the routing.
         e_score_correction_bias: [N], any floating dtype, added to the scores for selection only. Kept by reference,
-            as a parameter if it is one, else as a buffer: what a controller writes into it, the next call sees.
+            as a parameter if it is one, else as a buffer: the next call sees what a controller writes into it.
         indices_dtype: dtype of topk_ids, torch.int32 or torch.int64.
 
     Raises:
-        ValueError: if the bias has another length than the spec has experts, or is no floating vector, or if
+        ValueError: if the bias has another length than the spec has experts, or is not a floating vector, or if
             indices_dtype is neither of the two.
     """
 
@@ -120,7 +120,7 @@ class BaseRouter(FusedMoERouter):
         """See FusedMoERouter.select_experts; topk_ids are physical experts where an expert map is set.
 
         Raises:
-            ValueError: if hidden_states or router_logits is no tensor or not two-dimensional, they differ in tokens or
+            ValueError: if hidden_states or router_logits is not a tensor of two dimensions, they differ in tokens or
                 device, the logits are not floating point or not as wide as the router has experts, or the bias is on
                 another device.
         """

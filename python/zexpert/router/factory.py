@@ -76,7 +76,7 @@ def create_fused_moe_router(
         capture_fn: see BaseRouter.set_capture_fn.
 
     Raises:
-        ValueError: if an argument is out of range, is missing beside another, or contradicts another.
+        ValueError: if an argument is out of range, is missing with another, or contradicts another.
     """
     if zero_expert_type is not None and num_logical_experts is None:
         raise ValueError("num_logical_experts is required when zero_expert_type is set")

@@ -93,7 +93,7 @@ class ExpertGroup:
         try:
             yield
         except RuntimeError as error:
-            # Gloo has no class of its own; others, such as torch.OutOfMemoryError, are no other rank's doing.
+            # Gloo has no class of its own. Other classes, such as torch.OutOfMemoryError, are this rank's own errors.
             if type(error) is not RuntimeError and not isinstance(error, dist.DistError):
                 raise
             raise RuntimeError(

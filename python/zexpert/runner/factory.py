@@ -43,7 +43,7 @@ def create_moe_runner(
     if logical_to_physical_map is not None and expert_parallel_group is None:
         raise ValueError("logical_to_physical_map needs an expert_parallel_group, got None")
     if tensor_parallel_group is not None and expert_parallel_group is not None:
-        raise ValueError("tensor_parallel_group must be None beside an expert_parallel_group")
+        raise ValueError("tensor_parallel_group must be None with an expert_parallel_group")
     if tensor_parallel_group is not None and chunk_size is not None:
         raise ValueError(f"chunk_size must be None with a tensor_parallel_group, got {chunk_size}")
     runner: MoERunner
