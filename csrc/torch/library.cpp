@@ -36,11 +36,11 @@ STABLE_TORCH_LIBRARY(zexpert, m) {
   m.def("silu_and_mul(Tensor gate_up, Tensor? expert_offsets=None) -> Tensor");
   m.def(
       "grouped_mlp(Tensor rows, Tensor expert_offsets, Tensor w13_weight, Tensor w2_weight, Tensor? row_slots=None, "
-      "int top_k=1) -> Tensor");
+      "int top_k=1, *, str implementation=\"auto\") -> Tensor");
   m.def(
       "grouped_mlp_hopper(Tensor rows, Tensor expert_offsets, Tensor w13_weight, Tensor w2_weight, *, "
       "int tile_rows=0) -> Tensor");
-  // For scripted modules: whether the tensor lies on a GPU that runs grouped_mlp_hopper.
+  // For scripted modules: whether the tensor is on a GPU that implementation "hopper" runs on.
   m.def("is_hopper(Tensor tensor) -> bool");
   m.def(
       "moe_finalize(Tensor rows, Tensor slot_rows, Tensor topk_weights, Tensor hidden_states, Tensor zero_weight, "
@@ -63,7 +63,8 @@ STABLE_TORCH_LIBRARY(zexpert, m) {
   m.def(
       "grouped_mlp_backward(Tensor grad_out, Tensor rows, Tensor expert_offsets, Tensor w13_weight, "
       "Tensor w2_weight, Tensor? gate_up, *, bool needs_rows=True, bool needs_w13_weight=True, "
-      "bool needs_w2_weight=True) -> (Tensor grad_rows, Tensor grad_w13_weight, Tensor grad_w2_weight)");
+      "bool needs_w2_weight=True, str implementation=\"auto\") "
+      "-> (Tensor grad_rows, Tensor grad_w13_weight, Tensor grad_w2_weight)");
   m.def(
       "moe_finalize_backward(Tensor grad_out, Tensor rows, Tensor slot_rows, Tensor topk_weights, "
       "Tensor hidden_states, Tensor zero_weight) -> (Tensor grad_rows, Tensor grad_topk_weights, "
@@ -71,11 +72,12 @@ STABLE_TORCH_LIBRARY(zexpert, m) {
   m.def(
       "fused_moe(Tensor hidden_states, Tensor topk_weights, Tensor zero_weight, Tensor expert_offsets, "
       "Tensor row_slots, Tensor slot_rows, Tensor w13_weight, Tensor w2_weight, Tensor? residual=None, "
-      "Tensor? constant_weight=None, Tensor? constant_vectors=None) -> (Tensor out, Tensor gate_up)");
+      "Tensor? constant_weight=None, Tensor? constant_vectors=None, *, bool keep_gate_up=True, "
+      "str implementation=\"auto\") -> (Tensor out, Tensor gate_up)");
   m.def(
       "fused_moe_backward(Tensor grad_out, Tensor hidden_states, Tensor topk_weights, Tensor zero_weight, "
       "Tensor expert_offsets, Tensor row_slots, Tensor slot_rows, Tensor w13_weight, Tensor w2_weight, "
-      "Tensor gate_up, *, bool needs_hidden_states=True, bool needs_w13_weight=True, bool needs_w2_weight=True) "
-      "-> (Tensor grad_hidden_states, Tensor grad_topk_weights, Tensor grad_zero_weight, Tensor grad_w13_weight, "
-      "Tensor grad_w2_weight)");
+      "Tensor gate_up, *, bool needs_hidden_states=True, bool needs_w13_weight=True, bool needs_w2_weight=True, "
+      "str implementation=\"auto\") -> (Tensor grad_hidden_states, Tensor grad_topk_weights, Tensor grad_zero_weight, "
+      "Tensor grad_w13_weight, Tensor grad_w2_weight)");
 }

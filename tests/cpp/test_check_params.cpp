@@ -15,6 +15,7 @@
 #include "zexpert/moe_plan.h"
 #include "zexpert/silu_and_mul.h"
 #include "zexpert/zero_expert_accumulate.h"
+#include "zexpert/zero_idle.h"
 
 namespace zexpert {
 namespace {
@@ -90,14 +91,46 @@ TEST(CheckParams, MoePlan) {
 
 TEST(CheckParams, GroupedMlp) {
   using P = GroupedMlpParams;
-  expect_checks(&grouped_mlp_cpu, P{},
-                std::array{SIZE(P, num_rows), SIZE(P, num_experts), SIZE(P, hidden_size), SIZE(P, intermediate_size)},
+  const auto op = +[](const P& params) { grouped_mlp_cpu(params); };
+  expect_checks(op, P{},
+                std::array{SIZE(P, num_rows), SIZE(P, num_tokens), SIZE(P, top_k), SIZE(P, num_experts),
+                           SIZE(P, hidden_size), SIZE(P, intermediate_size)},
                 "expert_offsets");
   const std::array<int32_t, 2> offsets{0, 1};
   P params;
   params.expert_offsets = offsets.data();
   params.num_rows = params.num_experts = params.hidden_size = 1;
-  EXPECT_EQ(error_of(&grouped_mlp_cpu, params), "rows must not be null");
+  EXPECT_EQ(error_of(op, params), "rows must not be null");
+  const float value = 1.0F;
+  float out = -7.0F;
+  params.rows = &value;
+  params.out = &out;
+  params.intermediate_size = 1;
+  EXPECT_EQ(error_of(op, params), "w13_weight must not be null");
+  params.w13_weight = params.w2_weight = &value;
+  params.data_type = ScalarType::kInt32;
+  EXPECT_EQ(error_of(op, params), "data must be of a floating type, got int32");
+  const int32_t slot = 0;
+  params.row_slots = &slot;
+  params.top_k = 0;
+  EXPECT_EQ(error_of(op, params), "top_k must be at least 1, got 0");
+  params.row_slots = nullptr;
+  params.data_type = ScalarType::kFloat32;
+  params.tile_rows = 8;
+  EXPECT_EQ(error_of(op, params), "tile_rows must be 0 on the CPU, got 8");
+  EXPECT_EQ(out, -7.0F);
+}
+
+TEST(CheckParams, ZeroIdleExperts) {
+  using P = ZeroIdleExpertsParams;
+  EXPECT_EQ(error_of(&zero_idle_experts_cpu, {}), "");
+  expect_checks(&zero_idle_experts_cpu, P{}, std::array{SIZE(P, num_experts), SIZE(P, expert_size)}, "data");
+}
+
+TEST(CheckParams, ZeroIdleRows) {
+  using P = ZeroIdleRowsParams;
+  EXPECT_EQ(error_of(&zero_idle_rows_cpu, {}), "");
+  expect_checks(&zero_idle_rows_cpu, P{}, std::array{SIZE(P, num_rows), SIZE(P, row_size)}, "data");
 }
 
 TEST(CheckParams, MoeFinalize) {

@@ -26,15 +26,6 @@ namespace zexpert {
   X(kConstant, CONSTANT, "constant") \
   X(kDrop, DROP, "drop")
 
-/// Which router made a choice, in the order in which the factory considers them.
-#define ZEXPERT_ROUTING_METHOD_TYPES(X)         \
-  X(kSimulated, SIMULATED, "simulated")         \
-  X(kZeroExpert, ZERO_EXPERT, "zero_expert")    \
-  X(kGroupedTopK, GROUPED_TOPK, "grouped_topk") \
-  X(kCustom, CUSTOM, "custom")                  \
-  X(kTopKBias, TOPK_BIAS, "topk_bias")          \
-  X(kTopK, TOPK, "topk")
-
 #define ZEXPERT_ENUMERATOR(enumerator, python_name, text) enumerator,
 #define ZEXPERT_NAME_CASE(enumerator, python_name, text) \
   case Enum::enumerator: return text;
@@ -57,7 +48,6 @@ namespace zexpert {
 
 ZEXPERT_DEFINE_ENUM(ScoringFunc, ZEXPERT_SCORING_FUNCS)
 ZEXPERT_DEFINE_ENUM(ZeroExpertType, ZEXPERT_ZERO_EXPERT_TYPES)
-ZEXPERT_DEFINE_ENUM(RoutingMethodType, ZEXPERT_ROUTING_METHOD_TYPES)
 
 /// Throws Error unless `value` is one of the enumerators.
 inline void check_scoring_func(ScoringFunc value) {

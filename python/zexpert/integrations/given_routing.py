@@ -8,7 +8,7 @@ from torch import Tensor
 
 from zexpert.experts.factory import create_experts
 from zexpert.ops.moe_plan import moe_plan
-from zexpert.ops.types import RoutingResult
+from zexpert.ops.types import ExpertWeights, RoutingResult
 from zexpert.router.fused_moe_router import FusedMoERouter
 from zexpert.runner.moe_runner_base import MoERunnerBase
 
@@ -32,7 +32,7 @@ class GivenRoutingRunner(MoERunnerBase):
         num_tokens = hidden_states.size(0)
         routing = RoutingResult(weights, topk_ids, weights.new_zeros(num_tokens), weights.new_zeros(num_tokens, 0))
         plan = moe_plan(topk_ids, w13_weight.size(0))
-        return self._run(hidden_states, routing, plan, w13_weight, w2_weight, None, None)
+        return self._run(hidden_states, routing, plan, ExpertWeights(w13_weight, w2_weight))
 
 
 RUNNER = GivenRoutingRunner(FusedMoERouter(), create_experts())

@@ -22,6 +22,7 @@ from zexpert._autocast import autocast_dtype, full_precision_linear
 from zexpert.experts.factory import create_experts
 from zexpert.integrations.given_routing import RUNNER
 from zexpert.models.config import require_silu
+from zexpert.ops.types import ExpertWeights
 from zexpert.router.factory import create_fused_moe_router
 from zexpert.runner.chunking_moe_runner import ChunkingMoERunner
 from zexpert.runner.default_moe_runner import DefaultMoERunner
@@ -177,13 +178,13 @@ class PatchedExperts(LongcatFlashExperts):  # type: ignore[misc]
 
         Args:
             hidden_states: the tokens.
-            run: the runner, called as run(hidden_states, w13_weight=..., w2_weight=...). It holds the router's logits,
+            run: the runner, called as run(hidden_states, weights=...). It holds the router's logits,
                 because FSDP's mixed precision rounds tensor arguments.
         """
         rows, w13_weight, w2_weight = in_one_dtype(
             hidden_states, self.gate_up_proj[: self.num_routed_experts], self.down_proj
         )
-        return run(rows, w13_weight=w13_weight, w2_weight=w2_weight).to(hidden_states.dtype)
+        return run(rows, weights=ExpertWeights(w13_weight, w2_weight)).to(hidden_states.dtype)
 
 
 class TrimmedExperts(PatchedExperts):

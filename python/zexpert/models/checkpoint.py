@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from zexpert.layer import FusedMoE, check_shapes_of_state_dict
 from zexpert.models.expert_tensors import ExpertLoader, ExpertTensor, module_list
-from zexpert.runner.sharded_moe_runner import EXPERT_WEIGHTS, whole_weight
+from zexpert.runner.placement import EXPERT_WEIGHTS
 
 Block = TypeVar("Block", bound="CheckpointBlock")
 
@@ -59,7 +59,8 @@ class CheckpointBlock(nn.Module):
         """
         weights: dict[str, Tensor] = dict(self.state_dict())
         name, experts = experts_of(self)
-        weights |= {f"{name}.{weight}": whole_weight(experts, weight) for weight in EXPERT_WEIGHTS}
+        for weight in EXPERT_WEIGHTS:
+            weights[f"{name}.{weight}"] = experts.placement.whole(weight, experts.get_parameter(weight).detach())
         rename(weights, "", {ours: theirs for theirs, ours in self.checkpoint_names().items()})
         return weights
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from zexpert.layer import FusedMoE, check_not_quantised
-from zexpert.runner.sharded_moe_runner import EXPERT_WEIGHTS, ShardedMoERunner
+from zexpert.runner.placement import EXPERT_WEIGHTS
 
 
 class ExpertTensor(NamedTuple):
@@ -141,16 +141,10 @@ def replaced_like(experts: FusedMoE, weight: str, like: Tensor) -> nn.Parameter:
 @torch.no_grad()
 def copy_expert(experts: FusedMoE, parameter: Tensor, place: ExpertTensor, tensor: Tensor) -> None:
     """Copies one tensor of a checkpoint into `parameter`: this rank's part of it, if ranks share the experts."""
-    runner = experts.runner
     rows = [place.expert]
-    if isinstance(runner, ShardedMoERunner) and place.weight in EXPERT_WEIGHTS:
-        rows = (runner.own_experts() == place.expert).nonzero().flatten().tolist()
-        if not rows:
-            return
-        if place.half is None:
-            tensor = runner.own_slice(place.weight, tensor)
-        else:
-            tensor = runner.own_slice(place.weight, torch.cat((tensor, tensor))).chunk(2)[0]
+    if place.weight in EXPERT_WEIGHTS:
+        rows = (experts.placement.own_experts() == place.expert).nonzero().flatten().tolist()
+        tensor = experts.placement.own_slice(place.weight, tensor)
     for row in rows:
         target = parameter[row]
         (target if place.half is None else target.chunk(2)[place.half]).copy_(tensor)

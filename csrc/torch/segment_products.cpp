@@ -1,0 +1,125 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "torch/segment_products.h"
+
+#include <initializer_list>
+
+#include "cpu/expert_offsets.h"
+#include "torch/device.h"
+#include "zexpert/zero_idle.h"
+
+ZEXPERT_DEVICE_NAMESPACE_BEGIN
+namespace {
+
+/// The matrices of a tensor [a, b, c], or their transposes, for PyTorch to see: memory of `tensor`, outside any
+/// autograd graph.
+Tensor view_of(const Tensor& tensor, bool transposed) {
+  std::array<int64_t, 3> sizes{};
+  std::array<int64_t, 3> strides{};
+  const auto num_dims = static_cast<size_t>(tensor.dim());
+  for (size_t dim = 0; dim < num_dims; ++dim) {
+    sizes[dim] = tensor.size(static_cast<int64_t>(dim));
+    strides[dim] = tensor.stride(static_cast<int64_t>(dim));
+  }
+  if (transposed) {
+    std::swap(sizes[num_dims - 2], sizes[num_dims - 1]);
+    std::swap(strides[num_dims - 2], strides[num_dims - 1]);
+  }
+  return torch::stable::from_blob(const_cast<void*>(tensor.const_data_ptr()), Sizes(sizes.data(), num_dims),
+                                  Sizes(strides.data(), num_dims), tensor.device(), tensor.scalar_type());
+}
+
+/// Where the experts' segments end.
+Tensor segment_ends(const Tensor& expert_offsets) {
+  const std::array<int64_t, 1> sizes{expert_offsets.size(0) - 1};
+  const std::array<int64_t, 1> strides{1};
+  return torch::stable::from_blob(const_cast<int32_t*>(expert_offsets.const_data_ptr<int32_t>()) + 1, sizes, strides,
+                                  expert_offsets.device(), DType::Int);
+}
+
+Matrix matrix_of(const MatrixProduct& multiply, const Tensor& tensor, int64_t first, int64_t num_rows) {
+  return multiply.matrix(tensor.const_data_ptr(), first * tensor.stride(0), num_rows, tensor.size(1), tensor.stride(0));
+}
+
+/// Calls fn(expert, first_row, num_rows) for the experts that have rows.
+template <typename Fn>
+void for_each_segment(const Tensor& host_offsets, const Fn& fn) {
+  const auto* offsets = host_offsets.const_data_ptr<int32_t>();
+  for (int64_t expert = 0; expert + 1 < host_offsets.size(0); ++expert) {
+    if (offsets[expert] < offsets[expert + 1]) {
+      fn(expert, int64_t{offsets[expert]}, int64_t{offsets[expert + 1]} - offsets[expert]);
+    }
+  }
+}
+
+}  // namespace
+
+SegmentProducts::SegmentProducts(GroupedMlpImplementation implementation, const Tensor& expert_offsets,
+                                 int64_t num_rows)
+    : expert_offsets_(expert_offsets) {
+  if (implementation != GroupedMlpImplementation::kTorch) {
+    return;
+  }
+  // Waits for the device. PyTorch refuses it while a CUDA graph is captured.
+  host_offsets_ = kIsCuda ? torch::stable::to(expert_offsets, torch::stable::Device(torch::headeronly::DeviceType::CPU))
+                          : expert_offsets;
+  check_expert_offsets(host_offsets_->const_data_ptr<int32_t>(), num_experts(), num_rows);
+}
+
+Tensor SegmentProducts::with_transposed(const Tensor& rows, const Tensor& matrices) const {
+  return multiply_all(rows, matrices, true);
+}
+
+Tensor SegmentProducts::with_matrices(const Tensor& rows, const Tensor& matrices) const {
+  return multiply_all(rows, matrices, false);
+}
+
+Tensor SegmentProducts::multiply_all(const Tensor& rows, const Tensor& matrices, bool transposed) const {
+  if (!host_offsets_) {
+    return grouped_mm(view_of(rows, false), view_of(matrices, transposed));
+  }
+  const Tensor result = empty({rows.size(0), matrices.size(transposed ? 1 : 2)}, rows.scalar_type(), rows);
+  const MatrixProduct multiply(rows);
+  for_each_segment(*host_offsets_, [&](int64_t expert, int64_t first, int64_t num_rows) {
+    const Matrix matrix = multiply.matrix(matrices.const_data_ptr(), expert * matrices.stride(0), matrices.size(1),
+                                          matrices.size(2), matrices.size(2));
+    multiply(matrix_of(multiply, rows, first, num_rows), transposed ? matrix.transposed() : matrix,
+             matrix_of(multiply, result, first, num_rows));
+  });
+  return result;
+}
+
+Tensor SegmentProducts::between(const Tensor& left, const Tensor& right) const {
+  const auto zero_idle_experts = [&](const Tensor& result) {
+    const CurrentDevice device(result);
+    ZeroIdleExpertsParams params;
+    params.data = result.mutable_data_ptr();
+    params.expert_offsets = expert_offsets_.const_data_ptr<int32_t>();
+    params.data_type = element_type(result);
+    params.num_experts = num_experts();
+    params.expert_size = result.size(1) * result.size(2);
+    ZEXPERT_LAUNCH(zero_idle_experts, params, device);
+    return result;
+  };
+  if (!host_offsets_) {
+    // On some GPUs the product leaves the experts without rows as they are.
+    return zero_idle_experts(grouped_mm(view_of(left, true), view_of(right, false)));
+  }
+  const Tensor result = empty({num_experts(), left.size(1), right.size(1)}, left.scalar_type(), left);
+  const MatrixProduct multiply(left);
+  for_each_segment(*host_offsets_, [&](int64_t expert, int64_t first, int64_t num_rows) {
+    multiply(matrix_of(multiply, left, first, num_rows).transposed(), matrix_of(multiply, right, first, num_rows),
+             multiply.matrix(result.const_data_ptr(), expert * result.stride(0), result.size(1), result.size(2),
+                             result.size(2)));
+  });
+  return zero_idle_experts(result);
+}
+
+Tensor SegmentProducts::grouped_mm(const Tensor& left, const Tensor& right) const {
+  using torch::stable::detail::from;
+  std::array<StableIValue, 5> stack{from(left), from(right), from(std::optional<Tensor>(segment_ends(expert_offsets_))),
+                                    from(std::optional<Tensor>()), from(std::optional<DType>())};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::_grouped_mm", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+ZEXPERT_DEVICE_NAMESPACE_END
