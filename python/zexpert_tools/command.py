@@ -29,17 +29,6 @@ def main() -> None:
         sys.exit(f"error: the output cannot be written: {error.strerror or error}")
 
 
-def choose_wait_policy() -> None:
-    """Chooses how PyTorch's threads wait for each other, unless the environment says so; OpenMP reads it when it loads.
-
-    By default they spin for milliseconds. On a busy machine that takes the processors from the threads that work, and
-    a step of the demo takes ten times as long: there they sleep. Else they spin for microseconds, which is as fast.
-    """
-    if not os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}:
-        name, value = ("OMP_WAIT_POLICY", "PASSIVE") if is_busy() else ("GOMP_SPINCOUNT", "10000")
-        os.environ[name] = value
-
-
 def is_busy(samples: int = 10) -> bool:
     """Whether other processes than this one are running, most of the time."""
     try:
@@ -55,8 +44,10 @@ def is_busy(samples: int = 10) -> bool:
 def run() -> None:
     if sys.argv[1:] == ["doctor"]:
         sys.exit(doctor.main())  # needs neither zexpert nor PyTorch, whose import may crash the process
-    if sys.argv[1:2] != ["bench"]:  # which measures PyTorch with its defaults
-        choose_wait_policy()
+    # Where others run, PyTorch's waiting threads must sleep: by default they spin, which takes the processors from the
+    # threads that work. On a quiet machine spinning is faster. OpenMP reads the variable when it is loaded.
+    if sys.argv[1:2] != ["bench"] and "OMP_WAIT_POLICY" not in os.environ and is_busy():
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
     try:
         from zexpert_tools.cli.app import app
     except ImportError as error:
