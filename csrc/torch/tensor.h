@@ -96,14 +96,19 @@ inline std::string text(const torch::stable::Device& device) {
 
 // Layout
 
-/// A dense copy of `tensor`, detached from autograd.
-inline Tensor dense_copy(const Tensor& tensor) {
+/// A view of `tensor`, detached from autograd.
+inline Tensor detached(const Tensor& tensor) {
   using torch::stable::detail::from;
   std::array<StableIValue, 1> stack{from(tensor)};
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::detach", "", stack.data(), TORCH_ABI_VERSION));
-  const auto detached = torch::stable::detail::to<Tensor>(stack[0]);
-  Tensor copy = torch::stable::new_empty(detached, detached.sizes());
-  torch::stable::copy_(copy, detached);
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+/// A dense copy of `tensor`, detached from autograd.
+inline Tensor dense_copy(const Tensor& tensor) {
+  const Tensor source = detached(tensor);
+  Tensor copy = torch::stable::new_empty(source, source.sizes());
+  torch::stable::copy_(copy, source);
   return copy;
 }
 
