@@ -206,7 +206,8 @@ def cuda_library() -> Extension:
     # With the static runtime no second libcudart, of the toolkit's version, is loaded next to PyTorch's.
     static_runtime = any(Path(path, "libcudart_static.a").exists() for path in library_paths(device_type="cuda"))
     runtime = ["-lcudart_static", "-ldl", "-lrt", "-lpthread"] if static_runtime else ["-lcudart"]
-    nvcc_flags = ["-std=c++17", "-O3", "-lineinfo", "-Xcompiler=-Wall,-Wextra,-Werror=switch,-fvisibility-inlines-hidden"]
+    host_flags = "-Wall,-Wextra,-Werror=switch,-fvisibility-inlines-hidden"
+    nvcc_flags = ["-std=c++17", "-O3", "-lineinfo", f"-Xcompiler={host_flags}"]
     if nvcc_major_version() >= 13:
         nvcc_flags.append("--compress-mode=size")  # a fifth of the size; every driver for CUDA 13 can unpack it
     return Extension(

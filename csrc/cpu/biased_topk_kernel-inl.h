@@ -148,7 +148,7 @@ void route_token(const SharedByRows<T>& shared, const BiasedTopKParams& params, 
   }
 }
 
-/// Calls fn(token, workspace) for every token, each thread with a workspace of its own.
+/// Calls fn(token, workspace) for every token. Each thread has its own workspace.
 template <typename T, typename Fn>
 void for_each_token(const SharedByRows<T>& shared, const Fn& fn) {
   // Below this many logits a range costs less than waking a thread.

@@ -22,7 +22,7 @@ struct Segment {
   int64_t num_groups = 0;
 };
 
-/// Rows of a segment that are multiplied together. All segments' rows lie packed, those of a group interleaved: vector
+/// Rows of a segment that are multiplied together. All segments' rows are packed, those of a group interleaved: vector
 /// `v` of the group's row `r` is vector first_packed_row * (vectors per row) + v * num_rows + r.
 struct RowGroup {
   int64_t first_row;
@@ -30,8 +30,8 @@ struct RowGroup {
   int64_t num_rows;
 };
 
-/// Rows that are computed in one go, if no segment has more: their copies and activations are small enough to be kept
-/// by allocators from one go to the next, where large memory comes as fresh pages each time.
+/// Rows that are computed in one run, if no segment has more. Their copies and activations are so small that allocators
+/// keep the memory from one run to the next; larger memory comes as fresh pages each time.
 constexpr int64_t kRowsAtOnce = 1024;
 
 /// The segments, in runs of up to kRowsAtOnce rows or of a single longer segment.
@@ -53,7 +53,7 @@ std::vector<std::vector<Segment>> find_segments(const GroupedMlpParams& params, 
   return runs;
 }
 
-/// Cuts every segment into as few groups of up to `most_rows` rows as it takes, of about the same size.
+/// Cuts every segment into as few groups of up to `most_rows` rows as possible, of about the same size.
 std::vector<RowGroup> cut_into_groups(std::vector<Segment>& segments, int64_t most_rows) {
   std::vector<RowGroup> groups;
   int64_t packed_rows = 0;
@@ -80,6 +80,7 @@ namespace zexpert {
 
 void grouped_mlp_cpu(const GroupedMlpParams& params, int64_t max_rows) {
   params.validate();
+  ZEXPERT_CHECK(params.tile_rows == 0, "tile_rows must be 0 on the CPU, got ", params.tile_rows);
   check_expert_rows(params);
   if (params.is_empty()) {
     return;

@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 // Compiled once per instruction set by grouped_mlp.cpp through for_each_isa.h; nothing else is included here.
 //
-// Two products in turn, each over blocks of every expert's output channels: gate and up of the same channels with the
-// activation after them, then down. The blocks of a run's experts form one list that the threads work through together.
+// Two products, each over blocks of every expert's output channels: gate and up of the same channels, followed by the
+// activation, then down. The blocks of a run's experts form one list that all threads work through.
 #include "cpu/grouped_mlp_product-inl.h"
 
-/// Weights of a block of channels: so many that starting on a block costs little, so few that the groups of rows after
+/// Weights of a block of channels: enough that starting a block costs little, few enough that the groups of rows after
 /// the first find them in the second-level cache.
 constexpr int64_t kBlockBytes = 128 * 1024;
 
-/// Blocks are whole numbers of so many channels, so that blocks of activations are whole vectors.
+/// A block has a multiple of this many channels, so that blocks of activations are whole vectors.
 constexpr int64_t kChannelMultiple = 16;
 
 /// Channels of a block that reads `rows_per_channel` weight rows for each.
@@ -92,15 +92,15 @@ void multiply_block(const Product& product, const Block& block, const accumulate
   }
 }
 
-/// Computes a product on all threads. `find_channels(block, channels)` gives a block's weight rows, `consume(block,
-/// group, sums)` takes the block's products with a group of rows.
+/// Computes a product on all threads. `find_channels(block, channels)` returns a block's weight rows in `channels`,
+/// `consume(block, group, sums)` receives the block's products with a group of rows.
 template <typename T, typename FindChannels, typename Consume>
 void multiply_all(const Product& product, const accumulate_t<T>* packed_rows, const FindChannels& find_channels,
                   const Consume& consume) {
   const int64_t num_blocks = Block::count(product);
   std::atomic<int64_t> next_block{0};
-  // Whichever thread is free takes the next block: experts differ in their rows and cores in their speed. A thread
-  // takes a block while it still works on the one before, to read it ahead.
+  // A free thread takes the next block: experts differ in their rows and cores in their speed. A thread takes a block
+  // while it still works on the one before, to prefetch it.
   parallel_for(0, num_blocks, 1, [&](int64_t, int64_t) {
     const AlignedArray<accumulate_t<T>> sums(kMaxRows * kMaxChannels);
     Channels<T> channels;

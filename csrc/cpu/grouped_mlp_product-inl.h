@@ -1,17 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 // Products of rows with blocks of weight rows. Part of grouped_mlp_kernel-inl.h, compiled once per instruction set.
 //
-// A weight's row lies contiguous in memory, and so does a token's: each element of a product is the dot product of two
-// of them. A panel of kPanel weight rows meets a group of up to most_rows() rows with all their sums in registers, so
-// that a weight is read once for the whole group; rows of a group lie interleaved, so that they come in one stream.
+// A weight's row is contiguous in memory, and so is a token's: each element of a product is the dot product of two of
+// them. A panel of kPanel weight rows is multiplied by a group of up to most_rows() rows with all sums in registers, so
+// that a weight is read once for the whole group. Rows of a group are interleaved, so that they are one stream.
 //
 // Every sum has one order of addition: the vectors of a block of depth, the lanes of their sum, then block after block.
-// It does not depend on the group, and so a row's result does not depend on the rows beside it.
+// The order does not depend on the group, so a row's result does not depend on the other rows.
 
 /// Weight rows that are multiplied together.
 constexpr int64_t kPanel = 4;
 
-/// Most rows and most weight rows that multiply() takes at once: they stay in the second-level cache.
+/// Most rows and most weight rows that one call of multiply() has: they stay in the second-level cache.
 constexpr int64_t kMaxRows = 192;
 constexpr int64_t kMaxChannels = 64;
 
@@ -19,14 +19,15 @@ constexpr int64_t kCacheLine = 64;
 
 constexpr int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
-/// Rows whose sums with a panel fit in the registers, beside the rows and a weight: 32 registers with AVX-512, else 16.
+/// Rows whose sums with a panel fit in the registers, together with the rows and a weight: 32 registers with AVX-512,
+/// else 16.
 template <typename A>
 constexpr int64_t most_rows() {
   return sizeof(Vec<A>) == 64 ? 6 : 3;
 }
 
-/// Elements of a row that are multiplied before it is the next row's turn: so much of a group and of a panel fits in
-/// the first-level cache. Long blocks have few sums across lanes.
+/// Elements of a row that are multiplied before the next row: this much of a group and of a panel fits in the
+/// first-level cache. Long blocks need few sums across lanes.
 template <typename A>
 constexpr int64_t kDepthBlock = 4096 / static_cast<int64_t>(sizeof(A));
 
@@ -35,15 +36,15 @@ template <typename T>
 struct PanelProduct {
   const accumulate_t<T>* rows;  ///< the group's packed rows from this block of depth on
   const T* weights[kPanel];     ///< from this block of depth on
-  const char* ahead[kPanel];    ///< memory that will be needed later, read alongside the weights
-  int64_t ahead_step;           ///< a line of a single stream is read with every so many elements of depth
+  const char* ahead[kPanel];    ///< memory that will be needed later, prefetched while the weights are read
+  int64_t ahead_step;           ///< elements of depth for each line of a single stream that is prefetched
   int64_t depth;
   bool adds;              ///< to the sums of earlier blocks of depth
   accumulate_t<T>* sums;  ///< [rows of the group, kMaxChannels]
 };
 
-/// sums[r, c] = rows[r] . weights[c] for r < kRows. Reads the first kAhead of the streams ahead: one at the product's
-/// pace, several at the pace of the weights. Not inlined, so that nothing of a caller's competes for registers.
+/// sums[r, c] = rows[r] . weights[c] for r < kRows. Prefetches the first kAhead of the streams: one at the product's
+/// pace, several at the pace of the weights. Not inlined, so that the caller's values do not compete for registers.
 template <int64_t kRows, int64_t kAhead, typename T>
 __attribute__((noinline)) void multiply_group(const PanelProduct<T>& product) {
   using A = accumulate_t<T>;
@@ -73,7 +74,7 @@ __attribute__((noinline)) void multiply_group(const PanelProduct<T>& product) {
 #pragma GCC unroll 8
       for (int64_t k = 0; k < kAhead; ++k) __builtin_prefetch(product.ahead[k] + line, 0, 2);
     }
-    // unfused() keeps what is loaded once in a register, where a compiler may load it anew for each product.
+    // unfused() keeps a loaded value in a register; otherwise the compiler may load it again for each product.
     V x[static_cast<size_t>(kRows)];
 #pragma GCC unroll 8
     for (int64_t r = 0; r < kRows; ++r) x[r] = unfused(V::load(rows + r * V::kWidth));
@@ -128,15 +129,15 @@ ZEXPERT_INLINE void multiply_rows(int64_t num_rows, const PanelProduct<T>& produ
   }
 }
 
-/// The weight rows of a block of output channels: kPanel at a time, short panels filled up by repeats.
+/// The weight rows of a block of output channels: kPanel at a time, short panels padded with repeats.
 template <typename T>
 struct Channels {
   const T* rows[kMaxChannels];
   int64_t count = 0;
 };
 
-/// A group's share of reading the next panel into the cache. The shares spread the reading over all groups: requests in
-/// a burst would hold the buffers that the groups' own loads go through.
+/// A group's share of prefetching the next panel. The shares spread the prefetches over all groups: a burst of them
+/// would occupy the buffers that the groups' own loads need.
 struct ReadAhead {
   ReadAhead(int64_t group, int64_t num_groups, int64_t depth, int64_t line_elements) {
     if (num_groups < kPanel) {
@@ -144,7 +145,7 @@ struct ReadAhead {
       num_rows = ((group + 1) * kPanel + num_groups - 1) / num_groups - first_row;
       step = line_elements;
     } else {
-      // A piece of one row, the more slowly the shorter it is.
+      // A piece of one row; the shorter it is, the more slowly it is read.
       first_row = (group * kPanel + kPanel - 1) / num_groups;
       num_rows = 1;
       const int64_t first_group = first_row * num_groups / kPanel;
@@ -157,11 +158,11 @@ struct ReadAhead {
   int64_t first_row;
   int64_t num_rows;
   int64_t offset = 0;  ///< of the first element
-  int64_t step;        ///< elements of the product's depth from one line that is read to the next
+  int64_t step;        ///< elements of the product's depth from one prefetched line to the next
 };
 
-/// sums[r, c] = row r of the groups . channels[c], kMaxChannels apart. Meanwhile reads `next`, the block that will be
-/// multiplied after this one, into the cache.
+/// sums[r, c] = row r of the groups . channels[c], kMaxChannels apart. Prefetches `next`, the block that is multiplied
+/// after this one.
 template <typename T>
 void multiply(const accumulate_t<T>* packed_rows, const RowGroup* groups, int64_t num_groups,
               const Channels<T>& channels, int64_t depth, const Channels<T>& next, accumulate_t<T>* sums) {
@@ -185,7 +186,7 @@ void multiply(const accumulate_t<T>* packed_rows, const RowGroup* groups, int64_
       product.sums = sums + (group.first_row - groups[0].first_row) * kMaxChannels;
       for (int64_t c = 0; c < channels.count; c += kPanel, product.sums += kPanel) {
         for (int64_t k = 0; k < kPanel; ++k) product.weights[k] = channels.rows[c + k] + begin;
-        // What is in the cache already stands in where there is nothing to read.
+        // Without anything to prefetch, prefetch what is in the cache already.
         for (const char*& ahead : product.ahead) ahead = reinterpret_cast<const char*>(product.weights[0]);
         for (int64_t k = 0; k < share.num_rows; ++k) {
           const int64_t row = c + share.first_row + k;

@@ -229,7 +229,7 @@ KernelPlan plan_on_cuda(const KernelQuery& query) {
   if (query.op == "biased_topk_and_plan") {
     return plan_biased_topk_and_plan_on_cuda(query);
   }
-  return {query.op, "cuda", query.op, "One kernel takes every size."};
+  return {query.op, "cuda", query.op, "One kernel computes every size."};
 }
 
 }  // namespace

@@ -35,7 +35,7 @@ class ArgumentReader {
   const StableIValue* next_;
 };
 
-/// Makes a T of kCount arguments of the schema. read() must take all of them before it throws.
+/// Makes a T of kCount arguments of the schema. If read() throws, it must have read all of them before.
 template <typename T>
 struct ReadArgument {
   static constexpr uint64_t kCount = 1;

@@ -218,11 +218,10 @@ void run_hopper_kernels(const ExpertInputs& inputs, const Tensor& out, int64_t t
   GroupedMlpParams params = inputs.params();
   params.out = out.mutable_data_ptr();
   params.out_row_stride = out.stride(0);
-  GroupedMlpCudaOptions options;
-  const Tensor workspace = empty({grouped_mlp_cuda_workspace_bytes(params, tile_rows)}, DType::Byte, out);
-  options.workspace = workspace.mutable_data_ptr();
-  options.tile_rows = tile_rows;
-  grouped_mlp_cuda(params, options, device.stream());
+  params.tile_rows = tile_rows;
+  const Tensor workspace = empty({grouped_mlp_cuda_workspace_bytes(params)}, DType::Byte, out);
+  params.workspace = workspace.mutable_data_ptr();
+  grouped_mlp_cuda(params, device.stream());
 }
 #endif
 

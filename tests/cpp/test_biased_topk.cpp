@@ -31,7 +31,7 @@ class Random {
     return row;
   }
 
-  /// A row whose choice does not hang on a rounding error.
+  /// A row for which rounding errors cannot change the choice.
   Row logits(const Call& call, double deviation = 2) {
     for (int attempt = 0; attempt < 100; ++attempt) {
       Row row = normal(call.spec.num_experts, call.logits_type, deviation);

@@ -114,6 +114,10 @@ TEST(CheckParams, GroupedMlp) {
   params.row_slots = &slot;
   params.top_k = 0;
   EXPECT_EQ(error_of(op, params), "top_k must be at least 1, got 0");
+  params.row_slots = nullptr;
+  params.data_type = ScalarType::kFloat32;
+  params.tile_rows = 8;
+  EXPECT_EQ(error_of(op, params), "tile_rows must be 0 on the CPU, got 8");
   EXPECT_EQ(out, -7.0F);
 }
 

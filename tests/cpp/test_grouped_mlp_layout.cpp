@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// grouped_mlp_hopper's products without a GPU: what its kernels take from grouped_mlp_hopper_layout.h, run against
+// grouped_mlp's products on a Hopper GPU, without a GPU: what its kernels use of grouped_mlp/layout.h, run against
 // models of the hardware that follow the PTX ISA: the copy engine's boxes and swizzle, the matrix instruction's
 // operands in shared memory and sums in registers, the transposing store.
 #include <gtest/gtest.h>
@@ -335,21 +335,21 @@ struct Case {
   int num_blocks;
 };
 
-class GroupedMlpHopperProduct : public ::testing::TestWithParam<Case> {};
+class GroupedMlpProduct : public ::testing::TestWithParam<Case> {};
 
-TEST_P(GroupedMlpHopperProduct, GateUp) {
+TEST_P(GroupedMlpProduct, GateUp) {
   const Case& c = GetParam();
   expect_product<Product::kGateUp>(c.num_channels, c.depth, c.segments, c.max_rows, c.num_blocks);
 }
 
-TEST_P(GroupedMlpHopperProduct, Down) {
+TEST_P(GroupedMlpProduct, Down) {
   const Case& c = GetParam();
   expect_product<Product::kDown>(c.num_channels, c.depth, c.segments, c.max_rows, c.num_blocks);
 }
 
 // Sizes that fill no tile, one, and one and a part; tiles of few and of many rows, tall and wide; tiles whose depth is
 // divided.
-INSTANTIATE_TEST_SUITE_P(Cases, GroupedMlpHopperProduct,
+INSTANTIATE_TEST_SUITE_P(Cases, GroupedMlpProduct,
                          ::testing::Values(Case{{3, 0, 9, 1}, 64, 64, 64, 1}, Case{{17, 30}, 128, 64, 24, 132},
                                            Case{{5, 0, 0, 12}, 192, 512, 64, 132}, Case{{165}, 320, 64, 160, 3},
                                            Case{{0, 137, 8}, 256, 128, 160, 5}, Case{{1}, 64, 1024, 64, 132},

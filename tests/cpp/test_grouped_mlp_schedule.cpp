@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Which block of grouped_mlp_hopper computes what, and the ring of stages between its producer and its consumers,
+// Which block of a grouped product computes what, and the ring of stages between its producer and its consumers,
 // without a GPU.
 #include <gtest/gtest.h>
 
@@ -307,7 +307,7 @@ void run_ring(const std::vector<int>& steps_of_items, std::mt19937& random) {
   FAIL() << "all wait, or a check failed";
 }
 
-TEST(GroupedMlpHopperRing, EveryStepReachesEveryWarp) {
+TEST(GroupedMlpRing, EveryStepReachesEveryWarp) {
   std::mt19937 random(5);
   for (int repeat = 0; repeat < 40; ++repeat) {
     std::vector<int> steps_of_items;

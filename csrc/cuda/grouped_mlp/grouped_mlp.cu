@@ -36,7 +36,7 @@ struct TilePlanArguments {
 };
 
 /// row_tile_starts[e] = row tiles of the experts before e; a thread per expert. Also clears `counters`, and copies the
-/// offsets into the range that there are rows for, whatever was given.
+/// offsets, clamped to the rows that exist.
 __global__ void __launch_bounds__(kMaxExperts) plan_tiles(const TilePlanArguments arguments) {
   __shared__ int warp_sums[kMaxExperts / kWarpSize];
   wait_for_previous_kernels();
@@ -65,7 +65,7 @@ using EncodeTiled = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, 
                                  const cuuint64_t*, const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave,
                                  CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
 
-/// The driver's cuTensorMapEncodeTiled, asked for at run time: the library loads on machines without a driver.
+/// The driver's cuTensorMapEncodeTiled, looked up at run time: the library loads on machines without a driver.
 EncodeTiled encode_tiled() {
   static const EncodeTiled function = [] {
     constexpr unsigned kCuda12 = 12000;
@@ -74,7 +74,7 @@ EncodeTiled encode_tiled() {
     check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, kCuda12, cudaEnableDefault, &result),
           "cudaGetDriverEntryPointByVersion");
     ZEXPERT_CHECK(result == cudaDriverEntryPointSuccess && found != nullptr,
-                  "the CUDA driver must have cuTensorMapEncodeTiled, which came with CUDA 12.0; query result ",
+                  "the CUDA driver must have cuTensorMapEncodeTiled, which CUDA 12.0 introduced; query result ",
                   static_cast<int>(result));
     return reinterpret_cast<EncodeTiled>(found);
   }();
@@ -115,7 +115,11 @@ struct Workspace {
 /// Of one product: the blocks' arrivals, and the tickets.
 int64_t num_counters(int64_t num_blocks) { return num_blocks + 1; }
 
-Workspace workspace_parts(const GroupedMlpParams& params, int64_t tile_rows, int64_t num_blocks) {
+int64_t tile_rows_of(const GroupedMlpParams& params) {
+  return params.tile_rows != 0 ? params.tile_rows : hopper_tile_rows(params.num_rows, params.num_experts);
+}
+
+Workspace workspace_parts(const GroupedMlpParams& params, int64_t num_blocks) {
   constexpr int64_t kAlignment = 256;
   int64_t end = 0;
   const auto add = [&](int64_t num_bytes) {
@@ -127,17 +131,13 @@ Workspace workspace_parts(const GroupedMlpParams& params, int64_t tile_rows, int
   parts.rows = add(params.row_slots != nullptr ? params.num_rows * params.hidden_size * kElementBytes : 0);
   parts.activation = add(params.num_rows * params.intermediate_size * kElementBytes);
   // Room for the largest tiles of the kernel that serves these.
-  const int64_t most_columns = tile_rows <= kHopperFewTileRows ? kHopperFewTileRows : kHopperTallTileRows;
+  const int64_t most_columns = tile_rows_of(params) <= kHopperFewTileRows ? kHopperFewTileRows : kHopperTallTileRows;
   parts.partial_sums = add(kPartsOfBlock * num_blocks * most_columns * kConsumers * int64_t{sizeof(float)});
   parts.counters = add(2 * num_counters(num_blocks) * int64_t{sizeof(int32_t)});
   parts.expert_offsets = add((params.num_experts + 1) * int64_t{sizeof(int32_t)});
   parts.row_tile_starts = add((params.num_experts + 1) * int64_t{sizeof(int32_t)});
   parts.num_bytes = end;
   return parts;
-}
-
-int64_t chosen_tile_rows(const GroupedMlpParams& params, int64_t tile_rows) {
-  return tile_rows != 0 ? tile_rows : hopper_tile_rows(params.num_rows, params.num_experts);
 }
 
 /// The products' code is in sm_90a alone, which CMake calls 90a and TORCH_CUDA_ARCH_LIST 9.0a.
@@ -148,20 +148,11 @@ bool is_compiled() {
 
 bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
-void check_options(const GroupedMlpParams& params, const GroupedMlpCudaOptions& options) {
-  const GroupedMlpDevice device = grouped_mlp_cuda_device();
-  const GroupedMlpCall call{device,
-                            GroupedMlpTask::kForward,
-                            params.data_type,
-                            params.num_experts,
-                            params.hidden_size,
-                            params.intermediate_size};
-  can_serve(GroupedMlpImplementation::kHopper, call,
-            [](const auto&... parts) { zexpert::detail::throw_error(parts...); });
+void check_layout(const GroupedMlpParams& params) {
   ZEXPERT_CHECK(params.num_rows <= INT32_MAX, "the number of rows must be below 2^31, got ", params.num_rows);
-  ZEXPERT_CHECK(options.tile_rows >= 0 && options.tile_rows <= kHopperMaxTileRows && options.tile_rows % kRowStep == 0,
+  ZEXPERT_CHECK(params.tile_rows >= 0 && params.tile_rows <= kHopperMaxTileRows && params.tile_rows % kRowStep == 0,
                 "tile_rows must be a multiple of ", kRowStep, " from 0 to ", kHopperMaxTileRows, ", got ",
-                options.tile_rows);
+                params.tile_rows);
   ZEXPERT_CHECK(is_aligned(params.rows) && is_aligned(params.w13_weight) && is_aligned(params.w2_weight) &&
                     is_aligned(params.out),
                 "rows, w13_weight, w2_weight and out must begin at multiples of 16 bytes");
@@ -169,6 +160,13 @@ void check_options(const GroupedMlpParams& params, const GroupedMlpCudaOptions& 
        {params.rows_row_stride, params.out_row_stride, params.w13_expert_stride, params.w2_expert_stride}) {
     ZEXPERT_CHECK(stride % 8 == 0, "strides of rows, out and experts must be multiples of 8 elements, got ", stride);
   }
+}
+
+void check_can_serve(const GroupedMlpParams& params) {
+  const GroupedMlpCall call{grouped_mlp_cuda_device(), GroupedMlpTask::kForward, params.data_type,
+                            params.num_experts,        params.hidden_size,       params.intermediate_size};
+  can_serve(GroupedMlpImplementation::kHopper, call,
+            [](const auto&... parts) { zexpert::detail::throw_error(parts...); });
 }
 
 /// Tokens into the rows of the workspace; returns the params of those rows.
@@ -195,10 +193,9 @@ GroupedMlpParams gather_rows(const GroupedMlpParams& params, void* rows, cudaStr
 /// Both products, one after the other.
 class Products {
  public:
-  Products(const GroupedMlpParams& params, int64_t tile_rows, int num_blocks, const Workspace& parts, char* workspace,
-           cudaStream_t stream)
+  Products(const GroupedMlpParams& params, int num_blocks, const Workspace& parts, char* workspace, cudaStream_t stream)
       : params_(params),
-        tile_rows_(tile_rows),
+        tile_rows_(tile_rows_of(params)),
         num_blocks_(num_blocks),
         activation_(workspace + parts.activation),
         partial_sums_(reinterpret_cast<float*>(workspace + parts.partial_sums)),
@@ -278,27 +275,26 @@ GroupedMlpDevice grouped_mlp_cuda_device() {
   return device;
 }
 
-int64_t grouped_mlp_cuda_workspace_bytes(const GroupedMlpParams& params, int64_t tile_rows) {
-  const int64_t rows = cuda::chosen_tile_rows(params, tile_rows);
-  return cuda::workspace_parts(params, rows, cuda::num_multiprocessors()).num_bytes;
+int64_t grouped_mlp_cuda_workspace_bytes(const GroupedMlpParams& params) {
+  return cuda::workspace_parts(params, cuda::num_multiprocessors()).num_bytes;
 }
 
-void grouped_mlp_cuda(const GroupedMlpParams& params, const GroupedMlpCudaOptions& options, cudaStream_t stream) {
+void grouped_mlp_cuda(const GroupedMlpParams& params, cudaStream_t stream) {
   params.validate();
-  cuda::check_options(params, options);
+  cuda::check_layout(params);
+  cuda::check_can_serve(params);
   if (params.is_empty()) {
     return;
   }
   ZEXPERT_CHECK(params.intermediate_size > 0, "intermediate_size must be at least 1, got 0");
-  detail::check_pointers({{"workspace", options.workspace}});
+  detail::check_pointers({{"workspace", params.workspace}});
 
   const int num_blocks = cuda::num_multiprocessors();
-  const int64_t tile_rows = cuda::chosen_tile_rows(params, options.tile_rows);
-  const cuda::Workspace parts = cuda::workspace_parts(params, tile_rows, num_blocks);
-  auto* const workspace = static_cast<char*>(options.workspace);
+  const cuda::Workspace parts = cuda::workspace_parts(params, num_blocks);
+  auto* const workspace = static_cast<char*>(params.workspace);
   const GroupedMlpParams of_rows =
       params.row_slots != nullptr ? cuda::gather_rows(params, workspace + parts.rows, stream) : params;
-  const cuda::Products products(of_rows, tile_rows, num_blocks, parts, workspace, stream);
+  const cuda::Products products(of_rows, num_blocks, parts, workspace, stream);
   products.plan();
   products.multiply();
 }

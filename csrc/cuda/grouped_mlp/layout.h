@@ -1,21 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0
-// Where grouped_mlp_hopper's operands lie: what the copy engine (TMA) brings to which place of shared memory, how the
+// Where the grouped products' operands are: what the copy engine (TMA) copies to which place of shared memory, how the
 // matrix instruction (wgmma) finds it there, and which channels' sums a warp then holds. Host code too, so that tests
 // need no GPU.
 //
-// Each of two warpgroups has two matrix instructions of 64 weight rows under way. In a tall tile their weight rows
-// differ, 256 in all, and both take all of the tile's rows; in a wide tile both take the same 128 weight rows, and half
-// of the tile's rows each.
+// Each of two warpgroups runs two matrix instructions of 64 weight rows at a time. In a tall tile the warpgroups have
+// different weight rows, 256 in all, and each multiplies all of the tile's rows. In a wide tile both have the same 128
+// weight rows, and each multiplies half of the tile's rows.
 //
-// A weight tile is a group of channels for each warp of the 8 or 4 whose weight rows differ; a group is what a warp
-// sums. Both instructions ("halves") take 16 weight rows of every warp's group:
+// A weight tile has a group of channels for each warp with weight rows of its own, 8 or 4 warps; a group is what a warp
+// sums. Both instructions ("halves") multiply 16 weight rows of every warp's group:
 //
-//   gate and up: a group is 16 channels. Half h takes the gate rows of its channels 8h .. 8h + 7, then their up rows.
-//                A thread's sums of rows i and i + 8 of an instruction thus are gate and up of one channel.
-//   down:        a group is 32 channels. Half h takes the rows of its channels 16h .. 16h + 15.
+//   gate and up: a group is 16 channels. Half h has the gate rows of its channels 8h .. 8h + 7, then their up rows.
+//                A thread's sums of rows i and i + 8 of an instruction are gate and up of one channel.
+//   down:        a group is 32 channels. Half h has the rows of its channels 16h .. 16h + 15.
 //
-// Either way a warp ends up with neighbouring channels, and one box of the copy engine is the half of a tile, 128 or 64
-// rows of 64 elements: for each group, for each of its matrices (gate, up), the rows of the half.
+// Either way a warp holds neighbouring channels, and one box of the copy engine is the half of a tile, 128 or 64 rows
+// of 64 elements: for each group, for each of its matrices (gate, up), the rows of the half.
 #pragma once
 
 #include <cstdint>
@@ -61,7 +61,7 @@ inline constexpr int kMaxTensorRank = 5;
 struct TensorMapShape {
   uint32_t rank;
   uint64_t sizes[kMaxTensorRank];
-  uint64_t strides[kMaxTensorRank];  ///< bytes; the first is the element's size, which the driver takes for granted
+  uint64_t strides[kMaxTensorRank];  ///< bytes; the first is the element's size, which the driver is not given
   uint32_t box[kMaxTensorRank];
 };
 
@@ -112,9 +112,9 @@ ZEXPERT_HOST_DEVICE void for_each_row_box(int num_columns, const Fn& fn) {
   }
 }
 
-/// The matrix instruction's description of an operand with the 128-byte swizzle, both operands' depth running along
-/// the lines: 8 lines follow each other, the next 8 lie kSwizzleBytes further. `address` is that of the first line in
-/// shared memory, plus 32 bytes for every 16 elements of depth; the swizzle goes by the address's own bits.
+/// The matrix instruction's description of an operand with the 128-byte swizzle. Depth runs along the lines of both
+/// operands: 8 lines are adjacent, the next 8 are kSwizzleBytes further. `address` is that of the first line in shared
+/// memory, plus 32 bytes for every 16 elements of depth; the swizzle depends on the bits of the address.
 ZEXPERT_HOST_DEVICE uint64_t matrix_descriptor(uint32_t address) {
   constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
   constexpr uint64_t kStride = uint64_t{kSwizzleBytes / 16} << 32;
@@ -133,21 +133,21 @@ ZEXPERT_HOST_DEVICE int first_channel(Product product, Tiles tiles, int weight_t
 
 inline constexpr int kStagingBytes = 512;
 
-/// On its way out a warp turns four matrices of 8 by 8 elements at a time, in shared memory of its own: as many rows as
-/// they hold of all its channels. Rows lie one after the other there, in units of 16 bytes, 8 channels; units change
-/// places so that no two of the 8 that are accessed together share a bank. Afterwards each lane has a unit.
+/// Before it writes, a warp transposes four matrices of 8 by 8 elements at a time, in shared memory of its own: as many
+/// rows as they hold of all its channels. Rows are adjacent there, in units of 16 bytes, 8 channels. Units are permuted
+/// so that no two of the 8 that are accessed together share a bank. Afterwards each lane has a unit.
 template <Product kProduct>
 struct OutputTurn {
   static constexpr int kUnits = group_channels(kProduct) / 8;  ///< of a row
   static constexpr int kRows = 8 * 4 / kUnits;
 
-  /// Where row `row` of `unit` lies.
+  /// Where row `row` of `unit` is.
   ZEXPERT_HOST_DEVICE static uint32_t offset(int row, int unit) {
     const int swizzle = row * kUnits / 8 % kUnits;
     return static_cast<uint32_t>(row * kUnits + (unit ^ swizzle)) * 16U;
   }
-  /// Where the transposing store puts what lane `lane` gives the address of: row lane % 8 of matrix lane / 8. Matrices
-  /// are the units of the first 8 rows, then those of the next.
+  /// The address that lane `lane` passes to the transposing store: of row lane % 8 of matrix lane / 8. Matrices are the
+  /// units of the first 8 rows, then those of the next.
   ZEXPERT_HOST_DEVICE static uint32_t store_offset(int lane) {
     return offset(lane / 8 / kUnits * 8 + lane % 8, lane / 8 % kUnits);
   }

@@ -1,18 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
-// The two products of grouped_mlp_hopper, one kernel template.
+// The two grouped products, one kernel template.
 //
-// A block per multiprocessor works off the schedule's items. One thread, the producer, finds them, hands each over to
-// the consumers, and fills a ring of stages in shared memory through the copy engine: a stage is a tile's weight rows
-// and token rows, 64 elements of depth of each. Two warpgroups, the consumers, multiply them into registers and write
-// the tile out, while the producer is ahead with the next one. A stage's `full` barrier ends its phase when the stage's
-// bytes are there, its `empty` barrier when all 8 warps are done with them; both sides walk the ring in the same order,
-// and the parity flips once per round. Items take the same way through a ring of their own.
+// A block per multiprocessor computes the schedule's items. One thread, the producer, finds them, passes each to the
+// consumers, and fills a ring of stages in shared memory through the copy engine: a stage is a tile's weight rows and
+// token rows, 64 elements of depth of each. Two warpgroups, the consumers, multiply them into registers and write the
+// tile, while the producer loads the next one. A stage's `full` barrier ends its phase when the stage's bytes have
+// arrived, its `empty` barrier when all 8 warps are done with them. Both sides walk the ring in the same order, and the
+// parity flips once per round. Items pass through a ring of their own in the same way.
 //
-// Tall tiles read the fewest bytes for up to 160 rows of an expert. Wide tiles hold up to 288, so that an expert of so
-// many needs its weights once. Longer segments need several tiles either way, tall ones then with fewer bytes.
+// Tall tiles read the fewest bytes for up to 160 rows of an expert. Wide tiles hold up to 288 rows, so that an expert
+// with that many reads its weights once. Longer segments need several tiles either way, and tall ones read fewer bytes.
 //
 // A tile whose depth is divided (see Schedule) is summed by whichever of its blocks is the last to finish,
-// always in the order of the parts: the result does not depend on which block that is. Nobody waits for another block.
+// always in the order of the parts: the result does not depend on which block that is. No block waits for another.
 #pragma once
 
 #include <cuda.h>
@@ -35,8 +35,8 @@ namespace zexpert::cuda {
 inline constexpr int kConsumerWarps = kWarpgroups * kWarpsPerWarpgroup;
 inline constexpr int kConsumers = kConsumerWarps * kWarpSize;
 inline constexpr int kProductThreads = kConsumers + kWarpsPerWarpgroup * kWarpSize;
-// A multiprocessor's quarter has 512 registers for each lane of its three warps, two of which consume. They are moved
-// by whole warpgroups, so the producer is one, with a single thread at work.
+// A multiprocessor's quarter has 512 registers for each lane of its three warps, two of which consume. Registers move
+// between whole warpgroups, so the producer is a warpgroup too, with a single working thread.
 inline constexpr int kConsumerRegisters = 224;
 inline constexpr int kProducerRegisters = 56;
 inline constexpr int kConsumersBarrier = 1;
@@ -60,11 +60,11 @@ struct ProductArguments {
   int max_rows_per_tile;  ///< at most kMaxRows
 };
 
-// With few rows of an expert, weights are all that counts: blocks should end at the same time. Else products count, and
-// tiles should be whole.
+// With few rows per expert, reading weights bounds the time: blocks should end at the same time. Otherwise products do,
+// and tiles should be whole.
 ZEXPERT_HOST_DEVICE constexpr bool are_few(int max_rows) { return max_rows <= kHopperFewTileRows; }
 inline constexpr int kRoundsToDivide = 8;
-/// Items on their way from the producer to the consumers.
+/// Items between the producer and the consumers.
 inline constexpr int kItemPlaces = 2;
 
 /// `kMaxRows` is the most rows that a tile's stage has room for, a multiple of kRowStep.
@@ -106,8 +106,8 @@ __device__ __forceinline__ float silu_and_mul_of(float gate, float up) {
   return __fdividef(gate, 1.0F + __expf(-gate)) * up;
 }
 
-/// The producer: one thread. In the down product its first stages' weights do not wait for the kernel that writes the
-/// rows.
+/// The producer: one thread. In the down product it loads its first stages' weights before it waits for the kernel that
+/// writes the rows.
 template <Product kProduct, Tiles kTiles, int kMaxRows, int kStages>
 __device__ __forceinline__ void load_tiles(const ProductArguments& arguments, const Schedule& schedule,
                                            ProductMemory<kTiles, kMaxRows, kStages>& memory) {
@@ -132,8 +132,7 @@ __device__ __forceinline__ void load_tiles(const ProductArguments& arguments, co
                        arguments.weights, full, c[0], c[1], c[2], c[3], c[4]);
     }
   };
-  // Rows are read by the blocks of all weight tiles: the weights that pass through the L2 cache are to leave them
-  // there.
+  // Blocks of all weight tiles read the rows: keep them in the L2 cache while weights pass through.
   const uint64_t rows_policy = are_few(kMaxRows) ? ptx::evict_normal() : ptx::evict_last();
   const auto load_rows = [&](const WorkItem& work, int step, int to_stage) {
     const uint32_t to = ptx::shared_address(memory.stages[to_stage]) + static_cast<uint32_t>(kWeightBytes);
@@ -149,8 +148,8 @@ __device__ __forceinline__ void load_tiles(const ProductArguments& arguments, co
     ptx::fence_async_proxy();  // the kernel before wrote the rows by ordinary stores
     may_read_rows = true;
   };
-  // Tiles differ in rows, and so in time. Taken in turn, those that share rows or weights are worked off together,
-  // while the L2 cache has what they share; where every block has a series of its own, blocks drift apart.
+  // Tiles differ in rows, and so in time. Taken in turn, tiles that share rows or weights are computed together, while
+  // the L2 cache holds what they share. With a fixed series for every block, blocks would drift apart.
   const auto take_ticket = [&] { return atomicAdd(arguments.tickets, 1); };
   for_each_item(schedule, static_cast<int>(blockIdx.x), take_ticket, [&](const WorkItem& work) {
     hand_over(work);
@@ -176,7 +175,7 @@ __device__ __forceinline__ void load_tiles(const ProductArguments& arguments, co
   hand_over(WorkItem{});
 }
 
-/// A warp is done with the stage that `empty` belongs to.
+/// Reports that a warp is done with the stage that `empty` belongs to.
 __device__ __forceinline__ void release_stage(uint32_t empty) {
   if (threadIdx.x % kWarpSize == 0)
     ptx::barrier_arrive(empty);
@@ -220,7 +219,8 @@ __device__ __forceinline__ void multiply(float (&sums)[kHalves][kColumns / 2], i
   }
 }
 
-/// Writes this block's part of a divided tile; true, with the sums of all parts, in the block that comes last.
+/// Writes this block's part of a divided tile. In the block that finishes last it returns true, and the sums of all
+/// parts.
 template <Tiles kTiles, int kMaxRows, int kStages, int kSums>
 __device__ __forceinline__ bool add_parts(float (&sums)[kHalves][kSums], const ProductArguments& arguments,
                                           const WorkItem& work, ProductMemory<kTiles, kMaxRows, kStages>& memory) {
@@ -385,8 +385,8 @@ __global__ void __launch_bounds__(kProductThreads, 1)
     ptx::prefetch_tensor_map(arguments.weights);
     for (const CUtensorMap& map : arguments.rows) ptx::prefetch_tensor_map(map);
   }
-  // Only the gate and up product may still be running when the down product starts, and that has waited for everything
-  // before it: the tile plan and the weights are there, and weights are on their way before the rows are written.
+  // When the down product starts, only the gate and up product may still be running, and that has waited for all before
+  // it: the tile plan and the weights are in memory, and weights are loaded before the rows are written.
   if constexpr (kProduct == Product::kGateUp)
     wait_for_previous_kernels();
   for (int i = static_cast<int>(threadIdx.x); i <= arguments.num_experts; i += kProductThreads) {
@@ -405,7 +405,7 @@ __global__ void __launch_bounds__(kProductThreads, 1)
       constexpr int kChannels = tile_channels(kProduct, kTiles);
       Schedule schedule{};
       schedule.expert_offsets = arguments.expert_offsets;
-      schedule.row_tile_starts = memory.row_tile_starts;  // searched in, so near at hand
+      schedule.row_tile_starts = memory.row_tile_starts;  // in shared memory: it is searched
       schedule.num_experts = arguments.num_experts;
       schedule.num_weight_tiles = (arguments.num_channels + kChannels - 1) / kChannels;
       schedule.num_steps = arguments.num_steps;
@@ -415,7 +415,7 @@ __global__ void __launch_bounds__(kProductThreads, 1)
     }
   }
 #else
-  __trap();  // wgmma is in code for sm_90a alone, and the launcher asks whether that is there
+  __trap();  // wgmma is in code for sm_90a alone, and the launcher checks for that
 #endif
 }
 

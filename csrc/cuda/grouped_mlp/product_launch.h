@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// grouped_mlp_hopper's launches, a source file per element type.
+// The launches of the grouped products, a source file for each element type.
 #pragma once
 
 #include <cuda_runtime_api.h>

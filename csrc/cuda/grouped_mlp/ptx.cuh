@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Hopper's instructions that CUDA C++ has no name for: barriers that count bytes, the tensor copy engine, matrix
+// Hopper's instructions that CUDA C++ does not name: barriers that count bytes, the tensor copy engine, matrix
 // instructions' fences, the transposing store. Addresses of shared memory are 32-bit. See the PTX ISA, chapters
 // mbarrier, cp.async.bulk.tensor, wgmma and stmatrix. Only for code compiled for sm_90a.
 #pragma once
@@ -15,15 +15,14 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// Barriers in shared memory. A phase ends when the expected arrivals and bytes have come; waiters name the parity of
-// the phase whose end they wait for. Before the first phase ends, a wait for parity 1 passes.
+// Barriers in shared memory. A phase ends after the expected arrivals and bytes. A wait names the parity of the phase
+// that it waits for. Before the first phase ends, a wait for parity 1 passes.
 
 __device__ __forceinline__ void barrier_init(uint32_t barrier, uint32_t num_arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(num_arrivals) : "memory");
 }
 
-/// After barrier_init: other threads and the copy engine see the barriers once this thread has met them in a
-/// __syncthreads.
+/// After barrier_init: other threads and the copy engine see the barriers after the next __syncthreads.
 __device__ __forceinline__ void fence_barrier_init() {
   asm volatile("fence.mbarrier_init.release.cluster;\n\tfence.proxy.async.shared::cta;" ::: "memory");
 }
@@ -51,7 +50,7 @@ __device__ __forceinline__ bool barrier_try_wait(uint32_t barrier, uint32_t pari
   return is_over != 0;
 }
 
-/// Until the phase of this parity is over.
+/// Waits until the phase of this parity is over.
 __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
   while (!barrier_try_wait(barrier, parity)) {
   }
@@ -62,7 +61,7 @@ __device__ __forceinline__ void named_barrier_sync(int id, int num_threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(num_threads) : "memory");
 }
 
-// What the L2 cache is to do with lines that the copy engine reads.
+// How the L2 cache treats lines that the copy engine reads.
 
 __device__ __forceinline__ uint64_t evict_normal() {
   uint64_t policy;
@@ -105,7 +104,7 @@ __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.
 
 // Matrix instructions of a warpgroup: 4 warps, the first of them a multiple of 4.
 
-/// Registers of each of a warpgroup's threads from here on; raising them waits for those that another gave back.
+/// Sets the registers of each of a warpgroup's threads. Raising them waits until another warpgroup has released enough.
 template <int kRegisters>
 __device__ __forceinline__ void raise_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
@@ -120,13 +119,13 @@ __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.a
 
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
-/// Until at most `kPending` committed batches are still at work.
+/// Waits until at most `kPending` committed batches are unfinished.
 template <int kPending>
 __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-/// Keeps the compiler from reading a sum before a wait that stands before this, or changing it after.
+/// Keeps the compiler from reading a sum before the wait above this, and from changing it after.
 __device__ __forceinline__ void pin(float& sum) { asm volatile("" : "+f"(sum)::"memory"); }
 
 /// Stores matrices of 8 by 8 16-bit elements, transposed: lane l holds elements [l / 4][2 * (l % 4)] and the next of

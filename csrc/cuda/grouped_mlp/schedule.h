@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// Which part of a grouped product a block of grouped_mlp_hopper computes. Host code too, so that tests need no GPU.
+// Which part of a grouped product a block computes. Host code too, so that tests need no GPU.
 //
 // The products' operands are swapped: an expert's weight rows are the rows of the matrix instruction, the tokens' rows
-// its columns, whose number is any multiple of 8. A segment of rows is cut into row tiles of nearly equal length, the
-// weight rows into weight tiles; a tile is one of each.
+// its columns. The number of columns is any multiple of 8. A segment of rows is cut into row tiles of nearly equal
+// length, the weight rows into weight tiles; a tile is one of each.
 #pragma once
 
 #include <cstdint>
@@ -65,8 +65,7 @@ ZEXPERT_HOST_DEVICE PartRows rows_of_part(int num_rows, int part, int num_parts)
   return {first_columns, rest > 0 ? rest : 0, rest > 0 ? round_up(rest, kRowStep) : kRowStep};
 }
 
-/// What a kernel wrote that had ended when the one before this was let start this one: also a kernel that has not yet
-/// waited for the one before may read it, but not from the first-level cache, where older values may be.
+/// Loads data written two launches back. Safe before griddepcontrol.wait, but only through L2 (ld.cg).
 ZEXPERT_HOST_DEVICE int load_older(const int* pointer) {
 #ifdef __CUDA_ARCH__
   return __ldcg(pointer);
@@ -132,9 +131,9 @@ struct Schedule {
   }
 };
 
-/// The value, of which the compiler then knows that it is the warp's only one. The copy engine takes its arguments from
-/// a warp's registers: for a value that might differ between threads it costs a loop over them. One thread calls this,
-/// its warp's first.
+/// Returns the value and shows the compiler that it is the only one in the warp. The copy engine's arguments are
+/// uniform registers: a value that might differ between threads costs a loop over them. The warp's first thread calls
+/// this alone.
 ZEXPERT_HOST_DEVICE int lone_thread_value(int value) {
 #ifdef __CUDA_ARCH__
   return __shfl_sync(1U, value, 0);
@@ -143,9 +142,9 @@ ZEXPERT_HOST_DEVICE int lone_thread_value(int value) {
 #endif
 }
 
-/// Calls fn(work) for the items of block `block`, one after another. Whole tiles come in turn, as take_ticket() says,
-/// which counts 0, 1, 2, ... over all blocks; it is asked early, since the answer takes time. Where steps are divided,
-/// those of all tiles are counted through.
+/// Calls fn(work) for the items of block `block`, one after another. Whole tiles are taken in turn: take_ticket()
+/// counts 0, 1, 2, ... over all blocks, and is called early because it takes time. Where steps are divided, the steps
+/// of all tiles are numbered through.
 template <typename TakeTicket, typename Fn>
 ZEXPERT_HOST_DEVICE void for_each_item(const Schedule& schedule, int block, const TakeTicket& take_ticket,
                                        const Fn& fn) {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The matrix instruction wgmma.m64nNk16 for every N that grouped_mlp_hopper uses: sums[64, N] += a[64, 16] @ b[N,
+// The matrix instruction wgmma.m64nNk16 for every N that the grouped products use: sums[64, N] += a[64, 16] @ b[N,
 // 16].T, float32 sums of bfloat16 or float16, both operands in shared memory with their depth contiguous. Only for code
 // compiled for sm_90a.
 #pragma once

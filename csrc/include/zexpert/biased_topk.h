@@ -46,7 +46,8 @@ struct RoutingInputs {
 ///   weight = score of the chosen, renormalised as the spec says, times routed_scaling_factor.
 /// A logit that is NaN or infinite, or a key that is NaN, is never chosen. With groups, a group's score is the sum of
 /// its two largest keys and only real experts of the best topk_group groups are choosable; zero experts always are.
-/// A slot that chose a zero expert, and a slot left empty for want of choosable experts, has id -1 and weight 0.
+/// A slot that chose a zero expert has id -1 and weight 0. So has a slot that stays empty because too few experts can
+/// be chosen.
 ///
 /// With expert_offsets, row_slots and slot_rows it also writes the plan of topk_ids over the real experts (moe_plan.h).
 ///

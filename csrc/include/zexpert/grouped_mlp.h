@@ -34,6 +34,8 @@ struct GroupedMlpParams {
   int64_t out_row_stride = 0;
   int64_t w13_expert_stride = 0;
   int64_t w2_expert_stride = 0;
+  int64_t tile_rows = 0;      ///< most rows of an expert that a GPU multiplies at a time; 0 chooses; 0 on the CPU
+  void* workspace = nullptr;  ///< grouped_mlp_cuda_workspace_bytes, aligned to 256 bytes; the CPU needs none
 
   bool is_empty() const { return num_rows == 0 || num_experts == 0 || hidden_size == 0; }
 
@@ -101,22 +103,16 @@ inline int64_t hopper_tile_rows(int64_t num_rows, int64_t num_experts) {
   return fits_wide ? kHopperMaxTileRows : kHopperTallTileRows;
 }
 
-/// Where grouped_mlp_cuda works, and in what tiles.
-struct GroupedMlpCudaOptions {
-  void* workspace = nullptr;  ///< grouped_mlp_cuda_workspace_bytes of device memory, aligned to 256 bytes
-  int64_t tile_rows = 0;      ///< a multiple of 8 up to kHopperMaxTileRows; 0: hopper_tile_rows chooses
-};
-
-/// Bytes of device memory that grouped_mlp_cuda works in on the current device: the activation, [num_rows,
-/// intermediate_size], with row_slots the rows too, [num_rows, hidden_size], and little else.
-int64_t grouped_mlp_cuda_workspace_bytes(const GroupedMlpParams& params, int64_t tile_rows = 0);
+/// Bytes of scratch that grouped_mlp_cuda needs on the current device: the activation, [num_rows, intermediate_size],
+/// with row_slots the rows too, [num_rows, hidden_size], and little else.
+int64_t grouped_mlp_cuda_workspace_bytes(const GroupedMlpParams& params);
 
 /// Computes all experts on the current device, a GPU of compute capability 9.0, in bfloat16 or float16, for sizes as
-/// above. Pointers are aligned to 16 bytes, and strides are multiples of 8. The activation is rounded to the data's
-/// type. The same bits in every run; bits of a row may depend on how many rows other experts have. Throws Error, before
-/// anything is launched, for params that are not valid and for a device, type, size or alignment that it does not
-/// accept. Offsets that do not ascend within the rows give segments without rows, and rows whose slot is out of range
-/// hold anything.
-void grouped_mlp_cuda(const GroupedMlpParams& params, const GroupedMlpCudaOptions& options, cudaStream_t stream);
+/// above. Pointers are aligned to 16 bytes, strides are multiples of 8, and tile_rows is a multiple of 8 up to
+/// kHopperMaxTileRows. The activation is rounded to the data's type. The same bits in every run; bits of a row may
+/// depend on how many rows other experts have. Throws Error, before anything is launched, for params that are not valid
+/// and for a device, type, size or alignment that it does not accept. Offsets that do not ascend within the rows give
+/// segments without rows, and rows whose slot is out of range hold anything.
+void grouped_mlp_cuda(const GroupedMlpParams& params, cudaStream_t stream);
 
 }  // namespace zexpert

@@ -248,78 +248,63 @@ def run_case(
     contenders; they are called like PlainLayer.
     """
     with torch.inference_mode(not training):
-        return run_contenders(
-            shape, num_tokens, weights, limits, repeats, training, router_projection, peers or {}, target, say
+        dtype, device = weights[0].w2.dtype, weights[0].w2.device
+        generator = torch.Generator(device).manual_seed(num_tokens)
+        count = len(weights) ** 2 if device.type == "cpu" else (8 if num_tokens <= 64 else 2)
+        inputs = [
+            torch.randn(num_tokens, shape.hidden_size, generator=generator, device=device).to(dtype)
+            for _ in range(count)
+        ]
+        logits = [router_logits(rows, weights[index % len(weights)]) for index, rows in enumerate(inputs)]
+
+        calls = Calls(weights, inputs, None if router_projection else logits, training)
+
+        def contender(make: Callable[..., nn.Module], has_router: bool = False) -> Callable[[int], Tensor]:
+            return calls.contender([make(shape, one, training=training) for one in weights], has_router)
+
+        # The loop over experts waits for the host.
+        graphs = device.type == "cuda" and not training and zexpert_layer(shape, weights[0]).experts_backend != "torch"
+        in_turns = {SUBJECT: contender(zexpert_layer)}
+        if device.type == "cpu":
+            in_turns["plain PyTorch"] = contender(PlainLayer)
+        elif dtype == torch.bfloat16:
+            in_turns["torch grouped_mm"] = contender(GroupedMMLayer)
+        in_turns |= {name: contender(make) for name, make in (peers or {}).items()}
+        apart: dict[
+            str, Callable[[int], Tensor]
+        ] = {}  # those that wait for the host cannot be captured into a CUDA graph
+        if router_projection and transformers_has(shape.routing):
+            try:
+                (apart if graphs else in_turns)["transformers"] = contender(transformers_layer, has_router=True)
+            except ImportError:
+                say("transformers is not installed, so it is left out (pip install transformers)")
+
+        outputs = {name: run(0) for name, run in (in_turns | apart).items()}
+        checks = check_outputs(shape, outputs, inputs[0], logits[0], weights[0], training=training)
+        with machine.OtherLoad() as load:
+            timings = harness.measure_on(device, in_turns, num_inputs=count, repeats=repeats, graphs=graphs)
+            if apart:
+                timings |= harness.measure_on(device, apart, num_inputs=count, repeats=repeats, graphs=False)
+        work = work_of_inputs(shape, weights, logits)
+        in_turn = min(sum(read for _, read in work), len(weights) * shape.weight_bytes(dtype))
+        limits = dataclasses.replace(limits, bandwidth=rates.bandwidth_for(in_turn, device, limits.bandwidth))
+        passes = 3 if training else 1
+        work = [(passes * operations, passes * num_bytes) for operations, num_bytes in work]
+        threads = "" if device.type == "cuda" else ", " + harness.counted(torch.get_num_threads(), "thread")
+        what = f"{'training step' if training else 'layer'}, {harness.counted(num_tokens, 'token')}"
+        return LayerResult(
+            case=f"{shape.routing.name}: {what}, {harness.dtype_name(dtype)}{threads}",
+            subject=SUBJECT,
+            floor=statistics.fmean(limits.floor(*one) for one in work),
+            timings=timings,
+            checks=checks,
+            other_load=0.0 if device.type == "cuda" else load.share,
+            target=target,
+            name=shape.routing.name,
+            num_tokens=num_tokens,
+            operations=statistics.fmean(operations for operations, _ in work),
+            num_bytes=statistics.fmean(num_bytes for _, num_bytes in work),
         )
-
-
-def run_contenders(
-    shape: Shape,
-    num_tokens: int,
-    weights: Sequence[Weights],
-    limits: rates.Limits,
-    repeats: int,
-    training: bool,
-    router_projection: bool,
-    peers: Mapping[str, Callable[..., nn.Module]],
-    target: harness.Target | None,
-    say: Callable[[str], object],
-) -> LayerResult:
-    """run_case, inside inference mode or outside."""
-    dtype, device = weights[0].w2.dtype, weights[0].w2.device
-    generator = torch.Generator(device).manual_seed(num_tokens)
-    count = len(weights) ** 2 if device.type == "cpu" else (8 if num_tokens <= 64 else 2)
-    inputs = [
-        torch.randn(num_tokens, shape.hidden_size, generator=generator, device=device).to(dtype) for _ in range(count)
-    ]
-    logits = [router_logits(rows, weights[index % len(weights)]) for index, rows in enumerate(inputs)]
-
-    calls = Calls(weights, inputs, None if router_projection else logits, training)
-
-    def contender(make: Callable[..., nn.Module], has_router: bool = False) -> Callable[[int], Tensor]:
-        return calls.contender([make(shape, one, training=training) for one in weights], has_router)
-
-    # The loop over experts waits for the host, which a CUDA graph cannot hold.
-    graphs = device.type == "cuda" and not training and zexpert_layer(shape, weights[0]).experts_backend != "torch"
-    in_turns = {SUBJECT: contender(zexpert_layer)}
-    if device.type == "cpu":
-        in_turns["plain PyTorch"] = contender(PlainLayer)
-    elif dtype == torch.bfloat16:
-        in_turns["torch grouped_mm"] = contender(GroupedMMLayer)
-    in_turns |= {name: contender(make) for name, make in peers.items()}
-    apart: dict[str, Callable[[int], Tensor]] = {}  # those that wait for the host cannot be captured into a CUDA graph
-    if router_projection and transformers_has(shape.routing):
-        try:
-            (apart if graphs else in_turns)["transformers"] = contender(transformers_layer, has_router=True)
-        except ImportError:
-            say("transformers is not installed, so it is left out (pip install transformers)")
-
-    outputs = {name: run(0) for name, run in (in_turns | apart).items()}
-    checks = check_outputs(shape, outputs, inputs[0], logits[0], weights[0], training=training)
-    with machine.OtherLoad() as load:
-        timings = harness.measure_on(device, in_turns, num_inputs=count, repeats=repeats, graphs=graphs)
-        if apart:
-            timings |= harness.measure_on(device, apart, num_inputs=count, repeats=repeats, graphs=False)
-    work = work_of_inputs(shape, weights, logits)
-    in_turn = min(sum(read for _, read in work), len(weights) * shape.weight_bytes(dtype))
-    limits = dataclasses.replace(limits, bandwidth=rates.bandwidth_for(in_turn, device, limits.bandwidth))
-    passes = 3 if training else 1
-    work = [(passes * operations, passes * num_bytes) for operations, num_bytes in work]
-    threads = "" if device.type == "cuda" else ", " + harness.counted(torch.get_num_threads(), "thread")
-    what = f"{'training step' if training else 'layer'}, {harness.counted(num_tokens, 'token')}"
-    return LayerResult(
-        case=f"{shape.routing.name}: {what}, {harness.dtype_name(dtype)}{threads}",
-        subject=SUBJECT,
-        floor=statistics.fmean(limits.floor(*one) for one in work),
-        timings=timings,
-        checks=checks,
-        other_load=0.0 if device.type == "cuda" else load.share,
-        target=target,
-        name=shape.routing.name,
-        num_tokens=num_tokens,
-        operations=statistics.fmean(operations for operations, _ in work),
-        num_bytes=statistics.fmean(num_bytes for _, num_bytes in work),
-    )
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,7 @@ import torch
 import typer
 from rich.table import Table
 
-from zexpert import ops
-from zexpert._info import build_info
+from zexpert import build_info, ops
 from zexpert.ops._autograd import NOT_DIFFERENTIABLE
 from zexpert_tools.benchmark.machine import processor_name
 from zexpert_tools.cli.terminal import console, print_table

@@ -11,11 +11,14 @@
 
 #include "../testing.h"
 #include "zexpert/biased_topk.h"
+#include "zexpert/grouped_mlp.h"
+#include "zexpert/grouped_mlp_choice.h"
 #include "zexpert/moe_finalize.h"
 #include "zexpert/moe_permute.h"
 #include "zexpert/moe_plan.h"
 #include "zexpert/silu_and_mul.h"
 #include "zexpert/zero_expert_accumulate.h"
+#include "zexpert/zero_idle.h"
 
 namespace zexpert {
 namespace {
@@ -255,6 +258,8 @@ TEST_F(Cuda, ChecksParams) {
   expect_refuses_integers(&silu_and_mul_backward_cuda);
   expect_refuses_integers(&zero_expert_accumulate_cuda);
   expect_refuses_integers(&zero_expert_accumulate_backward_cuda);
+  expect_refuses_integers(&zero_idle_experts_cuda);
+  expect_refuses_integers(&zero_idle_rows_cuda);
   MoePermuteParams params;
   params.num_rows = params.num_tokens = params.hidden_size = 1;
   EXPECT_EQ(error_of([&] { moe_permute_cuda(params, nullptr); }), "row_slots must not be null");
@@ -326,6 +331,125 @@ TEST(CudaParams, MoePlan) {
   params.ids_type = ScalarType::kInt64;
   params.num_experts = kMaxExpertsOnCuda + 1;
   EXPECT_EQ(error_of(plan), "num_experts must be at most 8192 on CUDA, got 8193");
+}
+
+TEST(CudaParams, GroupedMlp) {
+  alignas(16) uint16_t values[64] = {};
+  int32_t integer = 0;
+  GroupedMlpParams params;
+  const auto run = [&] { grouped_mlp_cuda(params, nullptr); };
+  params.data_type = ScalarType::kBFloat16;
+  EXPECT_EQ(error_of(run), "expert_offsets must not be null");
+  params.expert_offsets = &integer;
+  params.num_rows = params.num_experts = 1;
+  params.hidden_size = params.intermediate_size = 64;
+  EXPECT_EQ(error_of(run), "rows must not be null");
+  params.rows = params.out = values;
+  EXPECT_EQ(error_of(run), "w13_weight must not be null");
+  params.w13_weight = params.w2_weight = values;
+  params.num_rows = -1;
+  EXPECT_EQ(error_of(run), "num_rows must not be negative, got -1");
+  params.num_rows = int64_t{1} << 31;
+  EXPECT_EQ(error_of(run), "the number of rows must be below 2^31, got 2147483648");
+  params.num_rows = 1;
+  params.data_type = static_cast<ScalarType>(17);
+  EXPECT_EQ(error_of(run), "data must be of a floating type, got unknown");
+  params.data_type = ScalarType::kBFloat16;
+  params.row_slots = &integer;
+  params.top_k = 0;
+  EXPECT_EQ(error_of(run), "top_k must be at least 1, got 0");
+  params.row_slots = nullptr;
+  params.tile_rows = 12;
+  EXPECT_EQ(error_of(run), "tile_rows must be a multiple of 8 from 0 to 288, got 12");
+  params.tile_rows = 0;
+  params.rows = values + 1;
+  EXPECT_EQ(error_of(run), "rows, w13_weight, w2_weight and out must begin at multiples of 16 bytes");
+  params.rows = values;
+  params.w2_expert_stride = 4;
+  EXPECT_EQ(error_of(run), "strides of rows, out and experts must be multiples of 8 elements, got 4");
+}
+
+TEST_F(Cuda, GroupedMlp) {
+  const GroupedMlpDevice device = grouped_mlp_cuda_device();
+  if (device.compute_capability != 90 || !device.has_hopper_code) {
+    GTEST_SKIP() << "no GPU of compute capability 9.0, or no code for 9.0a";
+  }
+  using T = BFloat16;
+  constexpr int64_t kHidden = 128;
+  constexpr int64_t kInner = 64;
+  Plan plan = make_plan(random);
+  const int64_t num_rows = plan.num_rows();
+  Shared<T> tokens(random.normal<T>(kTokens * kHidden));
+  Shared<T> w13(random.normal<T>(kExperts * 2 * kInner * kHidden, 0.1));
+  Shared<T> w2(random.normal<T>(kExperts * kHidden * kInner, 0.1));
+  Shared<T> rows(kSlots * kHidden);
+  for (int64_t r = 0; r < num_rows; ++r) {
+    std::copy_n(tokens.begin() + plan.row_slots.begin()[r] / kTopK * kHidden, kHidden, rows.begin() + r * kHidden);
+  }
+  Shared<T> expected(kSlots * kHidden);
+  GroupedMlpParams params;
+  params.rows = rows.data();
+  params.expert_offsets = plan.offsets.data();
+  params.w13_weight = w13.data();
+  params.w2_weight = w2.data();
+  params.out = expected.data();
+  params.data_type = ScalarType::kBFloat16;
+  params.num_rows = kSlots;
+  params.num_experts = kExperts;
+  params.hidden_size = params.rows_row_stride = params.out_row_stride = kHidden;
+  params.intermediate_size = kInner;
+  params.w13_expert_stride = 2 * kInner * kHidden;
+  params.w2_expert_stride = kHidden * kInner;
+  grouped_mlp_cpu(params);
+  Shared<T> outs[2] = {Shared<T>(kSlots * kHidden), Shared<T>(kSlots * kHidden)};
+  for (const bool gathers : {false, true}) {
+    params.out = outs[gathers].data();
+    if (gathers) {
+      params.rows = tokens.data();
+      params.row_slots = plan.row_slots.data();
+      params.num_tokens = kTokens;
+      params.top_k = kTopK;
+    }
+    params.workspace = nullptr;
+    EXPECT_EQ(error_of([&] { grouped_mlp_cuda(params, nullptr); }), "workspace must not be null");
+    Shared<char> workspace(grouped_mlp_cuda_workspace_bytes(params));
+    params.workspace = workspace.data();
+    grouped_mlp_cuda(params, nullptr);
+    wait();
+  }
+  expect_near(outs[0], expected);
+  expect_equal(outs[1], outs[0]);
+}
+
+TYPED_TEST(CudaTyped, ZeroIdle) {
+  using T = TypeParam;
+  for (const int64_t size : kHiddenSizes) {
+    Plan plan = make_plan(this->random);
+    plan.offsets.begin()[3] = plan.offsets.begin()[4];  // expert 3 has no rows
+    Shared<T> experts[2] = {Shared<T>(std::vector<T>(kExperts * size, T(2.0F))),
+                            Shared<T>(std::vector<T>(kExperts * size, T(2.0F)))};
+    Shared<T> rows[2] = {Shared<T>(std::vector<T>(kSlots * size, T(2.0F))),
+                         Shared<T>(std::vector<T>(kSlots * size, T(2.0F)))};
+    for (const bool on_device : {false, true}) {
+      ZeroIdleExpertsParams of_experts;
+      of_experts.data = experts[on_device].data();
+      of_experts.expert_offsets = plan.offsets.data();
+      of_experts.data_type = TypeTraits<T>::kType;
+      of_experts.num_experts = kExperts;
+      of_experts.expert_size = size;
+      on_device ? zero_idle_experts_cuda(of_experts, nullptr) : zero_idle_experts_cpu(of_experts);
+      ZeroIdleRowsParams of_rows;
+      of_rows.data = rows[on_device].data();
+      of_rows.last_offset = plan.offsets.end() - 1;
+      of_rows.data_type = TypeTraits<T>::kType;
+      of_rows.num_rows = kSlots;
+      of_rows.row_size = size;
+      on_device ? zero_idle_rows_cuda(of_rows, nullptr) : zero_idle_rows_cpu(of_rows);
+    }
+    wait();
+    expect_equal(experts[1], experts[0]);
+    expect_equal(rows[1], rows[0]);
+  }
 }
 
 TYPED_TEST(CudaTyped, ZeroExpertAccumulate) {
