@@ -43,10 +43,10 @@ test: test-python test-cpp ## test the package and the C++ libraries
 .PHONY: test-all
 test-all: test test-wheels docs ## also build and test wheels under three PyTorches, compile the CUDA code, build the docs
 
-# A thread per process: the processes share the processors.
+# A file is tested by one process, with one thread: the processes share the processors.
 .PHONY: test-python
 test-python: $(INSTALLED) ## run the Python tests (PYTEST_ARGS="-k router")
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE python -m pytest --numprocesses $(JOBS) --dist loadgroup $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE python -m pytest --numprocesses $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
 .PHONY: test-cpp
 test-cpp: $(INSTALLED) ## build with CMake, warnings as errors, and run the C++ tests

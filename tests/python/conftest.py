@@ -23,14 +23,6 @@ hypothesis.settings.load_profile("zexpert")
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "cpu_paths: run once more for each instruction set the kernels are compiled for")
     config.addinivalue_line("markers", "every_device(op): run with the file's `op` on the CPU and on a CUDA device")
-    config.addinivalue_line("markers", "xdist_group(name): with pytest-xdist, run by one process")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With pytest-xdist: a file's tests run in one process, and so do all tests that start ranks."""
-    for item in items:
-        starts_ranks = "ranks" in getattr(item, "fixturenames", ())
-        item.add_marker(pytest.mark.xdist_group("ranks" if starts_ranks else item.path.name))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
