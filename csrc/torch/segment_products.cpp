@@ -24,6 +24,19 @@ Matrix matrix_of(const MatrixProduct& multiply, const Tensor& tensor, int64_t fi
   return multiply.matrix(tensor.const_data_ptr(), first * tensor.stride(0), num_rows, tensor.size(1), tensor.stride(0));
 }
 
+/// The offsets for the host to read. From a GPU, it waits for them.
+Tensor in_host_memory(const Tensor& expert_offsets) {
+#ifdef ZEXPERT_FOR_CUDA
+  ZEXPERT_CHECK(
+      !is_capturing(CurrentDevice(expert_offsets).stream()),
+      "implementation must be \"hopper\" or \"grouped_mm\" while a CUDA graph is captured, got \"torch\", which "
+      "waits for the device");
+  return torch::stable::to(expert_offsets, torch::stable::Device(torch::headeronly::DeviceType::CPU));
+#else
+  return expert_offsets;
+#endif
+}
+
 /// Calls fn(expert, first_row, num_rows) for the experts that have rows.
 template <typename Fn>
 void for_each_segment(const Tensor& host_offsets, const Fn& fn) {
@@ -43,9 +56,7 @@ SegmentProducts::SegmentProducts(GroupedMlpImplementation implementation, const 
   if (implementation != GroupedMlpImplementation::kTorch) {
     return;
   }
-  // Waits for the device. PyTorch refuses it while a CUDA graph is captured.
-  host_offsets_ = kIsCuda ? torch::stable::to(expert_offsets, torch::stable::Device(torch::headeronly::DeviceType::CPU))
-                          : expert_offsets;
+  host_offsets_ = in_host_memory(expert_offsets);
   check_expert_offsets(host_offsets_->const_data_ptr<int32_t>(), num_experts(), num_rows);
 }
 
