@@ -225,8 +225,8 @@ void run_hopper_kernels(const ExpertInputs& inputs, const Tensor& out, int64_t t
   params.out = out.mutable_data_ptr();
   params.out_row_stride = out.stride(0);
   params.tile_rows = tile_rows;
-  const Tensor workspace = empty({grouped_mlp_cuda_workspace_bytes(params)}, DType::Byte, out);
-  params.workspace = workspace.mutable_data_ptr();
+  const std::optional<Tensor> workspace = empty_workspace(ZEXPERT_WORKSPACE_BYTES(grouped_mlp, params), out);
+  params.workspace = workspace ? workspace->mutable_data_ptr() : nullptr;
   grouped_mlp_cuda(params, device.stream());
 }
 #endif

@@ -50,7 +50,9 @@ def score(logits: Tensor, case: RoutingCase) -> Tensor:
         return logits.softmax(dim=-1)
     if case.scoring_func == "sigmoid":
         return logits.sigmoid()
-    return F.softplus(logits).sqrt()
+    if case.scoring_func == "sqrtsoftplus":
+        return F.softplus(logits).sqrt()
+    raise ValueError(f"scoring_func must be one that this module computes, got {case.scoring_func!r}")
 
 
 def eligible_keys(scores: Tensor, bias: Tensor | None, case: RoutingCase) -> Tensor:
