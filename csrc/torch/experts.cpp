@@ -149,7 +149,7 @@ ActivationGradients differentiate_activation(const Tensor& grad_activation, cons
   return results;
 }
 
-/// Gradients by products that take all experts at a time. No size may be 0.
+/// Gradients by products of all experts together. No size may be 0.
 ExpertGradients differentiate_products(const ExpertInputs& inputs, const ExpertGradientInputs& given,
                                        GroupedMlpImplementation implementation) {
   const SegmentProducts multiply(implementation, inputs.expert_offsets, inputs.num_rows());

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// fused_moe: tokens through the experts and the epilogue, and its gradients. The backward gathers tokens again, and
-// takes a routing weight's gradient inside the expert, where <grad_out, row> is <grad_out @ w2, activation>: it needs
-// no row of the forward.
+// fused_moe: tokens through the experts and the epilogue, and its gradients. The backward gathers tokens again. It
+// computes a routing weight's gradient inside the expert, where <grad_out, row> is <grad_out @ w2, activation>, and so
+// needs no row of the forward.
 #include <optional>
 #include <string>
 #include <tuple>

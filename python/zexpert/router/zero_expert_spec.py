@@ -36,8 +36,8 @@ def zero_expert_spec(
         zero_expert_type: "identity" (or "copy"), "constant", "drop" (or "zero"), or the ZeroExpertType; or a mapping
             from these to counts, such as {"identity": 1, "constant": 2, "drop": 1}; or None for no zero experts.
             Whatever the mapping's order, the logits' is [real | identity | constant | drop].
-        zero_expert_num: how many zero experts there are. None with a name: what the bias' length leaves besides the
-            real experts; without a bias, what each call's logits leave.
+        zero_expert_num: how many zero experts there are. None with a name: the length of the bias minus the
+            real experts; without a bias, the width of each call's logits minus the real experts.
         The others are RoutingSpec's.
 
     Raises:

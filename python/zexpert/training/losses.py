@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Auxiliary losses that balance the routing, from a layer's router logits and the counts of its dispatch plan.
 
-Gradients flow through the probabilities, not through the counts. Take the counts from RoutingStats, or from the
-differences of moe_plan's expert_offsets.
+Gradients flow through the probabilities, not through the counts. Use the counts of RoutingStats, or the differences of
+moe_plan's expert_offsets.
 """
 
 from __future__ import annotations
