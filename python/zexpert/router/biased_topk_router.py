@@ -17,8 +17,8 @@ from zexpert.router.base_router import BaseRouter
 class BiasedTopKRouter(BaseRouter):
     """A router that chooses by biased_topk, so that one operator makes the choice and its plan.
 
-    If a subclass or an instance replaces `select_experts` or `_compute_routing`, that choice is used, and moe_plan makes
-    the plan.
+    If a subclass or an instance replaces `select_experts` or `_compute_routing`, that choice is used, and moe_plan
+    makes the plan.
 
     Args:
         See BaseRouter.
