@@ -368,3 +368,10 @@ def test_threads_sleep_while_they_wait() -> None:
         command = [sys.executable, "-c", script, *arguments]
         done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
         assert done.stdout.splitlines()[-1] == f"{policy} True", done.stderr
+
+
+def test_no_folder_is_left_where_nothing_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1 << 30, 1 << 30, 1000))  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match="MiB free"):
+        files.prepare_folder(tmp_path / "new", 1 << 20)
+    assert not (tmp_path / "new").exists()
