@@ -1,8 +1,9 @@
 # Every target sets up what it needs: a virtual environment in .venv with pinned tools and PyTorch, and the build.
 #
 #   PYTHON=python3.12   the Python to use
-#   JOBS=4              compilers at a time; MAX_JOBS, if set, else as many as processors
-SHELL := /bin/sh
+#   JOBS=4              compilers and test processes at a time; MAX_JOBS, if set, else as many as processors
+SHELL := bash
+.SHELLFLAGS := -o pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 
@@ -37,15 +38,19 @@ demo: $(INSTALLED) ## train a small model and show where it spends its compute (
 	zexpert demo $(if $(TEXT),--text "$(TEXT)") $(DEMO_ARGS)
 
 .PHONY: test
-test: test-python test-cpp test-wheels docs ## run all tests, build the documentation
+test: test-python test-cpp ## test the package and the C++ libraries
 
+.PHONY: test-all
+test-all: test test-wheels docs ## also build and test wheels under three PyTorches, compile the CUDA code, build the docs
+
+# A file is tested by one process, with one thread: the processes share the processors.
 .PHONY: test-python
 test-python: $(INSTALLED) ## run the Python tests (PYTEST_ARGS="-k router")
-	python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE python -m pytest --numprocesses $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
 .PHONY: test-cpp
 test-cpp: $(INSTALLED) ## build with CMake, warnings as errors, and run the C++ tests
-	@third_party/check_system.sh python googletest
+	@tests/requirements/check_system.sh python googletest
 	cmake -S . -B $(CMAKE_BUILD) -G Ninja -DZEXPERT_TORCH=ON -DZEXPERT_CUDA=OFF \
 	  -DCMAKE_PREFIX_PATH="$$(python -c 'import torch; print(torch.utils.cmake_prefix_path)')"
 	cmake --build $(CMAKE_BUILD) --parallel $(JOBS)
@@ -84,7 +89,7 @@ cuda-wheel: $(CUDA_TOOLS) ## build the wheel with CUDA into dist/cuda, with a Py
 	  > build/cuda-wheel.log 2>&1 || { grep -E "error|warning" build/cuda-wheel.log | head -n 40; exit 1; }
 	@ls -l dist/cuda
 
-# vLLM's routers and layers on CPU tensors. Its models' image and sound libraries load only beside a PyTorch with CUDA.
+# vLLM's routers and layers on CPU tensors. Its models' image and sound libraries load only with a PyTorch with CUDA.
 .PHONY: test-vllm
 test-vllm: $(VLLM_TOOLS) wheel ## test the vLLM plugin against vLLM itself, in an environment of its own
 	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
@@ -98,7 +103,7 @@ test-sglang: $(SGLANG_TOOLS) wheel ## test the SGLang plugin against SGLang itse
 
 .PHONY: test-sanitize
 test-sanitize: $(TOOLS) ## run the C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer
-	@third_party/check_system.sh python googletest
+	@tests/requirements/check_system.sh python googletest
 	cmake -S . -B $(SANITIZE_BUILD) -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo \
 	  -DZEXPERT_SANITIZE=address,undefined -DZEXPERT_TORCH=OFF -DZEXPERT_CUDA=OFF
 	cmake --build $(SANITIZE_BUILD) --parallel $(JOBS)
@@ -128,6 +133,7 @@ bench: $(INSTALLED) ## compare with plain PyTorch and transformers on this CPU
 	python benchmarks/cpu_routing.py --json benchmarks/results/cpu_routing.json $(BENCH_ARGS)
 	python benchmarks/cpu_layer.py --json benchmarks/results/cpu_layer.json $(BENCH_ARGS)
 	python benchmarks/cpu_training.py --json benchmarks/results/cpu_training.json
+	python benchmarks/host_time.py --device cpu --json benchmarks/results/host_time.json
 	python benchmarks/transformers_model.py --device cpu --json benchmarks/results/transformers_model.json
 
 .PHONY: bench-gpu
@@ -136,6 +142,7 @@ bench-gpu: $(INSTALLED) ## compare with PyTorch, and with what else is installed
 	for name in routing epilogue experts layer; do \
 	  python benchmarks/gpu_$$name.py --json benchmarks/results/gpu_$$name.json $(BENCH_ARGS) || exit; \
 	done
+	python benchmarks/host_time.py --device cuda --json benchmarks/results/host_time_cuda.json
 	python benchmarks/transformers_model.py --device cuda --json benchmarks/results/transformers_model_cuda.json
 
 .PHONY: wheel
@@ -145,7 +152,7 @@ wheel: $(TOOLS) ## build the wheel into dist (with CUDA if .venv's PyTorch has i
 .PHONY: release-check
 release-check: $(TOOLS) ## check that this commit can be released: version, changelog, tag, lint, all tests, archives
 	python tests/release/check_release.py
-	$(MAKE) --no-print-directory lint test
+	$(MAKE) --no-print-directory lint test-all
 	python tests/release/check_release.py --built
 
 .PHONY: install
@@ -161,30 +168,31 @@ clean: ## remove what was built, but for the environments
 distclean: clean ## remove the environments as well
 	rm -rf .venv .venv-cuda .venv-oldest .venv-vllm .venv-sglang
 
-$(TOOLS): third_party/requirements-dev.txt
-	@third_party/check_system.sh $(PYTHON)
+$(TOOLS): tests/requirements/dev.txt
+	@tests/requirements/check_system.sh $(PYTHON)
 	@test -x .venv/bin/python || $(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install --quiet -r $<
+	@echo "installing PyTorch and the tools of $< into .venv: about 1 minute, more on a slow network"
+	@.venv/bin/python -m pip install --quiet -r $<
 	@touch $@
 
-$(DOCS_TOOLS): .venv/%.stamp: third_party/requirements-%.txt $(TOOLS)
+$(DOCS_TOOLS): .venv/%.stamp: tests/requirements/%.txt $(TOOLS)
 	python -m pip install --quiet -r $<
 	@touch $@
 
-$(CUDA_TOOLS) $(OLDEST_TOOLS) $(VLLM_TOOLS) $(SGLANG_TOOLS): .venv-%/tools.stamp: third_party/requirements-%.txt
-	@third_party/check_system.sh $(PYTHON)
+$(CUDA_TOOLS) $(OLDEST_TOOLS) $(VLLM_TOOLS) $(SGLANG_TOOLS): .venv-%/tools.stamp: tests/requirements/%.txt
+	@tests/requirements/check_system.sh $(PYTHON)
 	@test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
 	@echo "installing what $< lists into .venv-$*"
 	.venv-$*/bin/python -m pip install --quiet -r $<
 	@touch $@
 
-# The library lies in the source tree, where another environment's build may have put or removed it.
+# The library is in the source tree, where another environment's build may have put or removed it.
 $(INSTALLED): $(TOOLS) $(SOURCES) $(if $(wildcard python/zexpert/lib/libzexpert.so),,rebuild)
 	@mkdir -p build
-	@echo "building zexpert (log: build/install.log)"
-	@python -m pip install --verbose --no-build-isolation --no-deps -e . > build/install.log 2>&1 || \
-	  { tail -n 60 build/install.log; exit 1; }
-	@sed -n '/zexpert build/,/^ *$$/p' build/install.log
+	@echo "building zexpert's C++ libraries, $(JOBS) compilers at a time: about 2 minutes on 2 cores (log: build/install.log)"
+	@python -m pip install --verbose --no-build-isolation --no-deps -e . 2>&1 | tee build/install.log \
+	  | sed -unE -e '/zexpert build/,/^ *$$/p' -e 's#.*(\[[0-9]+/[0-9]+\]).* -c [^ ]*(csrc/[^ ]+).*#  \1 \2#p' \
+	  || { tail -n 60 build/install.log; exit 1; }
 	@touch $@
 
 .PHONY: rebuild

@@ -29,7 +29,7 @@ os.chdir(ROOT)  # setuptools wants source paths relative to this file
 
 
 def find_cuda_home() -> str | None:
-    """The CUDA toolkit's folder: where the environment says, else around nvcc, else the customary place."""
+    """The CUDA toolkit's folder: named by the environment, else around nvcc, else /usr/local/cuda."""
     named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     if named:
         return named
@@ -89,7 +89,7 @@ def git_revision() -> str:
         return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
 
     try:
-        # An unpacked source archive may lie inside somebody else's repository.
+        # An unpacked source archive may be inside another repository.
         if Path(git("rev-parse", "--show-toplevel")).resolve() != ROOT:
             return "unknown"
         revision = git("rev-parse", "--short=12", "HEAD")
@@ -168,7 +168,8 @@ def operator_sources() -> list[str]:
 HEADERS = sources("csrc/**/*.h", "csrc/**/*.cuh")
 INCLUDE_DIRS = [str(ROOT / "csrc/include"), str(ROOT / "csrc")]  # ninja runs elsewhere
 # -g0 and -O3 override what Python's own build configuration passes. Others' headers are system headers: no warnings.
-CXX_FLAGS = ["-std=c++17", "-O3", "-g0", "-Wall", "-Wextra", "-fvisibility-inlines-hidden"]
+# A switch that lacks an enumerator is an error: it would compute another scoring function or type.
+CXX_FLAGS = ["-std=c++17", "-O3", "-g0", "-Wall", "-Wextra", "-Werror=switch", "-fvisibility-inlines-hidden"]
 # Nothing else is visible outside, least of all a C++ runtime that some machines' compilers link statically: exceptions
 # that cross two of them crash the process.
 EXPORTS = "csrc/exports.map"
@@ -202,10 +203,11 @@ def core_library() -> Extension:
 def cuda_library() -> Extension:
     flags = [f"-DTORCH_TARGET_VERSION={torch_target_version()}", "-DUSE_CUDA", "-DZEXPERT_FOR_CUDA"]
     flags += system_includes(*include_paths(device_type="cuda"))
-    # The static runtime leaves no need for a libcudart of the toolkit's own version beside PyTorch's.
+    # With the static runtime no second libcudart, of the toolkit's version, is loaded next to PyTorch's.
     static_runtime = any(Path(path, "libcudart_static.a").exists() for path in library_paths(device_type="cuda"))
     runtime = ["-lcudart_static", "-ldl", "-lrt", "-lpthread"] if static_runtime else ["-lcudart"]
-    nvcc_flags = ["-std=c++17", "-O3", "-lineinfo", "-Xcompiler=-Wall,-Wextra,-fvisibility-inlines-hidden"]
+    host_flags = "-Wall,-Wextra,-Werror=switch,-fvisibility-inlines-hidden"
+    nvcc_flags = ["-std=c++17", "-O3", "-lineinfo", f"-Xcompiler={host_flags}"]
     if nvcc_major_version() >= 13:
         nvcc_flags.append("--compress-mode=size")  # a fifth of the size; every driver for CUDA 13 can unpack it
     return Extension(
@@ -240,7 +242,8 @@ class BuildPython(build_py):
 
     def run(self) -> None:
         if not self.editable_mode:
-            shutil.rmtree(Path(self.build_lib, "zexpert"), ignore_errors=True)
+            for package in ("zexpert", "zexpert_tools"):
+                shutil.rmtree(Path(self.build_lib, package), ignore_errors=True)
         super().run()
 
 
@@ -254,7 +257,7 @@ class BuildLibraries(BuildExtension):
         self.build_temp = str(ROOT / "build" / f"temp.{self.plat_name}-{tag}")
 
     def get_ext_filename(self, fullname: str) -> str:
-        # Asked with and without the package in front; the libraries are no Python modules and take no ABI suffix.
+        # Called with and without the package in the name. The libraries are no Python modules: they have no ABI suffix.
         if fullname.rpartition(".")[2] in ("libzexpert", "libzexpert_cuda"):
             return os.path.join(*fullname.split(".")) + ".so"
         return super().get_ext_filename(fullname)
@@ -282,7 +285,7 @@ class BuildLibraries(BuildExtension):
     def copy_extensions_to_source(self) -> None:
         libraries = ROOT / "python" / "zexpert" / "lib"
         libraries.mkdir(exist_ok=True)
-        # What an earlier build with other options left must not be loaded beside what this one makes.
+        # Remove what an earlier build with other options left: it must not be loaded with this build.
         made = {extension.name.rpartition(".")[2] for extension in self.extensions}
         for path in libraries.glob("*.so"):
             if path.stem not in made:
@@ -290,9 +293,9 @@ class BuildLibraries(BuildExtension):
         super().copy_extensions_to_source()
 
     def write_build_config(self) -> str:
-        """Writes the header that tells the code what it was built from; returns its folder.
+        """Writes the header with version and build settings; returns its folder.
 
-        Left alone where nothing changed, so that it causes no compilation.
+        A header that would not change is kept, so that nothing is compiled again.
         """
         values = {
             "ZEXPERT_VERSION": package_version(),

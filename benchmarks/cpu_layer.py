@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 import zexpert
-from zexpert.benchmark import harness, layer
-from zexpert.benchmark.layer import SMALL, Shape, Weights, make_weights, router_logits
+from zexpert_tools.benchmark import harness, layer, machine, parse, rates
+from zexpert_tools.benchmark.layer import SMALL, Shape, Weights, make_weights, router_logits
 
 TARGETS = {1: 2.0, 16: 2.5, 512: 1.8}  # times as fast as transformers, float32
 
@@ -32,7 +32,7 @@ TARGETS = {1: 2.0, 16: 2.5, 512: 1.8}  # times as fast as transformers, float32
 def breakdown(
     layers: Sequence[zexpert.FusedMoE], hidden_states: Sequence[Tensor], weights: Sequence[Weights], repeats: int
 ) -> str:
-    """A table of the time each step of the layer takes on its own."""
+    """A table of the times of the layer's steps."""
     steps: dict[str, list[Callable[[], object]]] = {}
     for index, rows in enumerate(hidden_states):
         layer, parameters = layers[index % len(layers)], weights[index % len(weights)]
@@ -70,7 +70,7 @@ def run_case(
     target = None
     if dtype == torch.float32 and num_tokens in TARGETS and shape == SMALL:
         target = harness.Target(over="transformers", at_least=TARGETS[num_tokens])
-    limits = harness.Limits(harness.read_bandwidth(), harness.matmul_rate(dtype))
+    limits = rates.measure_limits(torch.device("cpu"), dtype)
     repeats = options.repeats or num_inputs * (4 if num_tokens <= 4 else 2 if num_tokens <= 64 else 1)
     result = layer.run_case(shape, num_tokens, weights, limits=limits, repeats=repeats, target=target)
     harness.print_case(result)
@@ -88,10 +88,10 @@ def run_case(
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="The layer on the CPU: zexpert, plain PyTorch and transformers.")
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write the results there")
-    parser.add_argument("--tokens", type=harness.positive_ints, default=[1, 16, 512], help="default: 1,16,512")
-    parser.add_argument("--dtype", type=harness.names_of(harness.DTYPES), default=["float32", "bfloat16"])
+    parser.add_argument("--tokens", type=parse.positive_ints, default=[1, 16, 512], help="default: 1,16,512")
+    parser.add_argument("--dtype", type=parse.names_of(harness.DTYPES), default=["float32", "bfloat16"])
     parser.add_argument("--repeats", type=int, default=0, help="timed repetitions (default: more for fewer tokens)")
-    parser.add_argument("--threads", type=harness.positive_ints, default=[os.cpu_count() or 1])
+    parser.add_argument("--threads", type=parse.positive_ints, default=[os.cpu_count() or 1])
     parser.add_argument("--breakdown", action="store_true", help="also time each step of zexpert's layer")
     parser.add_argument("--hidden-size", type=int, default=SMALL.hidden_size)
     parser.add_argument("--intermediate-size", type=int, default=SMALL.intermediate_size)
@@ -105,7 +105,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
     shape = Shape(SMALL.routing, options.hidden_size, options.intermediate_size)
-    print(f"layer on {harness.processor_name()}, torch {torch.__version__}, zexpert {zexpert.__version__}")
+    print(f"layer on {machine.processor_name()}, torch {torch.__version__}, zexpert {zexpert.__version__}")
     results = []
     threads_before = torch.get_num_threads()
     try:

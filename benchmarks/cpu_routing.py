@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 import zexpert
-from zexpert.benchmark import harness, routing, torch_routing
-from zexpert.benchmark.torch_routing import RoutingCase
+from zexpert_tools.benchmark import harness, machine, parse, rates, routing, torch_routing
+from zexpert_tools.benchmark.torch_routing import RoutingCase
 
 TARGET = harness.Target(over="torch ops", at_least=10.0)
 TARGET_TOKENS = 4096
@@ -59,25 +59,25 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     cores = os.cpu_count() or 1
     parser = argparse.ArgumentParser(description="Routing on the CPU: zexpert against torch operations.")
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write the results there")
-    parser.add_argument("--tokens", type=harness.positive_ints, default=[1, 4096], help="default: 1,4096")
-    dtypes = harness.names_of(harness.DTYPES)
+    parser.add_argument("--tokens", type=parse.positive_ints, default=[1, 4096], help="default: 1,4096")
+    dtypes = parse.names_of(harness.DTYPES)
     parser.add_argument("--dtype", type=dtypes, default=["float32", "bfloat16"], help="of the logits")
-    parser.add_argument("--repeats", type=harness.positive_int, default=15, help="timed repetitions (default 15)")
-    parser.add_argument("--threads", type=harness.positive_ints, default=[cores, 1] if cores > 1 else [1])
+    parser.add_argument("--repeats", type=parse.positive_int, default=15, help="timed repetitions (default 15)")
+    parser.add_argument("--threads", type=parse.positive_ints, default=[cores, 1] if cores > 1 else [1])
     parser.add_argument("--compile", action="store_true", help="also time the composition under torch.compile")
     return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
-    print(f"routing on {harness.processor_name()}, torch {torch.__version__}, zexpert {zexpert.__version__}")
+    print(f"routing on {machine.processor_name()}, torch {torch.__version__}, zexpert {zexpert.__version__}")
     results = []
     threads_before = torch.get_num_threads()
     try:
         for threads in options.threads:
             torch.set_num_threads(threads)
             with torch.inference_mode():
-                bandwidth = harness.read_bandwidth()
+                bandwidth = rates.memory_rate()
                 print(f"\n{threads} threads: memory reads at {bandwidth / 1e9:.1f} GB/s")
                 for case in torch_routing.CASES:
                     for num_tokens in options.tokens:

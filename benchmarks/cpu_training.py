@@ -3,10 +3,10 @@
 
 Usage: python benchmarks/cpu_training.py [--batch-size 4] [--repeats 7] [--threads 2] [--json PATH]
 
-A step is forward, loss and backward of zexpert.models.byte_decoder.ByteDecoder in float32 with LongCat-Flash's kind of
+A step is forward, loss and backward of zexpert_tools.byte_decoder.ByteDecoder in float32 with LongCat-Flash's kind of
 layers (hidden size 512, expert ffn 256, 64 real + 32 identity experts, K 12). Both models start from the same weights
 and see the same bytes; loss and gradients are compared before anything is timed. Peak memory is measured in a process
-per model, as the growth of its resident set over what model and input take.
+per model, as the growth of its resident set beyond model and input.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import zexpert
-from zexpert.benchmark import harness
-from zexpert.models.byte_decoder import ByteDecoder, ByteDecoderConfig
+from zexpert_tools.benchmark import harness, machine, rates
+from zexpert_tools.byte_decoder import ByteDecoder, ByteDecoderConfig
 
 CONFIG = ByteDecoderConfig(
     hidden_size=512,
@@ -109,7 +109,7 @@ def compare(models: dict[str, ByteDecoder], batch_size: int) -> dict[str, harnes
 
 
 def peak_memory(name: str, options: argparse.Namespace) -> int:
-    """Bytes that a training step of `name` needs beside model and input, measured in a process of its own."""
+    """Bytes that a training step of `name` needs in addition to model and input, measured in a process of its own."""
     command = [sys.executable, __file__, "--memory-of", name, "--batch-size", str(options.batch_size)]
     printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     return int(json.loads(printed.splitlines()[-1]))
@@ -161,7 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     contenders: dict[str, Callable[[int], Tensor]] = {
         name: (lambda index, model=model: train_step(model, *inputs[index])) for name, model in models.items()
     }
-    with harness.OtherLoad() as load:
+    with machine.OtherLoad() as load:
         timings = harness.measure(contenders, num_inputs=len(inputs), repeats=options.repeats)
 
     num_tokens = options.batch_size * CONFIG.context_length
@@ -170,7 +170,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     result = harness.CaseResult(
         case=f"training step, {num_tokens} tokens, float32, {options.threads} threads",
         subject="zexpert",
-        floor=products / harness.matmul_rate(torch.float32),
+        floor=products / rates.matmul_rate(torch.float32),
         timings=timings,
         checks=checks,
         other_load=load.share,

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import torch
 
-from zexpert.benchmark import epilogue, harness
-from zexpert.benchmark.cuda import copy_bandwidth, head, require_gpu
-from zexpert.benchmark.torch_routing import LONGCAT_FLASH
+from zexpert_tools.benchmark import epilogue, harness, parse
+from zexpert_tools.benchmark.cuda import copy_bandwidth, head, require_gpu
+from zexpert_tools.benchmark.torch_routing import LONGCAT_FLASH
 
 HIDDEN_SIZE = 6144
 TOKENS = (1, 16, 128, 1024, 16384, 65536)
@@ -26,9 +26,9 @@ TOKENS = (1, 16, 128, 1024, 16384, 65536)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--tokens", type=harness.positive_ints, default=list(TOKENS))
+    parser.add_argument("--tokens", type=parse.positive_ints, default=list(TOKENS))
     parser.add_argument("--dtype", default="bfloat16", choices=harness.DTYPES)
-    parser.add_argument("--repeats", type=harness.positive_int, default=20)
+    parser.add_argument("--repeats", type=parse.positive_int, default=20)
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write the results there")
     options = parser.parse_args(arguments)
     require_gpu(parser)

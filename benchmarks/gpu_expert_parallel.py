@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Times expert parallelism: exchange, experts and way back, against one device and against sending every slot.
+"""Times expert parallelism: dispatch, experts and combine, against one device and against sending every slot.
 
 Usage: python benchmarks/gpu_expert_parallel.py [--ranks 2] [--tokens 64,4096,16384] [--json PATH]
        python benchmarks/gpu_expert_parallel.py --device cpu --experts 16 --hidden-size 64 --intermediate-size 32 ...
@@ -8,7 +8,7 @@ Starts the ranks itself: NCCL with a GPU each, or Gloo on the CPU. The layer has
 the whole layer on one device with one rank's tokens. "all slots" sends a row for each of a token's slots, zero experts'
 to expert 0, as engines do. Each time is the slowest rank's. Bytes are what a rank sends to others, there and back. The
 token rate is that of all ranks over that of one rank alone. Outputs of sampled tokens are checked against float64.
-Beside the times stand those of zexpert.distributed_plan for the same sizes, with the matrix products' rate measured.
+Also prints the times that zexpert_tools.cluster_plan estimates for the same sizes, from the measured rate of products.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from zexpert import FusedMoE, RoutingResult
-from zexpert.benchmark import harness
-from zexpert.distributed_plan import Cluster, MoEShape, plan_layer
+from zexpert import ExpertWeights, FusedMoE, RoutingResult
 from zexpert.experts import create_experts
 from zexpert.runner import DefaultMoERunner, ExpertParallelMoERunner
-from zexpert.runner.expert_exchange import RaggedExchange, RaggedTrip
+from zexpert.runner.expert_exchange import RaggedBatch, RaggedExchange
+from zexpert_tools.benchmark import harness, machine, parse
+from zexpert_tools.cluster_plan import Cluster, MoEShape, plan_layer
 
 TOP_K = 12
 CHECKED_TOKENS = 16
@@ -48,7 +48,7 @@ class Result:
         seconds: of a forward by contender.
         bytes_sent: by a rank to the others, by contender.
         token_rate: of all ranks over one rank alone, by contender.
-        planned_seconds: what zexpert.distributed_plan says: one after another, and overlapped.
+        planned_seconds: what zexpert_tools.cluster_plan says: one after another, and overlapped.
     """
 
     tokens: int
@@ -86,7 +86,7 @@ class AllSlots:
         self.layer, self.runner = layer, layer.runner
         self.exchange = RaggedExchange(self.runner.group, self.runner.num_local_experts)
 
-    def start(self, hidden_states: Tensor, router_logits: Tensor) -> tuple[RaggedTrip, RoutingResult]:
+    def start(self, hidden_states: Tensor, router_logits: Tensor) -> tuple[RaggedBatch, RoutingResult]:
         routing = self.layer.router.select_experts(hidden_states, router_logits)
         slots = hidden_states.repeat_interleave(TOP_K, dim=0)
         weights = routing.topk_weights.reshape(-1, 1)
@@ -96,25 +96,25 @@ class AllSlots:
             weights.new_zeros(len(slots)),
             weights.new_zeros(len(slots), 0),
         )
-        (trip,) = self.exchange.trips(slots, one_each)
-        assert isinstance(trip, RaggedTrip)
-        return trip, routing
+        (batch,) = self.exchange.batches(slots, one_each)
+        assert isinstance(batch, RaggedBatch)
+        return batch, routing
 
     def __call__(self, hidden_states: Tensor, router_logits: Tensor) -> Tensor:
-        trip, routing = self.start(hidden_states, router_logits)
-        trip.depart()
-        trip.send_back(self.runner._local_experts(trip.arrive(), self.layer.w13_weight, self.layer.w2_weight))
-        rows, slot_rows = trip.come_back()
+        batch, routing = self.start(hidden_states, router_logits)
+        batch.start_dispatch()
+        batch.start_combine(self.runner._local_experts(batch.finish_dispatch(), self.layer.expert_weights()))
+        rows, slot_rows = batch.finish_combine()
         slot_rows = slot_rows.reshape(-1, TOP_K)
         ones = torch.ones_like(slot_rows, dtype=torch.float32)
         return self.runner._finalize(rows, slot_rows, ones, hidden_states, routing, None, None)
 
 
-def trip_bytes(trip: RaggedTrip, rank: int) -> float:
+def batch_bytes(batch: RaggedBatch, rank: int) -> float:
     """Bytes of rows and slots to other ranks, and of the sums sent back to them."""
-    rows_in, rows_out = trip.sizes
-    row_bytes = trip.hidden_states.size(1) * trip.hidden_states.element_size()
-    slot_bytes = 8 * trip.routing.topk_ids.size(1)
+    rows_in, rows_out = batch.sizes
+    row_bytes = batch.hidden_states.size(1) * batch.hidden_states.element_size()
+    slot_bytes = 8 * batch.routing.topk_ids.size(1)
     return (sum(rows_out) - rows_out[rank]) * (row_bytes + slot_bytes) + (sum(rows_in) - rows_in[rank]) * row_bytes
 
 
@@ -162,7 +162,7 @@ def run_alone(
     if dist.get_rank() > 0:
         return None
     one = DefaultMoERunner(parallel.router, create_experts())
-    seconds = seconds_per_call(lambda: one(*inputs, w13, w2), options.repeats, device, alone=True)
+    seconds = seconds_per_call(lambda: one(*inputs, ExpertWeights(w13, w2)), options.repeats, device, alone=True)
     hidden_states, router_logits = (tensor[sampled] for tensor in inputs)
     routing = parallel.router.select_experts(hidden_states, router_logits)
     expected, plain = (reference(routing, hidden_states, w13, w2, dtype) for dtype in (torch.float64, options.dtype))
@@ -208,9 +208,12 @@ def run_case(options: argparse.Namespace, num_tokens: int, device: torch.device,
         if alone is not None:
             result.token_rate[name] = num_ranks * result.seconds["one rank"].median / result.seconds[name].median
     runner.use_exchange("ragged")
-    (trip,) = runner.exchange.trips(hidden_states, routing_of(*inputs))
-    assert isinstance(trip, RaggedTrip)
-    result.bytes_sent = {"ragged": trip_bytes(trip, rank), "all slots": trip_bytes(all_slots.start(*inputs)[0], rank)}
+    (batch,) = runner.exchange.batches(hidden_states, routing_of(*inputs))
+    assert isinstance(batch, RaggedBatch)
+    result.bytes_sent = {
+        "ragged": batch_bytes(batch, rank),
+        "all slots": batch_bytes(all_slots.start(*inputs)[0], rank),
+    }
     ffn_experts = TOP_K * 2 / 3  # logits are even
     shape = MoEShape(options.experts, TOP_K, options.hidden_size, options.intermediate_size, ffn_experts)
     plan = plan_layer(num_ranks, num_tokens, shape, Cluster(gpus_per_node=num_ranks, matmul_rate=rate))
@@ -260,19 +263,19 @@ def run_rank(rank: int, options: argparse.Namespace, folder: str) -> None:
     if rank == 0:
         report = {
             "benchmark": "gpu_expert_parallel",
-            "environment": harness.environment(),
+            "environment": machine.environment(),
             "matmul_rate": rate,
             "results": [asdict(result) for result in results],
         }
         Path(folder, "report.json").write_text(json.dumps(report, indent=2) + "\n")
     dist.destroy_process_group()
-    gc.collect()  # frees what holds a group, whose threads must not meet the end of Python
+    gc.collect()  # free the groups: their threads must end before Python does
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--tokens", type=harness.positive_ints, default=[64, 256, 4096, 16384], help="on each rank")
+    parser.add_argument("--tokens", type=parse.positive_ints, default=[64, 256, 4096, 16384], help="on each rank")
     parser.add_argument("--experts", type=int, default=512, help="real ones; half as many identity experts join them")
     parser.add_argument("--hidden-size", type=int, default=6144)
     parser.add_argument("--intermediate-size", type=int, default=2048)

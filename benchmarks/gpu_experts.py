@@ -4,7 +4,7 @@
 Usage: python benchmarks/gpu_experts.py [--shapes longcat,lite,qwen3] [--tokens 1,16,...] [--tile-rows 0,64,160,288]
        [--json PATH]
 
-Rows lie as the layer's plan orders them. "torch grouped_mm" is its two products with zexpert's silu_and_mul between
+Rows are in the order of the layer's plan. "torch grouped_mm" is its two products with zexpert's silu_and_mul between
 them, "its products alone" is without. All are captured in CUDA graphs. The floor is that of gpu_layer.py. Rows of
 sampled experts are checked against float64. Prints TFLOP/s and TB/s of weights too.
 """
@@ -21,9 +21,9 @@ from torch import Tensor
 
 import zexpert
 from gpu_layer import DTYPE, SHAPES, TOKENS
-from zexpert.benchmark import harness, torch_routing
-from zexpert.benchmark.cuda import head, require_gpu
-from zexpert.benchmark.layer import Shape, Weights, make_weights
+from zexpert_tools.benchmark import harness, parse, rates, torch_routing
+from zexpert_tools.benchmark.cuda import head, require_gpu
+from zexpert_tools.benchmark.layer import Shape, Weights, make_weights
 
 SUBJECT = "hopper"
 CHECKED_EXPERTS = 4
@@ -46,7 +46,7 @@ def expert(rows: Tensor, weights: Weights, index: int, dtype: torch.dtype) -> Te
 
 
 def run_case(
-    shape: Shape, weights: Weights, num_tokens: int, tile_rows: Sequence[int], repeats: int, limits: harness.Limits
+    shape: Shape, weights: Weights, num_tokens: int, tile_rows: Sequence[int], repeats: int, limits: rates.Limits
 ) -> harness.CaseResult:
     routing = shape.routing
     generator = torch.Generator("cuda").manual_seed(num_tokens)
@@ -100,21 +100,21 @@ def run_case(
 
 
 def tile_rows(text: str) -> list[int]:
-    """An argparse type: "0,64" as a list of what grouped_mlp_hopper takes as tile_rows."""
-    return harness.integers(text, lambda value: value % 8 == 0 and 0 <= value <= 288, "multiples of 8 up to 288")
+    """An argparse type: "0,64" as a list of values of grouped_mlp_hopper's tile_rows."""
+    return parse.integers(text, lambda value: value % 8 == 0 and 0 <= value <= 288, "multiples of 8 up to 288")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--shapes", type=harness.names_of(SHAPES), default=list(SHAPES), help="of " + ", ".join(SHAPES))
-    parser.add_argument("--tokens", type=harness.positive_ints, default=list(TOKENS))
+    parser.add_argument("--shapes", type=parse.names_of(SHAPES), default=list(SHAPES), help="of " + ", ".join(SHAPES))
+    parser.add_argument("--tokens", type=parse.positive_ints, default=list(TOKENS))
     parser.add_argument("--tile-rows", type=tile_rows, default=[0], help="choices of grouped_mlp_hopper's tile_rows")
-    parser.add_argument("--repeats", type=harness.positive_int, default=5)
+    parser.add_argument("--repeats", type=parse.positive_int, default=5)
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write the results there")
     options = parser.parse_args(arguments)
     require_gpu(parser)
     device = torch.device("cuda")
-    limits = harness.measure_limits(device, DTYPE)
+    limits = rates.measure_limits(device, DTYPE)
     print(f"{head(limits.bandwidth)}; a matrix product runs at {limits.rate / 1e12:.0f} TFLOP/s")
     results = []
     for name in options.shapes:

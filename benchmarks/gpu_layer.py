@@ -17,10 +17,10 @@ from pathlib import Path
 
 import torch
 
-from zexpert.benchmark import harness
-from zexpert.benchmark.cuda import head, require_gpu
-from zexpert.benchmark.layer import MODELS, make_weights, run_case
-from zexpert.benchmark.plots import save_roofline
+from zexpert_tools.benchmark import harness, parse, rates
+from zexpert_tools.benchmark.cuda import head, require_gpu
+from zexpert_tools.benchmark.layer import MODELS, make_weights, run_case
+from zexpert_tools.benchmark.plots import save_roofline
 
 TOKENS = (1, 16, 64, 256, 1024, 4096, 16384, 65536)
 DTYPE = torch.bfloat16
@@ -29,15 +29,15 @@ SHAPES = {"longcat": MODELS["longcat-flash"], "lite": MODELS["lite"], "qwen3": M
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--shapes", type=harness.names_of(SHAPES), default=list(SHAPES), help="of " + ", ".join(SHAPES))
-    parser.add_argument("--tokens", type=harness.positive_ints, default=list(TOKENS))
-    parser.add_argument("--repeats", type=harness.positive_int, default=5)
+    parser.add_argument("--shapes", type=parse.names_of(SHAPES), default=list(SHAPES), help="of " + ", ".join(SHAPES))
+    parser.add_argument("--tokens", type=parse.positive_ints, default=list(TOKENS))
+    parser.add_argument("--repeats", type=parse.positive_int, default=5)
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write the results there")
     parser.add_argument("--plot", type=Path, metavar="PATH", help="also draw the roofline there (needs matplotlib)")
     options = parser.parse_args(arguments)
     require_gpu(parser)
     device = torch.device("cuda")
-    limits = harness.measure_limits(device, DTYPE)
+    limits = rates.measure_limits(device, DTYPE)
     print(f"{head(limits.bandwidth)}; a matrix product runs at {limits.rate / 1e12:.0f} TFLOP/s")
     results = []
     for name in options.shapes:

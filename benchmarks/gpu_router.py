@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from zexpert.benchmark import harness
-from zexpert.benchmark.cuda import head, require_gpu
+from zexpert_tools.benchmark import harness
+from zexpert_tools.benchmark.cuda import head, require_gpu
 from zexpert.ops import router_logits
 
 SUBJECT = "zexpert"

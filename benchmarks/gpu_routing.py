@@ -18,10 +18,10 @@ from pathlib import Path
 
 import torch
 
-from zexpert.benchmark import harness, routing
-from zexpert.benchmark.cuda import copy_bandwidth, head, require_gpu
-from zexpert.benchmark.harness import CaseResult
-from zexpert.benchmark.torch_routing import LONGCAT_FLASH, RoutingCase
+from zexpert_tools.benchmark import harness, parse, routing
+from zexpert_tools.benchmark.cuda import copy_bandwidth, head, require_gpu
+from zexpert_tools.benchmark.harness import CaseResult
+from zexpert_tools.benchmark.torch_routing import LONGCAT_FLASH, RoutingCase
 
 CASES = {
     "768": LONGCAT_FLASH,
@@ -38,11 +38,11 @@ def microseconds(result: CaseResult, name: str) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--tokens", type=harness.positive_ints, default=list(TOKENS))
-    cases = harness.names_of(CASES)
+    parser.add_argument("--tokens", type=parse.positive_ints, default=list(TOKENS))
+    cases = parse.names_of(CASES)
     parser.add_argument("--cases", type=cases, default=list(CASES), help="expert counts, of " + ", ".join(CASES))
     parser.add_argument("--dtype", default="float32", choices=harness.DTYPES, help="of the logits")
-    parser.add_argument("--repeats", type=harness.positive_int, default=20)
+    parser.add_argument("--repeats", type=parse.positive_int, default=20)
     parser.add_argument("--json", type=Path, help="write the results there")
     options = parser.parse_args(arguments)
     require_gpu(parser)

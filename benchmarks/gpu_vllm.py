@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Times zexpert beside vLLM's own code for LongCat-Flash's layer on a CUDA device: routing, epilogue, layer.
+"""Times zexpert and vLLM's own code for LongCat-Flash's layer on a CUDA device: routing, epilogue, layer.
 
 Usage: python benchmarks/gpu_vllm.py [--parts routing,epilogue,layer] [--tokens 1,128,1024,8192] [--repeats 10]
        [--json PATH]
@@ -27,9 +27,19 @@ import torch
 from torch import Tensor
 
 from zexpert import ops
-from zexpert.benchmark import epilogue, harness, layer, routing, torch_routing, vllm_peer
-from zexpert.benchmark.cuda import head, require_gpu
-from zexpert.benchmark.torch_routing import LONGCAT_FLASH
+from zexpert_tools.benchmark import (
+    epilogue,
+    harness,
+    layer,
+    machine,
+    parse,
+    rates,
+    routing,
+    torch_routing,
+    vllm_peer,
+)
+from zexpert_tools.benchmark.cuda import head, require_gpu
+from zexpert_tools.benchmark.torch_routing import LONGCAT_FLASH
 
 TOKENS = (1, 128, 1024, 8192)
 SHAPE = layer.MODELS["longcat-flash"]
@@ -68,7 +78,7 @@ def time_case(
     return harness.CaseResult(case, SUBJECT, floor, timings, checks, other_load=0.0)
 
 
-def routing_case(num_tokens: int, repeats: int, limits: harness.Limits) -> harness.CaseResult:
+def routing_case(num_tokens: int, repeats: int, limits: rates.Limits) -> harness.CaseResult:
     case, hidden_size = LONGCAT_FLASH, SHAPE.hidden_size
     logit_bytes, hidden_bytes = num_tokens * case.num_experts * 4, num_tokens * hidden_size * DTYPE.itemsize
     count = harness.inputs_to_rotate(DEVICE, logit_bytes + hidden_bytes, 4)
@@ -109,7 +119,7 @@ def routing_case(num_tokens: int, repeats: int, limits: harness.Limits) -> harne
     )
 
 
-def epilogue_case(num_tokens: int, repeats: int, limits: harness.Limits) -> harness.CaseResult:
+def epilogue_case(num_tokens: int, repeats: int, limits: rates.Limits) -> harness.CaseResult:
     case, hidden_size = LONGCAT_FLASH, SHAPE.hidden_size
     row_bytes = hidden_size * DTYPE.itemsize
     count = harness.inputs_to_rotate(DEVICE, num_tokens * case.top_k * row_bytes, 2)
@@ -134,7 +144,7 @@ def epilogue_case(num_tokens: int, repeats: int, limits: harness.Limits) -> harn
     )
 
 
-def layer_cases(tokens: Sequence[int], repeats: int, limits: harness.Limits) -> list[harness.CaseResult]:
+def layer_cases(tokens: Sequence[int], repeats: int, limits: rates.Limits) -> list[harness.CaseResult]:
     weights = layer.make_weights(SHAPE, DTYPE, DEVICE)
 
     def some_tokens() -> Run:
@@ -159,14 +169,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cases = {"routing": routing_case, "epilogue": epilogue_case}
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parts = [*cases, "layer"]
-    parser.add_argument("--parts", type=harness.names_of(parts), default=parts, help="of " + ", ".join(parts))
-    parser.add_argument("--tokens", type=harness.positive_ints, default=list(TOKENS))
-    parser.add_argument("--repeats", type=harness.positive_int, default=10)
+    parser.add_argument("--parts", type=parse.names_of(parts), default=parts, help="of " + ", ".join(parts))
+    parser.add_argument("--tokens", type=parse.positive_ints, default=list(TOKENS))
+    parser.add_argument("--repeats", type=parse.positive_int, default=10)
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write the results there")
     options = parser.parse_args(arguments)
     require_gpu(parser)
-    limits = harness.measure_limits(DEVICE, DTYPE)
-    version = harness.installed_version("vllm")
+    limits = rates.measure_limits(DEVICE, DTYPE)
+    version = machine.installed_version("vllm")
     print(f"{head(limits.bandwidth)}; a matrix product runs at {limits.rate / 1e12:.0f} TFLOP/s; vLLM {version}")
     results: list[harness.CaseResult] = []
     for part in options.parts:

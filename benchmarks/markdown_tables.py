@@ -4,7 +4,7 @@
 Usage: python benchmarks/markdown_tables.py FILE.json|PAGE.md [...]
 
 Prints the tables of a JSON file. In a page, such as docs/performance.md, writes anew what stands between
-<!-- table: NAME.json --> and <!-- end of table -->, from the file of that name beside the page.
+<!-- table: NAME.json --> and <!-- end of table -->, from the file of that name in the page's folder.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from zexpert.benchmark import harness
+from zexpert_tools.benchmark import harness
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -26,8 +26,10 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def machine(environment: dict[str, Any]) -> str:
-    """Date, what was measured, versions: the GPU with its host, or the processor."""
+    """Date, what was measured, versions and commit: the GPU with its host, or the processor."""
     versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
+    if "git_revision" in environment:
+        versions += f", commit {environment['git_revision']}"
     processor, cores = environment["processor"], f"{environment['cores']} cores"
     if "gpu" in environment:
         memory = f", {environment['gpu_memory_bytes'] / 2**30:.0f} GiB" if "gpu_memory_bytes" in environment else ""

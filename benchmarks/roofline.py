@@ -13,9 +13,9 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from zexpert.benchmark.harness import Limits
-from zexpert.benchmark.layer import LayerResult
-from zexpert.benchmark.plots import save_roofline
+from zexpert_tools.benchmark.layer import LayerResult
+from zexpert_tools.benchmark.plots import save_roofline
+from zexpert_tools.benchmark.rates import Limits
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

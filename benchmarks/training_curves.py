@@ -20,10 +20,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from zexpert.benchmark import harness
-from zexpert.cli.text import load_text
-from zexpert.models.byte_decoder import ByteDecoder, ByteDecoderConfig
-from zexpert.training.trainer import StepRecord, Trainer, TrainerConfig
+from zexpert_tools.benchmark import harness, machine
+from zexpert_tools.byte_decoder import ByteDecoder, ByteDecoderConfig
+from zexpert_tools.text import load_text
+from zexpert_tools.trainer import StepRecord, Trainer, TrainerConfig
 
 MODELS = {
     "with zero experts": ByteDecoderConfig(),
@@ -79,7 +79,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.steps < 1 or options.seeds < 1:
         parser.error("--steps and --seeds must be positive")
-    text = load_text(options.text, min_bytes=4096)
+    try:
+        text = load_text(options.text, min_bytes=4096)
+    except ValueError as error:
+        parser.error(str(error))
 
     histories: dict[str, list[list[StepRecord]]] = {name: [] for name in MODELS}
     rows = []
@@ -96,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(harness.format_table(["model", "held-out bits per byte", "experts per byte, second half"], rows))
     if options.json is not None:
         record = {
-            "environment": harness.environment(),
+            "environment": machine.environment(),
             "steps": options.steps,
             "histories": {
                 name: [[dataclasses.asdict(step) for step in run] for run in runs] for name, runs in histories.items()

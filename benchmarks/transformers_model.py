@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zexpert.benchmark import harness
+from zexpert_tools.benchmark import harness, machine, rates
 
 VOCABULARY = 1000
 
@@ -103,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def train(model: Any) -> Tensor:
         return train_step(model, tokens)
 
-    limits = harness.measure_limits(device, dtype)
+    limits = rates.measure_limits(device, dtype)
     steps = [
         (f"a prompt of {options.prompt} tokens", read, options.prompt, 1),
         ("a decoding step", decode, 1, 1),
@@ -112,7 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     results = []
     for what, run, num_tokens, passes in steps:
         contenders = {name: harness.on_inputs(run, [model]) for name, model in models.items()}
-        with harness.OtherLoad() as load:
+        with machine.OtherLoad() as load:
             timings = harness.measure_on(device, contenders, num_inputs=1, repeats=options.repeats, graphs=False)
         values_per_expert = 3 * options.hidden_size * (options.hidden_size // 2)
         slots = num_tokens * 12 * 64 / 96
@@ -121,7 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         num_bytes = options.layers * passes * experts_used * values_per_expert * dtype.itemsize
         results.append(
             harness.CaseResult(
-                case=f"{what}, {options.layers} layers, {options.dtype}, {harness.device_name(device)}",
+                case=f"{what}, {options.layers} layers, {options.dtype}, {machine.device_name(device)}",
                 subject="zexpert",
                 floor=limits.floor(operations, num_bytes),
                 timings=timings,

@@ -1,21 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the documentation site adds to MkDocs: pages from the repository's root, and links as GitHub reads them.
+"""What the documentation site adds to MkDocs: pages from the repository's root, the API page, and links to the
+repository's files.
 
-Pages link to files of the repository, such as ../examples/plain_moe.py. Where mkdocs.yml has a repo_url, such a link
-leads there; without one its text stays. A link to a file that does not exist is left for `mkdocs build --strict` to
-stop at.
+Pages link to files of the repository, such as ../examples/train.py. If mkdocs.yml has a repo_url, such a link points
+there. Otherwise its text stays without a link. A link to a file that does not exist is not changed, and `mkdocs build
+--strict` stops at it.
 """
 
 from __future__ import annotations
 
 import os.path
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
+
+sys.path.insert(0, str(Path(__file__).parent))
+import api_page
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = {"README.md": "index.md", "CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
@@ -25,11 +30,14 @@ CODE_OR_LINK = re.compile(r"^```.*?^```|\[((?:[^\[\]]|!\[[^\]]*\])*)\]\(([^)\s]+
 def on_files(files: Files, config: MkDocsConfig, **_: Any) -> Files:
     for source, page in PAGES.items():
         files.append(File.generated(config, page, abs_src_path=str(ROOT / source)))
+    files.append(File.generated(config, "api.md", content=api_page.page()))
     return files
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, **_: Any) -> str:
-    source = Path(str(page.file.abs_src_path))
+    if page.file.abs_src_path is None:  # the API page, which has no such links
+        return markdown
+    source = Path(page.file.abs_src_path)
     folder = os.path.dirname(page.file.src_uri)
 
     def rewritten(match: re.Match[str]) -> str:

@@ -49,8 +49,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--target", type=float, default=3.0, help=f"networks per token, between 0 and {TOP_K}")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
+    if options.steps < 0:
+        parser.error(f"--steps must be at least 0, got {options.steps}")
     if not 0 < options.target < TOP_K:
-        parser.error(f"--target must lie between 0 and {TOP_K}, got {options.target}")
+        parser.error(f"--target must be between 0 and {TOP_K}, got {options.target}")
 
     torch.manual_seed(options.seed)
     centres = 2.0 * torch.randn(64, HIDDEN)

@@ -118,17 +118,20 @@ def serve(
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--requests", type=int, default=12)
     parser.add_argument("--places", type=int, default=4)
     parser.add_argument("--new-tokens", type=int, default=24)
     parser.add_argument("--hidden-size", type=int, default=64)
     options = parser.parse_args(arguments)
+    for name in ("requests", "places", "new_tokens", "hidden_size"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")
     if options.device == "auto":
         options.device = "cuda" if torch.cuda.is_available() else "cpu"
-    on_gpu = options.device.startswith("cuda")
+    on_gpu = options.device == "cuda"
     if on_gpu and not torch.cuda.is_available():
-        parser.error(f"--device {options.device} needs a CUDA device: torch.cuda.is_available() is False")
+        parser.error("--device cuda needs a CUDA device: torch.cuda.is_available() is False")
 
     torch.manual_seed(0)
     model = Model(options.hidden_size, torch.bfloat16 if on_gpu else torch.float32).to(options.device).eval()

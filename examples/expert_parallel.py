@@ -5,7 +5,7 @@ Usage: torchrun --nproc-per-node 4 examples/expert_parallel.py [--data-ranks 2] 
 
 The ranks form a mesh [data, expert]. Each has tokens of its own. The ranks of a row share one set of experts; the rows
 hold copies of it. What is no expert, the router's classifier here, is on every rank. Rank 0 trains the same model on
-all tokens in one process beside it and prints how far the two are apart.
+all tokens in one process too, and prints the difference.
 """
 
 from __future__ import annotations
@@ -145,4 +145,4 @@ def whole_tensor(tensor: Tensor) -> Tensor:
 
 if __name__ == "__main__":
     main()
-    gc.collect()  # frees the mesh, whose groups' threads must not meet the end of Python
+    gc.collect()  # free the mesh: the threads of its groups must end before Python does

@@ -6,8 +6,8 @@ Usage: python examples/longcat_layer.py [--text FILE] [--tokens N] [--hidden-siz
 
 Each token picks 12 of 768 experts; a slot that picks an identity expert costs no feed-forward network. This checks
 zexpert's output against the same layer in float64, counts the slots that did work, and times the layer against plain
-PyTorch (zexpert.benchmark.plain_moe). The hidden size is smaller than the model's, and the weights, the router's too,
-are random with a fixed seed: the numbers show the layer's mechanics, not a model's quality.
+PyTorch (zexpert_tools.benchmark.plain_moe). The hidden size is smaller than the model's. All weights are random with a
+fixed seed: the numbers show the layer's mechanics, not a model's quality.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class RandomLayer:
 
     def __init__(self, hidden_size: int, intermediate_size: int, dtype: torch.dtype, seed: int) -> None:
         import zexpert
-        from zexpert.benchmark import plain_moe
+        from zexpert_tools.benchmark import plain_moe
 
         self.plain_moe = plain_moe.moe
         generator = torch.Generator().manual_seed(seed)
@@ -140,14 +140,14 @@ class RandomLayer:
         )
 
     def clear_choices(self, router_logits: Tensor) -> Tensor:
-        """Tokens [T] whose 12th and 13th keys are far enough apart that float32 and float64 must choose alike."""
+        """Tokens [T] with 12th and 13th keys so far apart that float32 and float64 choose alike."""
         keys = router_logits.double().softmax(dim=-1) + self.bias.double()
         largest = keys.topk(TOP_K + 1, dim=-1).values
         return largest[:, TOP_K - 1] - largest[:, TOP_K] > 1e-5 * largest[:, TOP_K - 1].abs()
 
 
 def median_seconds(contenders: Sequence[Callable[[], object]], repeats: int) -> list[float]:
-    """Median time of each contender; they take turns, after one untimed call each, for TIMING_SECONDS at most."""
+    """Median time of each contender; they run in turns, after one untimed call each, for TIMING_SECONDS at most."""
     stop = time.perf_counter() + TIMING_SECONDS
     times: list[list[float]] = [[] for _ in contenders]
     for repetition in range(repeats + 1):
@@ -239,7 +239,7 @@ def run(options: argparse.Namespace) -> bool:
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="A mixture-of-experts layer with identity experts on a real text.")
     parser.add_argument("--text", type=Path, metavar="FILE", help="default: Python's documentation strings")
-    parser.add_argument("--tokens", type=int, default=2048, help="words of the text to take (default 2048)")
+    parser.add_argument("--tokens", type=int, default=2048, help="words of the text (default 2048)")
     parser.add_argument("--hidden-size", type=int, default=256, help="expert ffn is half of it (default 256)")
     parser.add_argument("--dtype", choices=list(DTYPES), default="float32")
     parser.add_argument("--seed", type=int, default=0, help="of the random weights (default 0)")

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trains a small decoder whose bytes choose between feed-forward networks and identity experts (LongCat-Flash, arXiv
-2509.01322), saves it, and shows how even the load of its experts is.
+"""Trains a small decoder with feed-forward and identity experts (LongCat-Flash, arXiv 2509.01322), saves it, and prints
+the load of its experts.
 
 Usage: python examples/train.py [--text FILE] [--steps 200] [--target 3] [--out train.pt] [--seed 0]
 
-zexpert.training.trainer.Trainer makes the steps: next-byte loss, AdamW, and a LongCatBiasController, which moves the
+zexpert_tools.trainer.Trainer makes the steps: next-byte loss, AdamW, and a LongCatBiasController, which moves the
 selection biases so that bytes use --target networks on the mean and every network gets its share. docs/training.md
-writes such a loop out for a model of one's own. `zexpert generate --checkpoint train.pt` lets the decoder write.
+has such a loop for your own model. `zexpert generate --checkpoint train.pt` lets the decoder write.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from pathlib import Path
 
 import torch
 
-from zexpert.cli.text import load_text
-from zexpert.models.byte_decoder import ByteDecoder, ByteDecoderConfig
-from zexpert.training.trainer import Trainer, TrainerConfig, save_checkpoint
+from zexpert_tools.byte_decoder import ByteDecoder, ByteDecoderConfig
+from zexpert_tools.checkpoint import save_checkpoint
+from zexpert_tools.text import load_text
+from zexpert_tools.trainer import Trainer, TrainerConfig
 
 CONFIG = ByteDecoderConfig(
     hidden_size=64,
@@ -58,7 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.steps < 1:
         parser.error(f"--steps must be at least 1, got {options.steps}")
     if not 0 < options.target < CONFIG.top_k:
-        parser.error(f"--target must lie between 0 and {CONFIG.top_k}, got {options.target}")
+        parser.error(f"--target must be between 0 and {CONFIG.top_k}, got {options.target}")
     if not options.out.resolve().parent.is_dir():
         parser.error(f"--out must be in a folder that exists, got {options.out}")
 

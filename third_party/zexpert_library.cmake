@@ -9,11 +9,12 @@ function(zexpert_compile_options target)
     # Without optimisation GCC's intrinsics are macros, and their conversions would count as zexpert's.
     list(APPEND warnings -Wsign-conversion)
   endif()
+  list(APPEND warnings -Werror=switch)  # a missing enumerator would compute another scoring function or type
   if(ZEXPERT_WERROR)
     list(APPEND warnings -Werror)
   endif()
   target_compile_options(${target} PRIVATE $<$<COMPILE_LANGUAGE:CXX>:${warnings}>
-                                           $<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=-Wall,-Wextra>)
+                                           $<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=-Wall,-Wextra,-Werror=switch>)
   if(CMAKE_CUDA_COMPILER_VERSION VERSION_GREATER_EQUAL 13)
     # A fifth of the size; every driver for CUDA 13 can unpack it.
     target_compile_options(${target} PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:--compress-mode=size>)

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Scratch memory for vectors.
+// Scratch memory for vectors. It has internal linkage: kernels that are compiled for one instruction set instantiate
+// it.
 #pragma once
 
 #include <cstddef>
@@ -8,6 +9,7 @@
 #include <new>
 
 namespace zexpert {
+namespace {
 
 /// Memory for `size` numbers on a cache line's boundary, not initialised.
 template <typename T>
@@ -25,4 +27,5 @@ class AlignedArray {
   std::unique_ptr<T, Deleter> data_;
 };
 
+}  // namespace
 }  // namespace zexpert

@@ -1,48 +1,30 @@
 // SPDX-License-Identifier: Apache-2.0
-// What biased_topk and its backward prepare around their kernels: memory of a call and of a thread.
-//
-// All of it has internal linkage, since kernels for one instruction set instantiate it.
+// Memory that a call of biased_topk or its backward, and each of its threads, works in. It has internal linkage:
+// kernels that are compiled for one instruction set instantiate it.
 #pragma once
 
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
-#include <memory>
-#include <new>
 
+#include "cpu/aligned_array.h"
 #include "zexpert/biased_topk.h"
 
 namespace zexpert {
 namespace {
 
-/// Keys are looked through in blocks of this many, one bit each of a 64-bit word. Rows are padded to whole blocks.
+/// Keys are compared in blocks of this many, one bit of a 64-bit word for each. Rows are padded to whole blocks.
 constexpr int64_t kBlock = 64;
-
-/// Memory for `size` numbers on a cache line's boundary, not initialised.
-template <typename T>
-class AlignedArray {
- public:
-  explicit AlignedArray(int64_t size)
-      : data_(static_cast<T*>(::operator new(static_cast<size_t>(size) * sizeof(T), kAlignment))) {}
-  T* get() const { return data_.get(); }
-
- private:
-  static constexpr std::align_val_t kAlignment{64};
-  struct Deleter {
-    void operator()(T* data) const { ::operator delete(data, kAlignment); }
-  };
-  std::unique_ptr<T, Deleter> data_;
-};
 
 /// What all rows of a call share.
 template <typename T>
 struct SharedByRows {
-  const BiasedTopKParams& params;
-  const T* bias;           ///< [padded_experts], zeros where there is none
+  const RoutingInputs& inputs;
+  const T* bias;           ///< [padded_experts], zeros for none
   int64_t padded_experts;  ///< num_experts rounded up to whole blocks and to the lanes of the first selection step
 };
 
-/// What one thread needs to route a row.
+/// Memory in which a thread routes a row.
 template <typename T>
 struct Workspace {
   Workspace(int64_t padded_experts, int64_t num_groups)
@@ -52,18 +34,18 @@ struct Workspace {
         group_scores(num_groups),
         group_order(num_groups) {}
 
-  /// How far past the last candidate a step may write.
+  /// A step may write this far past the last candidate.
   static constexpr int64_t kSlack = 16;
 
-  AlignedArray<T> scores;            ///< before the row's common factor; NaN where masked
-  AlignedArray<T> keys;              ///< NaN where not choosable
+  AlignedArray<T> scores;            ///< before the row's common factor; NaN for a masked expert
+  AlignedArray<T> keys;              ///< NaN for an expert that cannot be chosen
   AlignedArray<int32_t> candidates;  ///< experts whose key may be among the largest
   AlignedArray<T> group_scores;
   AlignedArray<int32_t> group_order;
 };
 
-/// The first step of selection keeps the largest key of each of this many interleaved parts of a row. At least twice
-/// top_k parts keep the candidates few.
+/// The first step of selection keeps the largest key of each of this many interleaved parts of a row. With twice top_k
+/// parts or more, candidates are few.
 inline int64_t num_lanes(int64_t top_k) { return top_k <= 16 ? 32 : top_k <= 32 ? 64 : 128; }
 
 inline int64_t pad_experts(const RoutingSpec& spec) {
@@ -71,15 +53,15 @@ inline int64_t pad_experts(const RoutingSpec& spec) {
   return (spec.num_experts + multiple - 1) / multiple * multiple;
 }
 
-/// The bias as SharedByRows has it.
+/// The bias in the form of SharedByRows.
 template <typename T>
-AlignedArray<T> convert_bias(const BiasedTopKParams& params, int64_t padded_experts) {
+AlignedArray<T> convert_bias(const RoutingInputs& inputs, int64_t padded_experts) {
   AlignedArray<T> bias(padded_experts);
   std::fill(bias.get(), bias.get() + padded_experts, T(0));
-  if (params.bias != nullptr) {
-    visit_floating(params.bias_type, [&](auto element) {
-      const auto* source = static_cast<const decltype(element)*>(params.bias);
-      std::transform(source, source + params.spec.num_experts, bias.get(),
+  if (inputs.bias != nullptr) {
+    visit_floating(inputs.bias_type, [&](auto element) {
+      const auto* source = static_cast<const decltype(element)*>(inputs.bias);
+      std::transform(source, source + inputs.spec.num_experts, bias.get(),
                      [](auto value) { return static_cast<T>(value); });
     });
   }

@@ -24,28 +24,18 @@ inline int64_t num_working_rows(const int32_t* last_offset, int64_t num_rows) {
   return *last_offset;
 }
 
-/// The sizes and row_slots that moe_permute, its backward and grouped_mlp take, of which the first num_rows count.
-template <typename Params>
-void check_row_slots(const Params& params, int64_t num_rows) {
-  check_sizes({{"num_rows", params.num_rows},
-               {"num_tokens", params.num_tokens},
-               {"top_k", params.top_k},
-               {"hidden_size", params.hidden_size}});
-  if (num_rows > 0) {
-    check_pointers({{"row_slots", params.row_slots}});
-  }
-  const int64_t num_slots = params.num_tokens * params.top_k;
-  const int64_t bad = find_out_of_range(params.row_slots, num_rows, 0, num_slots);
-  ZEXPERT_CHECK(bad < 0, "row_slots must lie in [0, ", num_slots, ") below the last offset, got ",
-                params.row_slots[bad]);
+/// Throws Error unless the first num_rows entries of row_slots, those of rows that do work, are slots.
+inline void check_row_slots(const int32_t* row_slots, int64_t num_rows, int64_t num_slots) {
+  const int64_t bad = find_out_of_range(row_slots, num_rows, 0, num_slots);
+  ZEXPERT_CHECK(bad < 0, "row_slots must lie in [0, ", num_slots, ") below the last offset, got ", row_slots[bad]);
 }
 
-/// The offsets of grouped_mlp, and its row_slots if it has them.
+/// Throws Error unless the offsets of grouped_mlp, and its row_slots if it has them, are in range.
 template <typename Params>
 void check_expert_rows(const Params& params) {
   check_expert_offsets(params.expert_offsets, params.num_experts, params.num_rows);
   if (params.row_slots != nullptr) {
-    check_row_slots(params, params.expert_offsets[params.num_experts]);
+    check_row_slots(params.row_slots, params.expert_offsets[params.num_experts], params.num_tokens * params.top_k);
   }
 }
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What a plan's expert_offsets say in host memory.
+// Checks and sizes of expert_offsets in host memory.
 #pragma once
 
 #include <algorithm>
@@ -20,7 +20,7 @@ inline void check_expert_offsets(const int32_t* expert_offsets, int64_t num_expe
                 num_rows, "), got ", expert_offsets[num_experts]);
 }
 
-/// Rows of the expert that has most.
+/// The number of rows of the expert with most rows.
 inline int64_t longest_segment(const int32_t* expert_offsets, int64_t num_experts) {
   int64_t longest = 0;
   for (int64_t expert = 0; expert < num_experts; ++expert) {

@@ -22,7 +22,7 @@ struct Segment {
   int64_t num_groups = 0;
 };
 
-/// Rows of a segment that are multiplied together. All segments' rows lie packed, those of a group interleaved: vector
+/// Rows of a segment that are multiplied together. All segments' rows are packed, those of a group interleaved: vector
 /// `v` of the group's row `r` is vector first_packed_row * (vectors per row) + v * num_rows + r.
 struct RowGroup {
   int64_t first_row;
@@ -30,18 +30,18 @@ struct RowGroup {
   int64_t num_rows;
 };
 
-/// Rows that are computed in one go, if no segment has more: their copies and activations are small enough to be kept
-/// by allocators from one go to the next, where large memory comes as fresh pages each time.
+/// Rows that are computed in one run, if no segment has more. Their copies and activations are so small that allocators
+/// keep the memory from one run to the next; larger memory comes as fresh pages each time.
 constexpr int64_t kRowsAtOnce = 1024;
 
 /// The segments, in runs of up to kRowsAtOnce rows or of a single longer segment.
-std::vector<std::vector<Segment>> find_segments(const GroupedMlpParams& params) {
+std::vector<std::vector<Segment>> find_segments(const GroupedMlpParams& params, int64_t max_rows) {
   std::vector<std::vector<Segment>> runs;
   int64_t rows_of_run = kRowsAtOnce;
   for (int64_t expert = 0; expert < params.num_experts; ++expert) {
     const int64_t first_row = params.expert_offsets[expert];
     const int64_t num_rows = params.expert_offsets[expert + 1] - first_row;
-    if (num_rows >= 1 && num_rows <= params.max_rows) {
+    if (num_rows >= 1 && num_rows <= max_rows) {
       rows_of_run += num_rows;
       if (rows_of_run > kRowsAtOnce) {
         runs.emplace_back();
@@ -53,7 +53,7 @@ std::vector<std::vector<Segment>> find_segments(const GroupedMlpParams& params) 
   return runs;
 }
 
-/// Cuts every segment into as few groups of up to `most_rows` rows as it takes, of about the same size.
+/// Cuts every segment into as few groups of up to `most_rows` rows as possible, of about the same size.
 std::vector<RowGroup> cut_into_groups(std::vector<Segment>& segments, int64_t most_rows) {
   std::vector<RowGroup> groups;
   int64_t packed_rows = 0;
@@ -73,28 +73,21 @@ std::vector<RowGroup> cut_into_groups(std::vector<Segment>& segments, int64_t mo
 }  // namespace
 }  // namespace zexpert
 
-#define ZEXPERT_KERNEL_FILE "cpu/grouped_mlp_kernel.h"
+#define ZEXPERT_KERNEL_FILE "cpu/grouped_mlp_kernel-inl.h"
 #include "cpu/simd/for_each_isa.h"
 
 namespace zexpert {
 
-void grouped_mlp_cpu(const GroupedMlpParams& params) {
-  check_sizes({{"num_rows", params.num_rows},
-               {"num_experts", params.num_experts},
-               {"hidden_size", params.hidden_size},
-               {"intermediate_size", params.intermediate_size}});
-  check_pointers({{"expert_offsets", params.expert_offsets}});
+void grouped_mlp_cpu(const GroupedMlpParams& params, int64_t max_rows) {
+  params.validate();
+  ZEXPERT_CHECK(params.tile_rows == 0, "tile_rows must be 0 on the CPU, got ", params.tile_rows);
   check_expert_rows(params);
-  if (params.hidden_size == 0 || params.expert_offsets[params.num_experts] == 0) {
+  if (params.is_empty()) {
     return;
-  }
-  check_pointers({{"rows", params.rows}, {"out", params.out}});
-  if (params.intermediate_size > 0) {
-    check_pointers({{"w13_weight", params.w13_weight}, {"w2_weight", params.w2_weight}});
   }
   visit_floating(params.data_type, [&](auto element) {
     using T = decltype(element);
-    for (std::vector<Segment>& run : find_segments(params)) {
+    for (std::vector<Segment>& run : find_segments(params, max_rows)) {
       ZEXPERT_DISPATCH(grouped_mlp<T>, params, run)
     }
   });

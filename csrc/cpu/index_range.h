@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Range checks of index arrays, made before a kernel writes anything.
+// Range checks of index arrays, before a kernel writes anything.
 #pragma once
 
 #include <cstdint>

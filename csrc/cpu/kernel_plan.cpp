@@ -4,20 +4,28 @@
 #include <algorithm>
 #include <array>
 #include <limits>
+#include <sstream>
 #include <string_view>
 
-#include "zexpert/biased_topk_and_plan.h"
+#include "zexpert/biased_topk.h"
 #include "zexpert/cpu_capability.h"
 #include "zexpert/error.h"
 #include "zexpert/grouped_mlp.h"
+#include "zexpert/grouped_mlp_choice.h"
+#include "zexpert/moe_plan.h"
 
 namespace zexpert {
 namespace {
 
-constexpr std::array<std::string_view, 8> kOps = {"biased_topk", "biased_topk_and_plan", "zero_expert_accumulate",
-                                                  "moe_plan",    "moe_permute",          "silu_and_mul",
-                                                  "grouped_mlp", "moe_finalize"};
-constexpr std::array<std::string_view, 2> kExpertsBackends = {"auto", "hopper"};
+constexpr std::array<std::string_view, 9> kOps = {"biased_topk",
+                                                  "biased_topk_and_plan",
+                                                  "zero_expert_accumulate",
+                                                  "moe_plan",
+                                                  "moe_permute",
+                                                  "silu_and_mul",
+                                                  "grouped_mlp",
+                                                  "fused_moe",
+                                                  "moe_finalize"};
 constexpr std::array<std::string_view, 2> kDevices = {"cpu", "cuda"};
 constexpr std::array<std::string_view, 4> kFloatingTypes = {"float32", "float64", "bfloat16", "float16"};
 constexpr std::array<std::string_view, 2> kIndexTypes = {"int32", "int64"};
@@ -47,7 +55,7 @@ void check_size(const char* argument, std::optional<int64_t> value, int64_t leas
   ZEXPERT_CHECK(!value || *value <= kMost, argument, " must be less than 2^31, got ", *value);
 }
 
-/// What the routing operators refuse, in their words.
+/// The limits of the routing operators, with their messages.
 void check_routing(const KernelQuery& query) {
   const int64_t top_k = query.top_k.value_or(1);
   const int64_t num_experts = query.num_experts.value_or(top_k);
@@ -75,24 +83,57 @@ ScalarType floating_type(std::string_view name_of_type) {
   return ScalarType::kFloat32;
 }
 
-/// The rows of all experts together, from whichever sizes say it.
-int64_t total_rows(const KernelQuery& query) {
-  if (query.num_rows) {
-    return *query.num_rows;
+std::optional<int64_t> known_rows(const KernelQuery& query) {
+  if (query.num_rows || !query.num_tokens || !query.top_k) {
+    return query.num_rows;
   }
-  ZEXPERT_CHECK(query.num_tokens && query.top_k,
-                "grouped_mlp chooses its kernel by rows per expert: num_rows, or num_tokens and top_k, must be given");
   return *query.num_tokens * *query.top_k;
 }
 
-KernelPlan plan_grouped_mlp(const KernelQuery& query, const char* isa) {
-  ZEXPERT_CHECK(query.num_experts.has_value(),
-                "grouped_mlp chooses its kernel by rows per expert: num_experts must be given");
+/// The rows of all experts together, from whichever sizes give them.
+int64_t total_rows(const KernelQuery& query) {
+  const std::optional<int64_t> rows = known_rows(query);
+  ZEXPERT_CHECK(rows.has_value(), query.op,
+                " chooses its kernel by rows per expert: num_rows, or num_tokens and top_k, must be given");
+  return *rows;
+}
+
+/// The call that a query asks about. A size that is not known is one that fits.
+GroupedMlpCall grouped_mlp_call(const KernelQuery& query) {
+  GroupedMlpCall call;
+  call.device.is_cuda = query.device == "cuda";
+  call.device.compute_capability = 10 * query.compute_capability.value_or(0);
+  call.device.has_hopper_code = query.has_hopper_code;
+  const bool keeps_gate_up = query.op == "fused_moe" && query.keep_gate_up;
+  call.task = keeps_gate_up ? GroupedMlpTask::kForwardKeepingGateUp : GroupedMlpTask::kForward;
+  call.data_type = floating_type(query.dtype.value_or("float32"));
+  call.num_experts = query.num_experts.value_or(1);
+  call.hidden_size = query.hidden_size.value_or(kHopperSizeStep);
+  call.intermediate_size = query.intermediate_size.value_or(kHopperSizeStep);
+  return call;
+}
+
+/// Why zexpert's own kernels cannot serve a call on a Hopper GPU, and a colon; else nothing.
+std::string obstacle_to_hopper(const GroupedMlpCall& call) {
+  std::ostringstream text;
+  if (call.device.compute_capability == 90) {
+    can_serve(GroupedMlpImplementation::kHopper, call, [&](const auto&... parts) { (text << ... << parts) << ": "; });
+  }
+  return text.str();
+}
+
+/// Implementation "cpu", which chooses by an expert's rows.
+KernelPlan plan_cpu_experts(const KernelQuery& query, const GroupedMlpCall& call, const char* isa) {
+  if (call.task == GroupedMlpTask::kForwardKeepingGateUp) {
+    return {query.op, "torch", "matmul", "Training runs every expert through a matrix-product library."};
+  }
+  ZEXPERT_CHECK(query.num_experts.has_value(), query.op,
+                " chooses its kernel by rows per expert: num_experts must be given");
   const int64_t rows = total_rows(query);
   const int64_t mean = (rows + *query.num_experts - 1) / *query.num_experts;
   const std::string about = std::to_string(rows) + " rows for " + std::to_string(*query.num_experts) +
                             " experts are at most " + std::to_string(mean) + " each if spread evenly, ";
-  const int64_t few_rows = few_rows_limit(floating_type(query.dtype.value_or("float32")), cpu_capability());
+  const int64_t few_rows = few_rows_limit(call.data_type, cpu_capability());
   const std::string limit = std::to_string(few_rows);
   if (mean <= few_rows) {
     return {query.op, "cpu", std::string("grouped_mlp_") + isa,
@@ -103,60 +144,54 @@ KernelPlan plan_grouped_mlp(const KernelQuery& query, const char* isa) {
           about + "and a segment of more than " + limit + " rows repays a matrix-product library's packing."};
 }
 
-/// What of the query grouped_mlp_hopper does not take; empty if it takes it, on a GPU of its own.
-std::string obstacle_to_hopper(const KernelQuery& query) {
-  const auto not_a_multiple = [](const char* what, std::optional<int64_t> size) {
-    return size.value_or(0) % kHopperSizeStep == 0 ? std::string()
-                                                   : std::string(what) + " " + std::to_string(*size) +
-                                                         ", no multiple of " + std::to_string(kHopperSizeStep);
-  };
-  const std::string dtype = query.dtype.value_or("float32");
-  if (dtype != "bfloat16" && dtype != "float16") {
-    return dtype + ", neither bfloat16 nor float16";
+KernelPlan plan_hopper_experts(const KernelQuery& query) {
+  const std::optional<int64_t> num_rows = known_rows(query);
+  if (!num_rows || !query.num_experts) {
+    return {query.op, "cuda", "grouped_mlp_hopper", "The rows of an expert decide on the tiles."};
   }
-  if (query.num_experts.value_or(1) > kHopperMaxExperts) {
-    return std::to_string(*query.num_experts) + " experts, more than " + std::to_string(kHopperMaxExperts);
-  }
-  const std::string hidden = not_a_multiple("a hidden size of", query.hidden_size);
-  return !hidden.empty() ? hidden : not_a_multiple("an intermediate size of", query.intermediate_size);
+  const int64_t rows = hopper_tile_rows(*num_rows, *query.num_experts);
+  const char* const weight_rows = rows <= kHopperTallTileRows ? "256" : "128";
+  return {query.op, "cuda", "grouped_mlp_hopper",
+          "Tiles of up to " + std::to_string(rows) + " rows of an expert by " + weight_rows +
+              " of its weights: few rows are bound by reading weights, many by the products."};
 }
 
-/// What the layer's experts run on; the op itself has CPU kernels alone.
-KernelPlan plan_grouped_mlp_on_cuda(const KernelQuery& query) {
-  std::string obstacle;
-  if (query.experts_backend == "hopper") {
-    obstacle = obstacle_to_hopper(query);
-    if (obstacle.empty()) {
-      const bool knows_rows = query.num_experts && (query.num_rows || (query.num_tokens && query.top_k));
-      if (!knows_rows) {
-        return {query.op, "cuda", "grouped_mlp_hopper", "The rows of an expert decide on the tiles."};
-      }
-      const int64_t rows = hopper_tile_rows(total_rows(query), *query.num_experts);
-      const char* const weight_rows = rows <= kHopperTallTileRows ? "256" : "128";
-      return {query.op, "cuda", "grouped_mlp_hopper",
-              "Tiles of up to " + std::to_string(rows) + " rows of an expert by " + weight_rows +
-                  " of its weights: few rows are bound by reading weights, many by the products."};
-    }
-    obstacle = "The kernels for Hopper do not take " + obstacle + ": ";
+/// What choose_grouped_mlp answers, as the operators ask it.
+KernelPlan plan_experts(const KernelQuery& query, const char* isa) {
+  const GroupedMlpCall call = grouped_mlp_call(query);
+  const GroupedMlpImplementation implementation = choose_grouped_mlp(query.implementation, call);
+  const std::string obstacle = query.implementation == "auto" ? obstacle_to_hopper(call) : "";
+  KernelPlan plan;
+  switch (implementation) {
+    case GroupedMlpImplementation::kCpu: plan = plan_cpu_experts(query, call, isa); break;
+    case GroupedMlpImplementation::kHopper: plan = plan_hopper_experts(query); break;
+    case GroupedMlpImplementation::kGroupedMm:
+      plan = {query.op, "torch", "grouped_mm",
+              obstacle +
+                  "One grouped matrix product computes all experts; on GPUs of another compute capability than "
+                  "9 and 10 PyTorch computes them one by one."};
+      break;
+    case GroupedMlpImplementation::kTorch:
+      plan = {query.op, "torch", "loop",
+              obstacle +
+                  "The experts run one after another; bfloat16, with hidden and intermediate sizes that are "
+                  "multiples of 8, would fit PyTorch's grouped_mm on a GPU."};
+      break;
   }
-  const bool fits = query.dtype == "bfloat16" && query.hidden_size.value_or(8) % 8 == 0 &&
-                    query.intermediate_size.value_or(8) % 8 == 0;
-  return fits ? KernelPlan{query.op, "torch", "grouped_mm",
-                           obstacle +
-                               "One grouped matrix product takes all experts; on GPUs of another compute "
-                               "capability than 9 and 10 torch takes them one by one."}
-              : KernelPlan{query.op, "torch", "loop",
-                           obstacle +
-                               "Only bfloat16, with hidden and intermediate sizes that are multiples of 8, fits "
-                               "torch's grouped_mm; the experts run one after another."};
+  plan.implementation = name(implementation);
+  return plan;
 }
 
 KernelPlan plan_biased_topk_on_cuda(const KernelQuery& query) {
-  const bool fits_warp = query.num_experts.value_or(1) <= kMaxWarpExperts && query.top_k.value_or(1) <= kMaxWarpTopK;
-  const std::string limits =
-      std::to_string(kMaxWarpExperts) + " experts and a top_k of up to " + std::to_string(kMaxWarpTopK);
-  return fits_warp ? KernelPlan{query.op, "cuda", "biased_topk_warp", "A warp holds a row of up to " + limits + "."}
-                   : KernelPlan{query.op, "cuda", "biased_topk_block", "A warp holds no more than " + limits + "."};
+  const std::string most_experts = std::to_string(kMaxWarpExperts);
+  const std::string most_top_k = std::to_string(kMaxWarpTopK);
+  return fits_warp(query.num_experts.value_or(1), query.top_k.value_or(1))
+             ? KernelPlan{query.op, "cuda", "biased_topk_warp",
+                          "A warp routes a row of up to " + most_experts + " experts with a top_k of up to " +
+                              most_top_k + "."}
+             : KernelPlan{query.op, "cuda", "biased_topk_block",
+                          "A block routes a row of more than " + most_experts + " experts or with a top_k above " +
+                              most_top_k + "."};
 }
 
 KernelPlan plan_biased_topk_and_plan_on_cuda(const KernelQuery& query) {
@@ -165,18 +200,24 @@ KernelPlan plan_biased_topk_and_plan_on_cuda(const KernelQuery& query) {
                              std::to_string(kMaxWarpTopK) + ", on compute capability 9 and 10";
   if (is_one_launch(query.compute_capability.value_or(0), query.num_tokens.value_or(1), query.num_experts.value_or(1),
                     query.top_k.value_or(1))) {
-    return {query.op, "cuda", query.op, "One launch takes up to " + limits + "."};
+    return {query.op, "cuda", query.op, "One launch routes and plans up to " + limits + "."};
   }
   return {query.op, "cuda", plan_biased_topk_on_cuda(query).kernel + ", counting_sort",
-          "One launch takes no more than " + limits + ": biased_topk and moe_plan run one after the other."};
+          "One launch routes and plans no more than " + limits + ": biased_topk and moe_plan run one after the other."};
+}
+
+KernelPlan plan_moe_plan_on_cuda(const KernelQuery& query) {
+  std::string blocks;
+  if (query.num_tokens && query.top_k) {
+    const int64_t num_blocks = moe_plan_cuda_num_blocks(*query.num_tokens * *query.top_k);
+    blocks = num_blocks == 1 ? " by one block" : " by " + std::to_string(num_blocks) + " blocks";
+  }
+  return {query.op, "cuda", "counting_sort", "The slots are counted and placed on the device" + blocks + "."};
 }
 
 KernelPlan plan_on_cuda(const KernelQuery& query) {
   if (query.op == "moe_plan") {
-    return {query.op, "cuda", "counting_sort", "The slots are counted and placed on the device."};
-  }
-  if (query.op == "grouped_mlp") {
-    return plan_grouped_mlp_on_cuda(query);
+    return plan_moe_plan_on_cuda(query);
   }
   if (query.op == "moe_permute") {
     return {query.op, "cuda", query.op,
@@ -188,7 +229,7 @@ KernelPlan plan_on_cuda(const KernelQuery& query) {
   if (query.op == "biased_topk_and_plan") {
     return plan_biased_topk_and_plan_on_cuda(query);
   }
-  return {query.op, "cuda", query.op, "One kernel takes every size."};
+  return {query.op, "cuda", query.op, "One kernel computes every size."};
 }
 
 }  // namespace
@@ -204,7 +245,6 @@ KernelPlan kernel_plan(const KernelQuery& query) {
       check_choice("dtype", *query.dtype, kFloatingTypes);
     }
   }
-  check_choice("experts_backend", query.experts_backend, kExpertsBackends);
   check_size("num_tokens", query.num_tokens, 0);
   check_size("num_rows", query.num_rows, 0);
   check_size("num_experts", query.num_experts, 1);
@@ -214,6 +254,10 @@ KernelPlan kernel_plan(const KernelQuery& query) {
   check_size("compute_capability", query.compute_capability, 1);
   const int64_t capability = query.compute_capability.value_or(1);
   ZEXPERT_CHECK(capability < 30, "compute_capability must be a major number, such as 9, got ", capability);
+  const char* isa = instruction_set(cpu_capability());
+  if (query.op == "grouped_mlp" || query.op == "fused_moe") {
+    return plan_experts(query, isa);
+  }
   const bool is_routing = query.op == "biased_topk" || query.op == "biased_topk_and_plan";
   if (is_routing) {
     check_routing(query);
@@ -225,10 +269,6 @@ KernelPlan kernel_plan(const KernelQuery& query) {
     return plan_on_cuda(query);
   }
 
-  const char* isa = instruction_set(cpu_capability());
-  if (query.op == "grouped_mlp") {
-    return plan_grouped_mlp(query, isa);
-  }
   if (is_index_op) {
     return {query.op, "cpu", "counting_sort", "The slots are counted and placed by integer code without vectors."};
   }

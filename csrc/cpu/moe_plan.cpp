@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <vector>
 
-#include "cpu/check_params.h"
 #include "cpu/index_range.h"
 #include "zexpert/error.h"
 #include "zexpert/parallel.h"
@@ -12,8 +11,8 @@
 namespace zexpert {
 namespace {
 
-/// A block of slots worth a thread. Blocks are cut by the input's size alone; the sort is stable, so that where they
-/// are cut shows in no result.
+/// A block of at least this many slots is worth a thread. Blocks depend on the size of the input alone. The sort is
+/// stable, so the result does not depend on the blocks.
 constexpr int64_t kBlockSlots = 16384;
 constexpr int64_t kMaxBlocks = 64;
 
@@ -22,7 +21,7 @@ struct Block {
   int32_t* next_row;  ///< [num_experts + 1]: slots per bucket, then the row of the bucket's next slot
 };
 
-/// Slots that do no work go to a bucket after the experts', which spares branches that no processor can predict.
+/// Slots that do no work go to a bucket after the experts' buckets: a branch on the id would be mispredicted.
 template <typename Id>
 size_t bucket_of(Id id, int64_t num_experts) {
   return static_cast<size_t>(id >= 0 ? static_cast<int64_t>(id) : num_experts);
@@ -46,7 +45,7 @@ void find_first_rows(const std::vector<Block>& blocks, int64_t num_experts, int3
   }
 }
 
-/// The slots of the last bucket take the rows past the last offset for now.
+/// Slots that do no work are placed behind the last offset; moe_plan() overwrites them with -1.
 template <typename Id>
 void place_slots(const Id* topk_ids, int64_t num_experts, const Block& block, int32_t* row_slots, int32_t* slot_rows) {
   for (int64_t slot = block.begin; slot < block.end; ++slot) {
@@ -89,18 +88,8 @@ void moe_plan(const MoePlanParams& params) {
 }  // namespace
 
 void moe_plan_cpu(const MoePlanParams& params) {
-  check_sizes({{"num_slots", params.num_slots}, {"num_experts", params.num_experts}});
-  check_pointers({{"expert_offsets", params.expert_offsets}});
-  if (params.num_slots > 0) {
-    check_pointers({{"topk_ids", params.topk_ids}, {"row_slots", params.row_slots}, {"slot_rows", params.slot_rows}});
-  }
-  ZEXPERT_CHECK(params.ids_type == ScalarType::kInt32 || params.ids_type == ScalarType::kInt64,
-                "topk_ids must be int32 or int64, got ", name(params.ids_type));
-  if (params.ids_type == ScalarType::kInt64) {
-    moe_plan<int64_t>(params);
-  } else {
-    moe_plan<int32_t>(params);
-  }
+  params.validate();
+  visit_index(params.ids_type, [&](auto id) { moe_plan<decltype(id)>(params); });
 }
 
 }  // namespace zexpert

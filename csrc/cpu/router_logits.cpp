@@ -11,7 +11,7 @@
 namespace zexpert {
 namespace {
 
-/// Tokens that are multiplied together, packed as grouped_mlp_product.h wants them.
+/// Tokens that are multiplied together, packed as grouped_mlp_product-inl.h wants them.
 struct RowGroup {
   int64_t first_row;
   int64_t first_packed_row;

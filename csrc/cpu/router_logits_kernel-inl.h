@@ -3,8 +3,8 @@
 //
 // Tokens are multiplied in runs of up to kMaxRows, which are packed first; the threads share a run's blocks of experts.
 // A library's matrix product would choose another kernel, and so another order of additions, for another number of
-// tokens. Here the order depends on hidden_size alone: see grouped_mlp_product.h.
-#include "cpu/grouped_mlp_product.h"
+// tokens. Here the order depends on hidden_size alone: see grouped_mlp_product-inl.h.
+#include "cpu/grouped_mlp_product-inl.h"
 
 /// Copies a run of tokens in the type of the sums: a group's tokens interleaved, padded with zeros to whole vectors.
 template <typename T>

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Stable counting sort of slots by expert. Every block owns a run of consecutive slots, every warp a run within it, and
-// a warp takes 32 slots at a time; a slot's row is the number of slots that come before it in the order, counted at
-// each of these levels. Integers only, and no two threads race for a place: the same plan in every run.
+// Stable counting sort of slots by expert. Every block has a run of consecutive slots, every warp a run within it, and
+// a warp places 32 slots at a time. A slot's row is the number of slots before it in the order, counted at each of
+// these levels. The plan is the same in every run: all numbers are integers, and no two threads compete for a row.
 #include "zexpert/moe_plan.h"
 
 #include <cuda_runtime.h>
@@ -19,13 +19,8 @@ namespace cuda {
 namespace {
 
 constexpr int kMaxWarps = 32;
-/// Every warp has counts of its own to clear and to sum up, which few slots do not repay.
+/// Every warp clears and sums up counts of its own: for few slots, half of the warps are faster.
 constexpr int64_t kMostSlotsOfHalfTheWarps = 4096;
-/// Up to this many slots one block makes the whole plan: a second launch would cost more than it saves.
-constexpr int64_t kMaxSlotsOfOneBlock = 2048;
-constexpr int64_t kSlotsPerBlock = 1536;
-/// Every block reads the counts of all: more blocks than this would spend their time on that.
-constexpr int64_t kMaxBlocks = 128;
 constexpr size_t kMaxSharedMemory = 160 * 1024;
 
 struct PlanArguments {
@@ -37,7 +32,7 @@ struct PlanArguments {
   int64_t num_slots;
   int64_t slots_per_block;
   int64_t slots_per_warp;
-  int num_counting_warps;  // per block; the others own no slots
+  int num_counting_warps;  // per block; the other warps have no slots
   int num_experts;
 };
 
@@ -51,7 +46,7 @@ __device__ __forceinline__ SlotRange slot_range(int64_t begin, int64_t length, i
   return {min(begin, end), min(begin + length, end)};
 }
 
-/// The slot's expert, -1 for a slot that does no work.
+/// A slot's expert, -1 for a slot that does no work.
 template <typename Id>
 __device__ __forceinline__ int expert_of(const PlanArguments& arguments, int64_t slot, int64_t end) {
   if (slot >= end)
@@ -85,14 +80,14 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize) moe_plan_count(const Pla
   }
 }
 
-/// Slots of `expert` in all runs, and in those of earlier blocks.
+/// Slots of an expert in all blocks, and in earlier blocks.
 struct ExpertCount {
   int total;
   int before;
 };
 
 __device__ __forceinline__ ExpertCount sum_block_counts(const PlanArguments& arguments, int expert) {
-  constexpr int kAtOnce = 32;  // loads in flight: their latency is what this costs
+  constexpr int kAtOnce = 32;  // loads in flight: their latency is the cost
   ExpertCount count{0, 0};
   const auto num_blocks = static_cast<int>(gridDim.x);
   const auto block = static_cast<int>(blockIdx.x);
@@ -112,7 +107,7 @@ __device__ __forceinline__ ExpertCount sum_block_counts(const PlanArguments& arg
   return count;
 }
 
-/// Places the block's slots. Shared memory: next row of each expert for each warp, [num_counting_warps,
+/// Places the block's slots. Shared memory: the next row of each expert for each warp, [num_counting_warps,
 /// num_experts].
 template <typename Id>
 __global__ void __launch_bounds__(kMaxWarps* kWarpSize) moe_plan_place(const PlanArguments arguments) {
@@ -152,7 +147,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize) moe_plan_place(const Pla
   const int first_expert = min(static_cast<int>(threadIdx.x) * experts_per_thread, num_experts);
   const int last_expert = min(first_expert + experts_per_thread, num_experts);
   int num_of_thread = 0;
-  int before = 0;  // of the only expert, where a thread has no more
+  int before = 0;  // of the thread's last expert; right if it has one expert
   for (int expert = first_expert; expert < last_expert; ++expert) {
     ExpertCount count{0, 0};
     if (gridDim.x > 1) {
@@ -215,13 +210,9 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize) moe_plan_place(const Pla
   }
 }
 
-int64_t num_blocks_for(int64_t num_slots) {
-  return num_slots <= kMaxSlotsOfOneBlock ? 1 : std::min((num_slots + kSlotsPerBlock - 1) / kSlotsPerBlock, kMaxBlocks);
-}
-
 template <typename Id>
 void launch_plan(const MoePlanParams& params, cudaStream_t stream) {
-  const int64_t num_blocks = num_blocks_for(params.num_slots);
+  const int64_t num_blocks = moe_plan_cuda_num_blocks(params.num_slots);
   const auto counts_bytes = sizeof(int) * static_cast<size_t>(params.num_experts);
   const auto round_up = [](int64_t value, int64_t step) { return (value + step - 1) / step * step; };
   const int64_t slots_per_block =
@@ -254,19 +245,14 @@ void launch_plan(const MoePlanParams& params, cudaStream_t stream) {
 }  // namespace
 }  // namespace cuda
 
-int64_t moe_plan_cuda_workspace_bytes(int64_t num_slots, int64_t num_experts) {
-  const int64_t num_blocks = cuda::num_blocks_for(num_slots);
-  return num_blocks == 1 ? 0 : num_blocks * num_experts * static_cast<int64_t>(sizeof(int32_t));
-}
-
 void moe_plan_cuda(const MoePlanParams& params, cudaStream_t stream) {
+  params.validate();
   ZEXPERT_CHECK(params.num_experts <= kMaxExpertsOnCuda, "num_experts must be at most ", kMaxExpertsOnCuda,
                 " on CUDA, got ", params.num_experts);
-  if (params.ids_type == ScalarType::kInt64) {
-    cuda::launch_plan<int64_t>(params, stream);
-  } else {
-    cuda::launch_plan<int32_t>(params, stream);
+  if (moe_plan_cuda_workspace_bytes(params) > 0) {
+    detail::check_pointers({{"workspace", params.workspace}});
   }
+  visit_index(params.ids_type, [&](auto id) { cuda::launch_plan<decltype(id)>(params, stream); });
 }
 
 }  // namespace zexpert

@@ -7,10 +7,10 @@
 
 #include <cstdint>
 
-#include "cuda/element_types.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/router_logits_hopper.h"
 #include "cuda/router_logits_layout.h"
+#include "cuda/types.cuh"
 #include "cuda/vector.cuh"
 
 namespace zexpert {

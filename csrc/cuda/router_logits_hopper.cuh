@@ -21,8 +21,8 @@
 #include <type_traits>
 
 #include "cuda/cluster_ptx.cuh"
-#include "cuda/grouped_mlp_hopper_layout.h"
-#include "cuda/hopper_ptx.cuh"
+#include "cuda/grouped_mlp/layout.h"
+#include "cuda/grouped_mlp/ptx.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/router_logits_layout.h"
 #include "cuda/wgmma_registers.cuh"

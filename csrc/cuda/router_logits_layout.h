@@ -20,7 +20,7 @@
 namespace zexpert::cuda::router {
 
 inline constexpr int kGroups = 8;
-inline constexpr int kChunkSteps = 4;
+inline constexpr int kChunkSteps = 1;
 inline constexpr int kStepDepth = 64;  ///< elements of depth of a pipeline stage: one line of hidden states
 inline constexpr int kInstructionDepth = 16;
 inline constexpr int kInstructionsPerStep = kStepDepth / kInstructionDepth;
@@ -40,7 +40,7 @@ ZEXPERT_HOST_DEVICE constexpr int first_step(int group, int num_steps) {
 /// How many bfloat16 numbers a weight is split into. Two leave errors of up to 2^-18 of a weight, which cost a logit
 /// about 2.5e-6 of the logits' deviation. The rounding errors of a float32 sum grow with its length: at this depth they
 /// are about 1.3e-6. A smaller depth needs three.
-ZEXPERT_HOST_DEVICE constexpr int num_weight_parts(int64_t hidden_size) { return hidden_size >= 5120 ? 2 : 3; }
+ZEXPERT_HOST_DEVICE constexpr int num_weight_parts(int64_t /*hidden_size*/) { return 3; }
 
 // Weights in shared memory: [halves of depth][experts][kLineBytes], as the copy engine swizzles them. A thread's
 // operand of an instruction is, for h = 0, 1 and d = 0, 1: weights of fragment row l / 4 + 8 * h, depth 2 * (l % 4) + 8

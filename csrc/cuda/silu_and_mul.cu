@@ -5,8 +5,9 @@
 
 #include <cstdint>
 
-#include "cuda/element_types.cuh"
 #include "cuda/launch.cuh"
+#include "cuda/reduce.cuh"
+#include "cuda/types.cuh"
 #include "cuda/vector.cuh"
 
 namespace zexpert {

@@ -6,19 +6,19 @@
 #include <cstring>
 #include <type_traits>
 
-#include "cuda/launch.cuh"
+#include "cuda/reduce.cuh"
 
 namespace zexpert::cuda {
 
 inline constexpr int64_t kWidestAccess = 16;  // bytes
 
-/// kVector elements that lie side by side.
+/// kVector consecutive elements.
 template <typename T, int kVector>
 struct alignas(sizeof(T) * kVector < kWidestAccess ? sizeof(T) * kVector : kWidestAccess) Vector {
   T values[kVector];
 };
 
-/// A vector as registers hold it best while it waits: elements of 16 bits would take a register each.
+/// A vector as it waits in registers: separate elements of 16 bits would need a register each.
 template <typename T, int kVector>
 using Words = std::conditional_t<sizeof(Vector<T, kVector>) == sizeof(uint4), uint4, Vector<T, kVector>>;
 
@@ -36,7 +36,7 @@ __device__ __forceinline__ Words<T, kVector> to_words(const Vector<T, kVector>& 
   return words;
 }
 
-// Of what is read or written once, so that it displaces nothing that is needed again.
+// Accesses to data that is read or written once: they displace no data that is needed again.
 
 template <typename T, int kVector>
 __device__ __forceinline__ Words<T, kVector> load_once(const T* source) {
@@ -56,13 +56,18 @@ __device__ __forceinline__ void store_once(T* target, const Words<T, kVector>& w
   }
 }
 
+/// Whether a row does work; `last_offset` is in device memory, or null: all rows do.
+__device__ __forceinline__ bool does_work(const int32_t* last_offset, int64_t row) {
+  return last_offset == nullptr || row < *last_offset;
+}
+
 /// Whether every row begins where the widest access may.
 inline bool fits_vectors(const void* data, int64_t row_stride, int64_t element_size) {
   return reinterpret_cast<uintptr_t>(data) % kWidestAccess == 0 && row_stride * element_size % kWidestAccess == 0;
 }
 
-/// Calls `fn` with the number of elements of T to move at a time, as an integral_constant: one where rows do not fit
-/// vectors, or are not made of whole ones.
+/// Calls `fn` with the number of elements of T to move at a time, as an integral_constant: one if rows do not fit
+/// vectors or do not consist of whole ones.
 template <typename T, typename Fn>
 void visit_vector(bool fits, int64_t row_size, Fn&& fn) {
   constexpr int kVector = static_cast<int>(kWidestAccess / sizeof(T));
@@ -80,14 +85,14 @@ int threads_for_row(int64_t row_size, int most) {
   return warps * kWarpSize < most ? static_cast<int>(warps < 1 ? 1 : warps) * kWarpSize : most;
 }
 
-/// Blocks for a row with a thread per vector; those of a row lie side by side in the grid.
+/// Blocks for a row with a thread per vector. The blocks of a row are next to each other in the grid.
 template <int kVector>
 int64_t blocks_for_row(int64_t row_size, int threads) {
   const int64_t columns_per_block = int64_t{threads} * kVector;
   return (row_size + columns_per_block - 1) / columns_per_block;
 }
 
-/// The vector that is this thread's in such a grid; its column may lie behind the row's end.
+/// The thread's vector in such a grid. The column may be past the end of the row.
 struct OwnVector {
   int64_t row;
   int64_t column;
@@ -97,20 +102,6 @@ __device__ __forceinline__ OwnVector own_vector(int blocks_per_row) {
   const int64_t row = blockIdx.x / static_cast<unsigned>(blocks_per_row);
   const int64_t block_of_row = blockIdx.x % static_cast<unsigned>(blocks_per_row);
   return {row, (block_of_row * blockDim.x + threadIdx.x) * kVector};
-}
-
-/// The sum of every thread's value, the same bits in every run; valid in thread 0. `scratch` is shared memory for one
-/// value of each warp.
-template <typename A>
-__device__ __forceinline__ A block_sum(A value, A* scratch) {
-  value = warp_sum(value);
-  __syncthreads();  // the scratch may still be read for the sum before
-  if (threadIdx.x % kWarpSize == 0)
-    scratch[threadIdx.x / kWarpSize] = value;
-  __syncthreads();
-  A total = 0;
-  for (unsigned warp = 0; warp < blockDim.x / kWarpSize; ++warp) total += scratch[warp];
-  return total;
 }
 
 }  // namespace zexpert::cuda

@@ -28,8 +28,6 @@ void bind_enums(py::module_& module) {
                     "How a logit becomes a score: softmax over all experts, sigmoid, or sqrt(softplus).")
   ZEXPERT_BIND_ENUM(ZeroExpertType, ZEXPERT_ZERO_EXPERT_TYPES,
                     "What a zero expert does with a token: returns it, adds a learned constant, or nothing.")
-  ZEXPERT_BIND_ENUM(RoutingMethodType, ZEXPERT_ROUTING_METHOD_TYPES,
-                    "Which router made a choice, in the order in which the factory considers them.")
 
   module.def("parse_scoring_func", &parse_scoring_func, py::arg("value"));
   module.def("parse_zero_expert_type", &parse_zero_expert_type, py::arg("value"));

@@ -15,10 +15,14 @@ namespace zexpert::python {
 
 void bind_kernel_plan(py::module_& module) {
   py::class_<KernelPlan>(module, "KernelPlan", "The kernel that an operator call runs, and why.")
+      .def_static(
+          "__new__",
+          [](const py::args&, const py::kwargs&) { throw py::type_error("KernelPlan is made by kernel_plan() alone"); })
       .def_readonly("op", &KernelPlan::op)
       .def_readonly("backend", &KernelPlan::backend)
       .def_readonly("kernel", &KernelPlan::kernel)
       .def_readonly("reason", &KernelPlan::reason)
+      .def_readonly("implementation", &KernelPlan::implementation)
       .def("__repr__", [](const KernelPlan& plan) {
         return py::str("KernelPlan(op={!r}, backend={!r}, kernel={!r}, reason={!r})")
             .format(plan.op, plan.backend, plan.kernel, plan.reason);
@@ -29,7 +33,8 @@ void bind_kernel_plan(py::module_& module) {
       [](std::string op, std::string device, std::optional<std::string> dtype, std::optional<int64_t> num_tokens,
          std::optional<int64_t> num_rows, std::optional<int64_t> num_experts, std::optional<int64_t> top_k,
          std::optional<int64_t> hidden_size, std::optional<int64_t> intermediate_size,
-         std::optional<int64_t> compute_capability, std::string experts_backend) {
+         std::optional<int64_t> compute_capability, bool has_hopper_code, bool keep_gate_up,
+         std::string implementation) {
         KernelQuery query;
         query.op = std::move(op);
         query.device = std::move(device);
@@ -41,13 +46,16 @@ void bind_kernel_plan(py::module_& module) {
         query.hidden_size = hidden_size;
         query.intermediate_size = intermediate_size;
         query.compute_capability = compute_capability;
-        query.experts_backend = std::move(experts_backend);
+        query.has_hopper_code = has_hopper_code;
+        query.keep_gate_up = keep_gate_up;
+        query.implementation = std::move(implementation);
         return kernel_plan(query);
       },
       py::arg("op"), py::kw_only(), py::arg("device") = "cpu", py::arg("dtype") = py::none(),
       py::arg("num_tokens") = py::none(), py::arg("num_rows") = py::none(), py::arg("num_experts") = py::none(),
       py::arg("top_k") = py::none(), py::arg("hidden_size") = py::none(), py::arg("intermediate_size") = py::none(),
-      py::arg("compute_capability") = py::none(), py::arg("experts_backend") = "auto");
+      py::arg("compute_capability") = py::none(), py::arg("has_hopper_code") = true, py::arg("keep_gate_up") = true,
+      py::arg("implementation") = "auto");
 }
 
 }  // namespace zexpert::python

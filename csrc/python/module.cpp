@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// zexpert._C: what Python and C++ share that is not a tensor. Tensors go through torch.ops.zexpert, which TorchScript,
-// torch.compile and C++ programs without Python see as well.
+// zexpert._C holds only non-tensor code. Functions of tensors are operators, torch.ops.zexpert, which TorchScript,
+// torch.compile and C++ programs without Python can call too.
 #include <exception>
 
 #include "bindings.h"

@@ -17,7 +17,7 @@ namespace py = pybind11;
 namespace zexpert::python {
 namespace {
 
-/// The argument as a T, or an error that says what it must be: pybind11's own lists every signature instead.
+/// The argument as a T. Throws an Error that says what it must be; pybind11's own error lists signatures instead.
 template <typename T>
 T as(const char* argument, const char* expected, const py::object& value) {
   try {
@@ -31,7 +31,7 @@ int64_t integer(const char* argument, const py::object& value) { return as<int64
 
 bool boolean(const char* argument, const py::object& value) { return as<bool>(argument, "a bool", value); }
 
-/// A count that Python leaves to the logits by saying None.
+/// A count, kFromLogits for None.
 int64_t count_or_from_logits(const char* argument, const py::object& value) {
   const auto count = as<std::optional<int64_t>>(argument, "an integer or None", value);
   ZEXPERT_CHECK(!count || *count >= 0, argument, " must not be negative, got ", *count);
@@ -70,7 +70,7 @@ RoutingSpec make_spec(const py::object& top_k, const py::object& num_real_expert
   return spec;
 }
 
-/// The constructor's keyword arguments that make this spec again.
+/// The keyword arguments with which the constructor makes this spec.
 py::dict keyword_arguments(const RoutingSpec& spec) {
   return py::dict(py::arg("top_k") = spec.top_k, py::arg("num_real_experts") = spec.num_real_experts,
                   py::arg("num_experts") = known(spec.num_experts),
@@ -95,9 +95,10 @@ std::string representation(const RoutingSpec& spec) {
 }  // namespace
 
 void bind_routing_spec(py::module_& module) {
-  py::class_<RoutingSpec>(module, "RoutingSpec",
-                          "How tokens choose among experts ordered [real | identity | constant | drop]: checked when "
-                          "made, immutable afterwards.")
+  py::class_<RoutingSpec> routing_spec(module, "RoutingSpec",
+                                       "How tokens choose among experts ordered [real | identity | constant | drop]: "
+                                       "checked when made, immutable afterwards.");
+  routing_spec
       .def(py::init(&make_spec), py::kw_only(), py::arg("top_k"), py::arg("num_real_experts"),
            py::arg("num_experts") = py::none(), py::arg("num_identity_experts") = py::none(),
            py::arg("num_constant_experts") = 0, py::arg("scoring_func") = "softmax", py::arg("renormalize") = false,
@@ -136,6 +137,7 @@ void bind_routing_spec(py::module_& module) {
         return py::make_tuple(partial(py::type::of(self), **keyword_arguments(self.cast<const RoutingSpec&>())),
                               py::tuple());
       });
+  construct_in_new(routing_spec);
 }
 
 }  // namespace zexpert::python

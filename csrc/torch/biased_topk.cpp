@@ -1,25 +1,169 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "torch/biased_topk.h"
+#include "zexpert/biased_topk.h"
 
-#include <torch/csrc/stable/library.h>
+#include <optional>
+#include <tuple>
 
-HIDDEN_NAMESPACE_BEGIN(zexpert, ops)
+#include "torch/box.h"
+#include "torch/checks.h"
+#include "torch/device.h"
+#include "torch/moe_plan.h"
+#include "torch/routing_arguments.h"
+#include "torch/tensor.h"
+
+ZEXPERT_DEVICE_NAMESPACE_BEGIN
 namespace {
 
-RoutingTensors biased_topk_on_cpu(const Tensor& logits, const std::optional<Tensor>& bias, int64_t top_k,
-                                  int64_t num_real_experts, std::optional<int64_t> num_identity_experts,
-                                  int64_t num_constant_experts, const std::string& scoring_func, bool renormalize,
-                                  bool drop_before_renormalize, double routed_scaling_factor, int64_t num_expert_group,
-                                  int64_t topk_group, std::optional<DType> indices_dtype) {
-  const RoutingSpec spec =
-      routing_spec(top_k, num_real_experts, num_identity_experts, num_constant_experts, scoring_func, renormalize,
-                   drop_before_renormalize, routed_scaling_factor, num_expert_group, topk_group);
-  return biased_topk(logits, bias, spec, indices_dtype,
-                     [](const BiasedTopKParams& params, const Tensor&) { biased_topk_cpu(params); });
+/// topk_weights, topk_ids, zero_weight, constant_weight
+using RoutingTensors = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+/// Those four, then expert_offsets, row_slots, slot_rows.
+using PlannedRoutingTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+/// CUDA has no kernels for float64 logits; the error comes before outputs are allocated.
+void check_logits_type(const Tensor& logits) {
+  ZEXPERT_CHECK(!kIsCuda || logits.scalar_type() != DType::Double,
+                "logits must be float32, bfloat16 or float16 on CUDA, got float64");
+}
+
+/// Logits and bias in the layout of the kernels.
+class InputTensors {
+ public:
+  InputTensors(const Tensor& logits, const std::optional<Tensor>& bias) : logits_(with_unit_inner_stride(logits)) {
+    if (bias) {
+      bias_ = as_contiguous(*bias);
+    }
+  }
+
+  /// Makes params read them.
+  void set(RoutingInputs& params) const {
+    params.logits = logits_.const_data_ptr();
+    params.logits_type = element_type(logits_);
+    params.logits_row_stride = logits_.stride(0);
+    params.num_tokens = logits_.size(0);
+    if (bias_) {
+      params.bias = bias_->const_data_ptr();
+      params.bias_type = element_type(*bias_);
+    }
+  }
+
+ private:
+  Tensor logits_;
+  std::optional<Tensor> bias_;
+};
+
+/// Routes, and makes the plan of the choice if `plan` is given.
+RoutingTensors route(const Tensor& logits, const std::optional<Tensor>& bias, const RoutingArguments& routing,
+                     std::optional<DType> indices_dtype, std::optional<PlanTensors>* plan) {
+  check_logits_type(logits);
+  const RoutingSpec spec = routing.spec();
+  const CurrentDevice device(logits);
+  if (bias) {
+    check_device(*bias, "bias", logits, "logits");
+  }
+  check_floating(logits, "logits");
+  if (bias) {
+    check_floating(*bias, "bias");
+  }
+  const DType ids_dtype = indices_dtype.value_or(DType::Int);
+  ZEXPERT_CHECK(ids_dtype == DType::Int || ids_dtype == DType::Long, "indices_dtype must be int32 or int64, got ",
+                text(ids_dtype));
+  check_dims(logits, "logits", 2, "[tokens, experts]");
+  const int64_t num_tokens = logits.size(0);
+  const int64_t num_experts = logits.size(1);
+  if (bias) {
+    check_shape(*bias, "bias", {num_experts}, "[experts]");
+  }
+  BiasedTopKParams params;
+  params.spec = spec.for_width(num_experts);
+
+  const DType weights = weight_dtype(logits.scalar_type());
+  const Tensor topk_weights = empty({num_tokens, spec.top_k}, weights, logits);
+  const Tensor topk_ids = empty({num_tokens, spec.top_k}, ids_dtype, logits);
+  const Tensor zero_weight = empty({num_tokens}, weights, logits);
+  const Tensor constant_weight = empty({num_tokens, spec.num_constant_experts}, weights, logits);
+  if (plan != nullptr) {
+    *plan = empty_plan(topk_ids, spec.num_real_experts);
+    set_plan(params, **plan);
+  }
+  const InputTensors inputs(logits, bias);
+  inputs.set(params);
+  params.topk_weights = topk_weights.mutable_data_ptr();
+  params.topk_ids = topk_ids.mutable_data_ptr();
+  params.ids_type = element_type(topk_ids);
+  params.zero_weight = zero_weight.mutable_data_ptr();
+  params.constant_weight = constant_weight.mutable_data_ptr();
+  const std::optional<Tensor> workspace = empty_workspace(ZEXPERT_WORKSPACE_BYTES(biased_topk, params), logits);
+  params.workspace = workspace ? workspace->mutable_data_ptr() : nullptr;
+  ZEXPERT_LAUNCH(biased_topk, params, device);
+  return {topk_weights, topk_ids, zero_weight, constant_weight};
+}
+
+RoutingTensors biased_topk(const Tensor& logits, const std::optional<Tensor>& bias, const RoutingArguments& routing,
+                           std::optional<DType> indices_dtype) {
+  return route(logits, bias, routing, indices_dtype, nullptr);
+}
+
+PlannedRoutingTensors biased_topk_and_plan(const Tensor& logits, const std::optional<Tensor>& bias,
+                                           const RoutingArguments& routing, std::optional<DType> indices_dtype) {
+  std::optional<PlanTensors> plan;
+  const RoutingTensors outputs = route(logits, bias, routing, indices_dtype, &plan);
+  return std::tuple_cat(outputs, *plan);
+}
+
+Tensor biased_topk_backward(const Tensor& grad_topk_weights, const Tensor& grad_zero_weight,
+                            const Tensor& grad_constant_weight, const Tensor& logits, const std::optional<Tensor>& bias,
+                            const RoutingArguments& routing) {
+  check_logits_type(logits);
+  const RoutingSpec spec = routing.spec();
+  const CurrentDevice device(logits);
+  check_device(grad_topk_weights, "grad_topk_weights", logits, "logits");
+  check_device(grad_zero_weight, "grad_zero_weight", logits, "logits");
+  check_device(grad_constant_weight, "grad_constant_weight", logits, "logits");
+  if (bias) {
+    check_device(*bias, "bias", logits, "logits");
+  }
+  check_floating(logits, "logits");
+  const DType weights = weight_dtype(logits.scalar_type());
+  check_dtype(grad_topk_weights, "grad_topk_weights", weights, logits, "logits");
+  check_dtype(grad_zero_weight, "grad_zero_weight", weights, logits, "logits");
+  check_dtype(grad_constant_weight, "grad_constant_weight", weights, logits, "logits");
+  if (bias) {
+    check_floating(*bias, "bias");
+  }
+  check_dims(logits, "logits", 2, "[tokens, experts]");
+  const int64_t num_tokens = logits.size(0);
+  const int64_t num_experts = logits.size(1);
+  BiasedTopKBackwardParams params;
+  params.spec = spec.for_width(num_experts);
+  check_shape(grad_topk_weights, "grad_topk_weights", {num_tokens, spec.top_k}, "[tokens, top_k]");
+  check_shape(grad_zero_weight, "grad_zero_weight", {num_tokens}, "[tokens]");
+  check_shape(grad_constant_weight, "grad_constant_weight", {num_tokens, spec.num_constant_experts},
+              "[tokens, constant_experts]");
+  if (bias) {
+    check_shape(*bias, "bias", {num_experts}, "[experts]");
+  }
+
+  const Tensor grad_logits = empty({num_tokens, num_experts}, logits.scalar_type(), logits);
+  const InputTensors inputs(logits, bias);
+  inputs.set(params);
+  const Tensor dense_grad_topk_weights = as_contiguous(grad_topk_weights);
+  const Tensor dense_grad_zero_weight = as_contiguous(grad_zero_weight);
+  const Tensor dense_grad_constant_weight = as_contiguous(grad_constant_weight);
+  params.grad_topk_weights = dense_grad_topk_weights.const_data_ptr();
+  params.grad_zero_weight = dense_grad_zero_weight.const_data_ptr();
+  params.grad_constant_weight = dense_grad_constant_weight.const_data_ptr();
+  params.grad_logits = grad_logits.mutable_data_ptr();
+  ZEXPERT_LAUNCH(biased_topk_backward, params, device);
+  return grad_logits;
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(zexpert, CPU, m) { m.impl("biased_topk", TORCH_BOX(&biased_topk_on_cpu)); }
+ZEXPERT_OPERATORS(m) {
+  m.impl("biased_topk", ZEXPERT_BOX(&biased_topk));
+  m.impl("biased_topk_and_plan", ZEXPERT_BOX(&biased_topk_and_plan));
+  m.impl("biased_topk_backward", ZEXPERT_BOX(&biased_topk_backward));
+}
 
-HIDDEN_NAMESPACE_END(zexpert, ops)
+ZEXPERT_DEVICE_NAMESPACE_END

@@ -17,7 +17,8 @@ inline void check_defined(const Tensor& tensor, const char* name) {
   ZEXPERT_CHECK(tensor.defined(), name, " must be a tensor, got None");
 }
 
-/// Sharded training gives a parameter's memory back between its uses; the parameter may be a part of a larger tensor.
+/// Throws Error if the tensor's memory has been freed. Sharded training frees a parameter's memory between its uses;
+/// the parameter may be a part of a larger tensor.
 inline void check_memory(const Tensor& tensor, const char* name) {
   const auto offset_bytes = static_cast<uintptr_t>(tensor.storage_offset()) * tensor.element_size();
   ZEXPERT_CHECK(reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) != offset_bytes || tensor.numel() == 0, name,
@@ -52,13 +53,13 @@ inline void check_dtype(const Tensor& tensor, const char* name, DType wanted, co
                 other_name, ", got ", text(dtype));
 }
 
-/// `dimensions` says what they are, as in "[tokens, experts]".
+/// `dimensions` names the dimensions, as in "[tokens, experts]".
 inline void check_dims(const Tensor& tensor, const char* name, int64_t num_dims, const char* dimensions) {
   ZEXPERT_CHECK(tensor.dim() == num_dims, name, " must have ", num_dims, num_dims == 1 ? " dimension " : " dimensions ",
                 dimensions, ", got shape ", text(tensor.sizes()));
 }
 
-/// `dimensions` says what the sizes are, as in "[tokens, experts]".
+/// `dimensions` names the dimensions, as in "[tokens, experts]".
 inline void check_shape(const Tensor& tensor, const char* name, std::initializer_list<int64_t> wanted,
                         const char* dimensions) {
   check_dims(tensor, name, static_cast<int64_t>(wanted.size()), dimensions);
@@ -70,18 +71,18 @@ inline void check_shape(const Tensor& tensor, const char* name, std::initializer
   ZEXPERT_CHECK(fits, name, " must have shape ", text(Sizes(wanted)), " ", dimensions, ", got ", text(tensor.sizes()));
 }
 
-/// `expert_offsets` is [experts + 1], so it holds one offset at least.
+/// `expert_offsets` is [experts + 1], at least one offset.
 inline void check_expert_offsets_dims(const Tensor& expert_offsets) {
   check_dims(expert_offsets, "expert_offsets", 1, "[experts + 1]");
   ZEXPERT_CHECK(expert_offsets.size(0) >= 1, "expert_offsets must have at least 1 element, got shape ",
                 text(expert_offsets.sizes()));
 }
 
-/// A plan's row_slots may be cut behind its last offset: as many as all slots, or fewer.
+/// row_slots has an entry for every slot, or fewer: a plan's may be cut behind the last offset.
 inline void check_row_slots_size(const Tensor& row_slots, int64_t num_tokens, int64_t top_k) {
   constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
-  ZEXPERT_CHECK(top_k <= kMost && num_tokens <= kMost / top_k,
-                "top_k must be less than 2^31 over the number of tokens (", num_tokens, "), got ", top_k);
+  ZEXPERT_CHECK(top_k <= kMost && num_tokens <= kMost / top_k, "num_tokens * top_k must be below 2^31, got ",
+                num_tokens, " * ", top_k);
   ZEXPERT_CHECK(row_slots.size(0) <= num_tokens * top_k, "row_slots must have at most ", top_k,
                 " elements for each of the ", num_tokens, " tokens, got shape ", text(row_slots.sizes()));
 }
@@ -94,7 +95,7 @@ inline int64_t last_offset(const Tensor& expert_offsets, int64_t num_rows) {
   return last;
 }
 
-/// Where the last of the offsets is, the number of rows that do work, in the memory of the offsets' device.
+/// The address of the last offset, the number of rows that do work, in memory of the offsets' device.
 class LastOffset {
  public:
   explicit LastOffset(const std::optional<Tensor>& expert_offsets) {

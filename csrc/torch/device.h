@@ -6,6 +6,7 @@
 //   ZEXPERT_OPERATORS(m) { ... }         registers implementations under the device's dispatch key
 //   CurrentDevice                        makes the tensor's device current
 //   ZEXPERT_LAUNCH(op, params, device)   calls op_cpu(params) or op_cuda(params, stream)
+//   ZEXPERT_WORKSPACE_BYTES(op, params)  calls op_cpu_workspace_bytes(params) or op_cuda_workspace_bytes(params)
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -47,12 +48,14 @@ class CurrentDevice {
 
 ZEXPERT_DEVICE_NAMESPACE_END
 
+#define ZEXPERT_WORKSPACE_BYTES(op, params) op##_cuda_workspace_bytes(params)
+
 #else  // CPU
 
 #define ZEXPERT_DEVICE_NAMESPACE_BEGIN HIDDEN_NAMESPACE_BEGIN(zexpert, ops, on_cpu)
 #define ZEXPERT_DEVICE_NAMESPACE_END HIDDEN_NAMESPACE_END(zexpert, ops, on_cpu)
 #define ZEXPERT_OPERATORS(m) STABLE_TORCH_LIBRARY_IMPL(zexpert, CPU, m)
-#define ZEXPERT_LAUNCH(op, params, device) op##_cpu(params)
+#define ZEXPERT_LAUNCH(op, params, device) (static_cast<void>(device), op##_cpu(params))
 
 ZEXPERT_DEVICE_NAMESPACE_BEGIN
 
@@ -65,5 +68,7 @@ class CurrentDevice {
 };
 
 ZEXPERT_DEVICE_NAMESPACE_END
+
+#define ZEXPERT_WORKSPACE_BYTES(op, params) op##_cpu_workspace_bytes(params)
 
 #endif

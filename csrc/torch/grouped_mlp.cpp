@@ -1,49 +1,103 @@
 // SPDX-License-Identifier: Apache-2.0
-// grouped_mlp on the CPU: experts with few rows in one call of zexpert's kernel, which streams their weights; experts
-// with many rows one by one through torch's matrix product, which packs them. grouped_mlp_with_gate_up, the forward of
-// training, takes them all through torch's.
 #include "torch/grouped_mlp.h"
 
-#include <torch/csrc/stable/library.h>
-
 #include <optional>
+#include <string>
 #include <tuple>
 
-#include "cpu/expert_offsets.h"
-#include "torch/expert_products.h"
+#include "torch/box.h"
+#include "torch/device.h"
+#include "torch/experts.h"
 
-HIDDEN_NAMESPACE_BEGIN(zexpert, ops)
+ZEXPERT_DEVICE_NAMESPACE_BEGIN
 namespace {
 
-Tensor grouped_mlp_on_cpu(const Tensor& rows, const Tensor& expert_offsets, const Tensor& w13_weight,
-                          const Tensor& w2_weight, const std::optional<Tensor>& row_slots, int64_t top_k) {
-  const auto launch = [](GroupedMlpParams params, const Tensor& out) {
-    // torch's product takes no empty matrix.
-    params.max_rows =
-        params.intermediate_size == 0 ? params.num_rows : few_rows_limit(params.data_type, cpu_capability());
-    grouped_mlp_cpu(params);
-    const int64_t longest = longest_segment(params.expert_offsets, params.num_experts);
-    if (longest > params.max_rows) {
-      const Tensor scratch = empty({longest, 2 * params.intermediate_size}, out.scalar_type(), out);
-      multiply_experts(params, params.max_rows, scratch, false);
-    }
-  };
-  return grouped_mlp(rows, expert_offsets, w13_weight, w2_weight, launch, {row_slots, top_k});
+Tensor grouped_mlp(const Tensor& rows, const Tensor& expert_offsets, const ExpertWeights& weights,
+                   const std::optional<Tensor>& row_slots, int64_t top_k, const std::string& implementation) {
+  const CurrentDevice device(rows);
+  const ExpertRows given{rows, expert_offsets, row_slots, std::nullopt, top_k};
+  check_grouped_mlp(given, weights);
+  const auto chosen = choose_implementation(implementation, weights, GroupedMlpTask::kForward);
+  return run_experts(ExpertInputs(given, weights), chosen, false).out;
 }
 
-std::tuple<Tensor, Tensor> grouped_mlp_with_gate_up_on_cpu(const Tensor& rows, const Tensor& expert_offsets,
-                                                           const Tensor& w13_weight, const Tensor& w2_weight) {
-  return grouped_mlp_with_gate_up(rows, expert_offsets, w13_weight, w2_weight, &run_experts_keeping_gate_up);
+std::tuple<Tensor, Tensor, Tensor> grouped_mlp_backward(const Tensor& grad_out, const Tensor& rows,
+                                                        const Tensor& expert_offsets, const ExpertWeights& weights,
+                                                        const std::optional<Tensor>& gate_up, bool needs_rows,
+                                                        bool needs_w13_weight, bool needs_w2_weight,
+                                                        const std::string& implementation) {
+  const CurrentDevice device(rows);
+  const ExpertRows given{rows, expert_offsets, std::nullopt, std::nullopt, 1};
+  check_device(grad_out, "grad_out", rows, "rows");
+  if (gate_up) {
+    check_device(*gate_up, "gate_up", rows, "rows");
+  }
+  check_grouped_mlp(given, weights);
+  check_dtype(grad_out, "grad_out", rows.scalar_type(), rows, "rows");
+  if (gate_up) {
+    check_dtype(*gate_up, "gate_up", rows.scalar_type(), rows, "rows");
+  }
+  check_shape(grad_out, "grad_out", {rows.size(0), rows.size(1)}, "[rows, hidden_size]");
+  if (gate_up) {
+    check_shape(*gate_up, "gate_up", {rows.size(0), 2 * weights.intermediate_size()}, "[rows, 2 * intermediate_size]");
+  }
+
+  const auto chosen = choose_implementation(implementation, weights, GroupedMlpTask::kBackward);
+  ExpertGradientInputs gradient_inputs{
+      with_unit_inner_stride(grad_out), std::nullopt, std::nullopt, {needs_rows, needs_w13_weight, needs_w2_weight}};
+  if (gate_up) {
+    gradient_inputs.gate_up = with_unit_inner_stride(*gate_up);
+  }
+  const ExpertGradients gradients = differentiate_experts(ExpertInputs(given, weights), gradient_inputs, chosen);
+  return {gradients.rows, gradients.w13_weight, gradients.w2_weight};
 }
 
-bool is_hopper_on_cpu(const Tensor& /*tensor*/) { return false; }
+// Aliases, kept for one release
+
+std::tuple<Tensor, Tensor> grouped_mlp_with_gate_up(const Tensor& rows, const Tensor& expert_offsets,
+                                                    const ExpertWeights& weights) {
+  const CurrentDevice device(rows);
+  const ExpertRows given{rows, expert_offsets, std::nullopt, std::nullopt, 1};
+  check_grouped_mlp(given, weights);
+  const auto chosen = choose_implementation("auto", weights, GroupedMlpTask::kForwardKeepingGateUp);
+  const ExpertResults results = run_experts(ExpertInputs(given, weights), chosen, true);
+  return {results.out, results.gate_up};
+}
+
+#ifdef ZEXPERT_FOR_CUDA
+
+Tensor grouped_mlp_hopper(const Tensor& rows, const Tensor& expert_offsets, const ExpertWeights& weights,
+                          int64_t tile_rows) {
+  const CurrentDevice device(rows);
+  const ExpertRows given{rows, expert_offsets, std::nullopt, std::nullopt, 1};
+  check_grouped_mlp(given, weights);
+  const Tensor out = empty({rows.size(0), rows.size(1)}, rows.scalar_type(), rows);
+  run_hopper_kernels(ExpertInputs(given, weights), out, tile_rows);
+  return out;
+}
+
+bool is_hopper(const Tensor& tensor) {
+  const CurrentDevice device(tensor);
+  const GroupedMlpDevice properties = grouped_mlp_cuda_device();
+  return properties.compute_capability == 90 && properties.has_hopper_code;
+}
+
+#else
+
+bool is_hopper(const Tensor& /*tensor*/) { return false; }
+
+#endif
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(zexpert, CPU, m) {
-  m.impl("grouped_mlp", TORCH_BOX(&grouped_mlp_on_cpu));
-  m.impl("grouped_mlp_with_gate_up", TORCH_BOX(&grouped_mlp_with_gate_up_on_cpu));
-  m.impl("is_hopper", TORCH_BOX(&is_hopper_on_cpu));
+ZEXPERT_OPERATORS(m) {
+  m.impl("grouped_mlp", ZEXPERT_BOX(&grouped_mlp));
+  m.impl("grouped_mlp_backward", ZEXPERT_BOX(&grouped_mlp_backward));
+  m.impl("grouped_mlp_with_gate_up", ZEXPERT_BOX(&grouped_mlp_with_gate_up));
+  m.impl("is_hopper", ZEXPERT_BOX(&is_hopper));
+#ifdef ZEXPERT_FOR_CUDA
+  m.impl("grouped_mlp_hopper", ZEXPERT_BOX(&grouped_mlp_hopper));
+#endif
 }
 
-HIDDEN_NAMESPACE_END(zexpert, ops)
+ZEXPERT_DEVICE_NAMESPACE_END

@@ -1,131 +1,126 @@
 // SPDX-License-Identifier: Apache-2.0
-// grouped_mlp and grouped_mlp_with_gate_up for tensors on any device: checks, outputs, parameters.
+// What grouped_mlp and fused_moe compute from, on any device: checks, dense layouts, parameters.
 #pragma once
 
+#include <initializer_list>
 #include <optional>
-#include <tuple>
 
 #include "torch/checks.h"
+#include "torch/expert_weights.h"
 #include "torch/tensor.h"
 #include "zexpert/grouped_mlp.h"
 
 HIDDEN_NAMESPACE_BEGIN(zexpert, ops)
 
-/// Which token each row is, where an op is given tokens instead of rows.
-struct TokensOfRows {
+/// What the experts are run over: rows in the plan's order, or the tokens that row_slots gathers them from.
+struct ExpertRows {
+  Tensor rows;                      ///< [rows, hidden_size]; with row_slots [tokens, hidden_size]
+  Tensor expert_offsets;            ///< [experts + 1]
   std::optional<Tensor> row_slots;  ///< [rows]; row r is token row_slots[r] / top_k
-  int64_t top_k = 1;
+  std::optional<Tensor> slot_rows;  ///< [tokens, top_k]; the inverse of row_slots, or nullopt
+  int64_t top_k = 1;                ///< with row_slots
 
-  int64_t num_rows(const Tensor& rows) const { return row_slots ? row_slots->size(0) : rows.size(0); }
+  int64_t num_rows() const { return row_slots ? row_slots->size(0) : rows.size(0); }
 };
 
-/// `name` is what the op calls its rows.
-inline void check_grouped_mlp(const Tensor& rows, const Tensor& expert_offsets, const Tensor& w13_weight,
-                              const Tensor& w2_weight, const char* name = "rows", const TokensOfRows& tokens = {}) {
-  check_device(expert_offsets, "expert_offsets", rows, name);
-  check_device(w13_weight, "w13_weight", rows, name);
-  check_device(w2_weight, "w2_weight", rows, name);
-  if (tokens.row_slots) {
-    check_device(*tokens.row_slots, "row_slots", rows, name);
+/// `name` is what the operator calls `rows`.
+inline void check_grouped_mlp(const ExpertRows& rows, const ExpertWeights& weights, const char* name = "rows") {
+  check_device(rows.expert_offsets, "expert_offsets", rows.rows, name);
+  weights.check_devices(rows.rows, name);
+  if (rows.row_slots) {
+    check_device(*rows.row_slots, "row_slots", rows.rows, name);
   }
-  check_floating(rows, name);
-  check_dtype(expert_offsets, "expert_offsets", DType::Int);
-  check_dtype(w13_weight, "w13_weight", rows.scalar_type(), rows, name);
-  check_dtype(w2_weight, "w2_weight", rows.scalar_type(), rows, name);
-  if (tokens.row_slots) {
-    check_dtype(*tokens.row_slots, "row_slots", DType::Int);
+  check_floating(rows.rows, name);
+  check_dtype(rows.expert_offsets, "expert_offsets", DType::Int);
+  weights.check_dtypes(rows.rows, name);
+  if (rows.row_slots) {
+    check_dtype(*rows.row_slots, "row_slots", DType::Int);
   }
-  check_dims(rows, name, 2, "[rows, hidden_size]");
-  check_expert_offsets_dims(expert_offsets);
-  check_dims(w13_weight, "w13_weight", 3, "[experts, 2 * intermediate_size, hidden_size]");
-  if (tokens.row_slots) {
-    check_dims(*tokens.row_slots, "row_slots", 1, "[rows]");
+  check_dims(rows.rows, name, 2, "[rows, hidden_size]");
+  check_expert_offsets_dims(rows.expert_offsets);
+  weights.check_num_dims();
+  if (rows.row_slots) {
+    check_dims(*rows.row_slots, "row_slots", 1, "[rows]");
   }
-  const int64_t num_experts = expert_offsets.size(0) - 1;
-  const int64_t hidden_size = rows.size(1);
-  const int64_t intermediate_size = w13_weight.size(1) / 2;
-  ZEXPERT_CHECK(w13_weight.size(1) % 2 == 0, "w13_weight must have an even second size, gate and up rows, got shape ",
-                text(w13_weight.sizes()));
-  check_shape(w13_weight, "w13_weight", {num_experts, 2 * intermediate_size, hidden_size},
-              "[experts, 2 * intermediate_size, hidden_size]");
-  check_shape(w2_weight, "w2_weight", {num_experts, hidden_size, intermediate_size},
-              "[experts, hidden_size, intermediate_size]");
-  if (tokens.row_slots) {
-    ZEXPERT_CHECK(tokens.top_k >= 1, "top_k must be at least 1, got ", tokens.top_k);
-    check_row_slots_size(*tokens.row_slots, rows.size(0), tokens.top_k);
+  weights.check_shapes(rows.expert_offsets.size(0) - 1, rows.rows.size(1));
+  if (rows.row_slots) {
+    ZEXPERT_CHECK(rows.top_k >= 1, "top_k must be at least 1, got ", rows.top_k);
+    check_row_slots_size(*rows.row_slots, rows.rows.size(0), rows.top_k);
   }
 }
 
-/// Checked arguments in the layout that kernels take, and parameters that point at them and lack the output.
-struct GroupedMlpInputs {
-  GroupedMlpInputs(const Tensor& rows_arg, const Tensor& offsets_arg, const Tensor& w13_arg, const Tensor& w2_arg,
-                   const TokensOfRows& tokens = {})
-      : rows(with_unit_inner_stride(rows_arg)),
-        expert_offsets(as_contiguous(offsets_arg)),
-        w13_weight(with_contiguous_matrices(w13_arg)),
-        w2_weight(with_contiguous_matrices(w2_arg)) {
+/// Checked arguments in the layout that kernels accept.
+struct ExpertInputs {
+  ExpertInputs(const ExpertRows& given, const ExpertWeights& given_weights)
+      : rows(with_unit_inner_stride(given.rows)),
+        expert_offsets(as_contiguous(given.expert_offsets)),
+        weights(given_weights.with_contiguous_matrices()),
+        top_k(given.top_k) {
+    if (given.row_slots) {
+      row_slots = as_contiguous(*given.row_slots);
+    }
+    if (given.slot_rows) {
+      slot_rows = as_contiguous(*given.slot_rows);
+    }
+  }
+
+  int64_t num_rows() const { return row_slots ? row_slots->size(0) : rows.size(0); }
+  int64_t num_experts() const { return weights.num_experts(); }
+  int64_t hidden_size() const { return weights.hidden_size(); }
+  int64_t intermediate_size() const { return weights.intermediate_size(); }
+  const int32_t* last_offset() const { return expert_offsets.const_data_ptr<int32_t>() + num_experts(); }
+
+  /// Without the output.
+  GroupedMlpParams params() const {
+    GroupedMlpParams params;
     params.rows = rows.const_data_ptr();
     params.expert_offsets = expert_offsets.const_data_ptr<int32_t>();
-    params.w13_weight = w13_weight.const_data_ptr();
-    params.w2_weight = w2_weight.const_data_ptr();
+    params.row_slots = row_slots ? row_slots->const_data_ptr<int32_t>() : nullptr;
+    params.w13_weight = weights.w13.const_data_ptr();
+    params.w2_weight = weights.w2.const_data_ptr();
     params.data_type = element_type(rows);
-    params.num_rows = rows.size(0);
-    params.num_experts = w13_weight.size(0);
-    params.hidden_size = rows.size(1);
-    params.intermediate_size = w2_weight.size(2);
+    params.num_rows = num_rows();
+    params.num_tokens = row_slots ? rows.size(0) : 0;
+    params.top_k = top_k;
+    params.num_experts = num_experts();
+    params.hidden_size = hidden_size();
+    params.intermediate_size = intermediate_size();
     params.rows_row_stride = rows.stride(0);
-    params.w13_expert_stride = w13_weight.stride(0);
-    params.w2_expert_stride = w2_weight.stride(0);
-    if (tokens.row_slots) {
-      row_slots = as_contiguous(*tokens.row_slots);
-      params.row_slots = row_slots->const_data_ptr<int32_t>();
-      params.num_rows = row_slots->size(0);
-      params.num_tokens = rows.size(0);
-      params.top_k = tokens.top_k;
-    }
+    params.w13_expert_stride = weights.w13.stride(0);
+    params.w2_expert_stride = weights.w2.stride(0);
+    return params;
   }
 
   Tensor rows;
   Tensor expert_offsets;
-  Tensor w13_weight;
-  Tensor w2_weight;
+  ExpertWeights weights;
   std::optional<Tensor> row_slots;
-  GroupedMlpParams params;
+  std::optional<Tensor> slot_rows;
+  int64_t top_k;
 };
 
-/// Calls launch(params, out) unless there is nothing to compute; `out`, a row for each of the `tokens`' rows, gives the
-/// launch dtype and device for scratch.
-template <typename Launch>
-Tensor grouped_mlp(const Tensor& rows, const Tensor& expert_offsets, const Tensor& w13_weight, const Tensor& w2_weight,
-                   const Launch& launch, const TokensOfRows& tokens = {}) {
-  check_grouped_mlp(rows, expert_offsets, w13_weight, w2_weight, "rows", tokens);
-  const Tensor out = empty({tokens.num_rows(rows), rows.size(1)}, rows.scalar_type(), rows);
-  if (out.numel() > 0) {
-    GroupedMlpInputs inputs(rows, expert_offsets, w13_weight, w2_weight, tokens);
-    inputs.params.out = out.mutable_data_ptr();
-    inputs.params.out_row_stride = out.stride(0);
-    launch(inputs.params, out);
-  }
-  return out;
-}
+/// Which gradients the caller wants; the others cost nothing and are empty tensors.
+struct ExpertNeeds {
+  bool rows;
+  bool w13_weight;
+  bool w2_weight;
+};
 
-/// Calls launch(params, gate_up) unless there are no rows; returns (out, gate_up), gate_up [rows, 2 *
-/// intermediate_size] being what the activation is taken of.
-template <typename Launch>
-std::tuple<Tensor, Tensor> grouped_mlp_with_gate_up(const Tensor& rows, const Tensor& expert_offsets,
-                                                    const Tensor& w13_weight, const Tensor& w2_weight,
-                                                    const Launch& launch, const TokensOfRows& tokens = {}) {
-  check_grouped_mlp(rows, expert_offsets, w13_weight, w2_weight, "rows", tokens);
-  const int64_t num_rows = tokens.num_rows(rows);
-  const Tensor out = empty({num_rows, rows.size(1)}, rows.scalar_type(), rows);
-  const Tensor gate_up = empty({num_rows, w13_weight.size(1)}, rows.scalar_type(), rows);
-  if (num_rows > 0) {
-    GroupedMlpInputs inputs(rows, expert_offsets, w13_weight, w2_weight, tokens);
-    inputs.params.out = out.mutable_data_ptr();
-    inputs.params.out_row_stride = out.stride(0);
-    launch(inputs.params, gate_up);
-  }
-  return {out, gate_up};
-}
+/// What the gradients are computed from, besides the forward's inputs.
+struct ExpertGradientInputs {
+  Tensor grad_out;                ///< [rows, hidden_size]; with topk_weights [tokens, hidden_size]; unit inner stride
+  std::optional<Tensor> gate_up;  ///< [rows, 2 * intermediate_size], unit inner stride; nullopt: computed again
+  std::optional<Tensor>
+      topk_weights;  ///< [tokens, top_k], contiguous: results are weighted, and grad_out is their sums'
+  ExpertNeeds needs;
+};
+
+/// Dense.
+struct ExpertGradients {
+  Tensor rows;          ///< [rows, hidden_size]; rows that do no work are 0, with topk_weights they hold anything
+  Tensor w13_weight;    ///< [experts, 2 * intermediate_size, hidden_size]; 0 for an expert without rows
+  Tensor w2_weight;     ///< [experts, hidden_size, intermediate_size]; 0 for an expert without rows
+  Tensor topk_weights;  ///< [tokens, top_k] with topk_weights: 0 for a slot without a row
+};
 
 HIDDEN_NAMESPACE_END(zexpert, ops)

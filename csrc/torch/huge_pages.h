@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Memory of large results in huge pages.
+// Huge pages for large results.
 #pragma once
 
 #include <torch/headeronly/macros/Macros.h>
@@ -12,9 +12,8 @@
 
 HIDDEN_NAMESPACE_BEGIN(zexpert, ops)
 
-/// Asks the system to back fresh memory with huge pages. Allocators map a large block anew each time, and to touch
-/// ordinary pages for the first time costs several times what writing them does. Only advice: where the system has no
-/// huge pages, nothing changes.
+/// Asks the system to back fresh memory with huge pages. Allocators map a large block anew each time, and the first
+/// access to ordinary pages costs several times a write. A system without huge pages ignores the advice.
 inline void advise_huge_pages(void* data, int64_t num_bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr int64_t kSmallest = int64_t{8} << 20;  // four huge pages

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// The zexpert operator library: the schema of every op, and torch's thread pool for the CPU kernels. Importing it needs
-// no Python: a C++ process that loads this library sees the ops as torch.ops.zexpert does.
+// The operator library: the schema of every operator, and PyTorch's thread pool for the CPU kernels. A C++ process that
+// loads it has the operators of torch.ops.zexpert without Python.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include "torch/routing_arguments.h"
 #include "zexpert/parallel.h"
 
 namespace {
@@ -17,19 +18,13 @@ void torch_pool(int64_t begin, int64_t end, int64_t grain_size, zexpert::Paralle
 STABLE_TORCH_LIBRARY(zexpert, m) {
   zexpert::set_parallel_for(&torch_pool);
 
-  m.def(
-      "biased_topk(Tensor logits, Tensor? bias, int top_k, *, int num_real_experts, int? num_identity_experts=None, "
-      "int num_constant_experts=0, str scoring_func=\"softmax\", bool renormalize=False, "
-      "bool drop_before_renormalize=False, float routed_scaling_factor=1.0, int num_expert_group=1, "
-      "int topk_group=1, ScalarType? indices_dtype=None) "
-      "-> (Tensor topk_weights, Tensor topk_ids, Tensor zero_weight, Tensor constant_weight)");
-  m.def(
-      "biased_topk_and_plan(Tensor logits, Tensor? bias, int top_k, *, int num_real_experts, "
-      "int? num_identity_experts=None, int num_constant_experts=0, str scoring_func=\"softmax\", "
-      "bool renormalize=False, bool drop_before_renormalize=False, float routed_scaling_factor=1.0, "
-      "int num_expert_group=1, int topk_group=1, ScalarType? indices_dtype=None) "
-      "-> (Tensor topk_weights, Tensor topk_ids, Tensor zero_weight, Tensor constant_weight, "
-      "Tensor expert_offsets, Tensor row_slots, Tensor slot_rows)");
+  m.def("biased_topk(Tensor logits, Tensor? bias, " ZEXPERT_ROUTING_ARGUMENTS
+        ", ScalarType? indices_dtype=None) "
+        "-> (Tensor topk_weights, Tensor topk_ids, Tensor zero_weight, Tensor constant_weight)");
+  m.def("biased_topk_and_plan(Tensor logits, Tensor? bias, " ZEXPERT_ROUTING_ARGUMENTS
+        ", ScalarType? indices_dtype=None) "
+        "-> (Tensor topk_weights, Tensor topk_ids, Tensor zero_weight, Tensor constant_weight, "
+        "Tensor expert_offsets, Tensor row_slots, Tensor slot_rows)");
   m.def("router_logits(Tensor hidden_states, Tensor weight) -> Tensor");
   m.def("zero_expert_accumulate(Tensor hidden_states, Tensor zero_weight) -> Tensor");
   m.def("zero_expert_accumulate.out(Tensor hidden_states, Tensor zero_weight, *, Tensor(a!) out) -> ()");
@@ -42,11 +37,11 @@ STABLE_TORCH_LIBRARY(zexpert, m) {
   m.def("silu_and_mul(Tensor gate_up, Tensor? expert_offsets=None) -> Tensor");
   m.def(
       "grouped_mlp(Tensor rows, Tensor expert_offsets, Tensor w13_weight, Tensor w2_weight, Tensor? row_slots=None, "
-      "int top_k=1) -> Tensor");
+      "int top_k=1, *, str implementation=\"auto\") -> Tensor");
   m.def(
       "grouped_mlp_hopper(Tensor rows, Tensor expert_offsets, Tensor w13_weight, Tensor w2_weight, *, "
       "int tile_rows=0) -> Tensor");
-  // For scripted modules: whether the tensor lies on a GPU that runs grouped_mlp_hopper.
+  // For scripted modules: whether the tensor is on a GPU that implementation "hopper" runs on.
   m.def("is_hopper(Tensor tensor) -> bool");
   m.def(
       "moe_finalize(Tensor rows, Tensor slot_rows, Tensor topk_weights, Tensor hidden_states, Tensor zero_weight, "
@@ -55,16 +50,13 @@ STABLE_TORCH_LIBRARY(zexpert, m) {
   // Training
   m.def(
       "biased_topk_backward(Tensor grad_topk_weights, Tensor grad_zero_weight, Tensor grad_constant_weight, "
-      "Tensor logits, Tensor? bias, int top_k, *, int num_real_experts, int? num_identity_experts=None, "
-      "int num_constant_experts=0, str scoring_func=\"softmax\", bool renormalize=False, "
-      "bool drop_before_renormalize=False, float routed_scaling_factor=1.0, int num_expert_group=1, "
-      "int topk_group=1) -> Tensor grad_logits");
+      "Tensor logits, Tensor? bias, " ZEXPERT_ROUTING_ARGUMENTS ") -> Tensor grad_logits");
   m.def(
       "zero_expert_accumulate_backward(Tensor grad_out, Tensor hidden_states, Tensor zero_weight) "
       "-> (Tensor grad_hidden_states, Tensor grad_zero_weight)");
   m.def(
-      "moe_permute_backward(Tensor grad_rows, Tensor row_slots, Tensor expert_offsets, SymInt num_tokens, int top_k) "
-      "-> Tensor grad_hidden_states");
+      "moe_permute_backward(Tensor grad_rows, Tensor row_slots, Tensor expert_offsets, SymInt num_tokens, int top_k, "
+      "Tensor? slot_rows=None) -> Tensor grad_hidden_states");
   m.def("silu_and_mul_backward(Tensor grad_out, Tensor gate_up, Tensor? expert_offsets=None) -> Tensor grad_gate_up");
   m.def(
       "grouped_mlp_with_gate_up(Tensor rows, Tensor expert_offsets, Tensor w13_weight, Tensor w2_weight) "
@@ -72,7 +64,8 @@ STABLE_TORCH_LIBRARY(zexpert, m) {
   m.def(
       "grouped_mlp_backward(Tensor grad_out, Tensor rows, Tensor expert_offsets, Tensor w13_weight, "
       "Tensor w2_weight, Tensor? gate_up, *, bool needs_rows=True, bool needs_w13_weight=True, "
-      "bool needs_w2_weight=True) -> (Tensor grad_rows, Tensor grad_w13_weight, Tensor grad_w2_weight)");
+      "bool needs_w2_weight=True, str implementation=\"auto\") "
+      "-> (Tensor grad_rows, Tensor grad_w13_weight, Tensor grad_w2_weight)");
   m.def(
       "moe_finalize_backward(Tensor grad_out, Tensor rows, Tensor slot_rows, Tensor topk_weights, "
       "Tensor hidden_states, Tensor zero_weight) -> (Tensor grad_rows, Tensor grad_topk_weights, "
@@ -80,11 +73,12 @@ STABLE_TORCH_LIBRARY(zexpert, m) {
   m.def(
       "fused_moe(Tensor hidden_states, Tensor topk_weights, Tensor zero_weight, Tensor expert_offsets, "
       "Tensor row_slots, Tensor slot_rows, Tensor w13_weight, Tensor w2_weight, Tensor? residual=None, "
-      "Tensor? constant_weight=None, Tensor? constant_vectors=None) -> (Tensor out, Tensor gate_up)");
+      "Tensor? constant_weight=None, Tensor? constant_vectors=None, *, bool keep_gate_up=True, "
+      "str implementation=\"auto\") -> (Tensor out, Tensor gate_up)");
   m.def(
       "fused_moe_backward(Tensor grad_out, Tensor hidden_states, Tensor topk_weights, Tensor zero_weight, "
       "Tensor expert_offsets, Tensor row_slots, Tensor slot_rows, Tensor w13_weight, Tensor w2_weight, "
-      "Tensor gate_up, *, bool needs_hidden_states=True, bool needs_w13_weight=True, bool needs_w2_weight=True) "
-      "-> (Tensor grad_hidden_states, Tensor grad_topk_weights, Tensor grad_zero_weight, Tensor grad_w13_weight, "
-      "Tensor grad_w2_weight)");
+      "Tensor gate_up, *, bool needs_hidden_states=True, bool needs_w13_weight=True, bool needs_w2_weight=True, "
+      "str implementation=\"auto\") -> (Tensor grad_hidden_states, Tensor grad_topk_weights, Tensor grad_zero_weight, "
+      "Tensor grad_w13_weight, Tensor grad_w2_weight)");
 }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// torch's matrix product on matrices that lie anywhere in memory.
+// PyTorch's matrix product on matrices anywhere in memory.
 #pragma once
 
 #include <array>
@@ -9,7 +9,7 @@
 
 HIDDEN_NAMESPACE_BEGIN(zexpert, ops)
 
-/// A matrix somewhere in memory that its owner keeps alive. Strides count elements.
+/// A matrix in memory that its owner keeps alive. Strides count elements.
 struct Matrix {
   const void* data;
   int64_t num_rows;
@@ -20,24 +20,24 @@ struct Matrix {
   Matrix transposed() const { return {data, num_columns, num_rows, column_stride, row_stride}; }
 };
 
-/// Multiplies matrices of one device and dtype. The tensors that it shows to torch are views of memory that belongs to
-/// the tensors of a call, so no autograd graph hangs on them.
+/// Multiplies matrices of one device and dtype. It passes views of memory to PyTorch, which no autograd graph records.
+/// The tensors that own the memory outlive the call.
 class MatrixProduct {
  public:
   explicit MatrixProduct(const Tensor& like)
       : device_(like.device()), dtype_(like.scalar_type()), element_size_(static_cast<int64_t>(like.element_size())) {}
 
-  /// The matrix, with rows of adjacent elements, that starts `offset` elements after `base`.
+  /// The matrix that starts `offset` elements after `base`; the elements of a row are adjacent.
   Matrix matrix(const void* base, int64_t offset, int64_t num_rows, int64_t num_columns, int64_t row_stride) const {
     return {static_cast<const char*>(base) + offset * element_size_, num_rows, num_columns, row_stride};
   }
 
-  /// out = a @ b. No matrix may be empty: an empty one may have no address to make a view of.
+  /// out = a @ b. No matrix may be empty: an empty one may have no address.
   void operator()(const Matrix& a, const Matrix& b, const Matrix& out) const {
     using torch::stable::detail::from;
     std::array<StableIValue, 3> stack{from(view(a)), from(view(b)), from(view(out))};
     TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
-    torch::stable::detail::to<Tensor>(stack[0]);  // the result is a reference to out that is ours to release
+    torch::stable::detail::to<Tensor>(stack[0]);  // releases the reference to out that is returned
   }
 
  private:

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "torch/box.h"
 #include "torch/checks.h"
 #include "torch/device.h"
 #include "torch/tensor.h"
@@ -94,11 +95,7 @@ Tensor router_logits(const Tensor& hidden_states, const Tensor& weight) {
   params.num_experts = weight.size(0);
   params.hidden_row_stride = tokens.stride;
   params.weight_row_stride = experts.stride;
-#ifdef ZEXPERT_FOR_CUDA
-  const int64_t workspace_bytes = router_logits_cuda_workspace_bytes(params);
-#else
-  const int64_t workspace_bytes = router_logits_cpu_workspace_bytes(params);
-#endif
+  const int64_t workspace_bytes = ZEXPERT_WORKSPACE_BYTES(router_logits, params);
   const Tensor workspace = empty({workspace_bytes}, DType::Byte, hidden_states);
   params.workspace = workspace_bytes == 0 ? nullptr : workspace.mutable_data_ptr();
   ZEXPERT_LAUNCH(router_logits, params, device);
@@ -107,6 +104,6 @@ Tensor router_logits(const Tensor& hidden_states, const Tensor& weight) {
 
 }  // namespace
 
-ZEXPERT_OPERATORS(m) { m.impl("router_logits", TORCH_BOX(&router_logits)); }
+ZEXPERT_OPERATORS(m) { m.impl("router_logits", ZEXPERT_BOX(&router_logits)); }
 
 ZEXPERT_DEVICE_NAMESPACE_END

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Tensors of the LibTorch stable ABI as the ops see them: element types, text for messages, layout, allocation.
+// Helpers for tensors of the LibTorch stable ABI: element types, text for messages, layout, allocation.
 #pragma once
 
 #include <torch/csrc/stable/device.h>
@@ -28,7 +28,7 @@ using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
 
 // Element types
 
-/// zexpert's element type of a torch dtype, if kernels know it.
+/// zexpert's element type of a torch dtype, if kernels support it.
 inline std::optional<ScalarType> to_scalar_type(DType dtype) {
   switch (dtype) {
     case DType::Float: return ScalarType::kFloat32;
@@ -48,12 +48,12 @@ inline bool is_floating(DType dtype) {
   return dtype == DType::Float || dtype == DType::Double || dtype == DType::BFloat16 || dtype == DType::Half;
 }
 
-/// The type of routing weights beside data of type `data`: float32, float64 beside float64.
+/// The type of routing weights for data of type `data`: float32, or float64 for float64.
 inline DType weight_dtype(DType data) { return data == DType::Double ? DType::Double : DType::Float; }
 
 // Text for messages
 
-/// The dtype as Python spells it, without the "torch." in front.
+/// The dtype's name in Python without "torch.".
 inline std::string text(DType dtype) {
   if (const auto type = to_scalar_type(dtype)) {
     return name(*type);
@@ -96,26 +96,31 @@ inline std::string text(const torch::stable::Device& device) {
 
 // Layout
 
-/// `tensor`, outside any autograd graph, as a dense copy.
-inline Tensor dense_copy(const Tensor& tensor) {
+/// A view of `tensor`, detached from autograd.
+inline Tensor detached(const Tensor& tensor) {
   using torch::stable::detail::from;
   std::array<StableIValue, 1> stack{from(tensor)};
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::detach", "", stack.data(), TORCH_ABI_VERSION));
-  const auto detached = torch::stable::detail::to<Tensor>(stack[0]);
-  Tensor copy = torch::stable::new_empty(detached, detached.sizes());
-  torch::stable::copy_(copy, detached);
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+/// A dense copy of `tensor`, detached from autograd.
+inline Tensor dense_copy(const Tensor& tensor) {
+  const Tensor source = detached(tensor);
+  Tensor copy = torch::stable::new_empty(source, source.sizes());
+  torch::stable::copy_(copy, source);
   return copy;
 }
 
 inline Tensor as_contiguous(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : dense_copy(tensor); }
 
-/// Whether the elements of a row (the last dimension) lie next to each other.
+/// Whether the elements of a row (the last dimension) are adjacent.
 inline bool has_unit_inner_stride(const Tensor& tensor) {
   const int64_t last = tensor.dim() - 1;
   return tensor.size(last) <= 1 || tensor.stride(last) == 1;
 }
 
-/// `tensor`, or a dense copy if the elements of its rows do not lie next to each other.
+/// `tensor`, or a dense copy if the elements of its rows are not adjacent.
 inline Tensor with_unit_inner_stride(const Tensor& tensor) {
   return has_unit_inner_stride(tensor) ? tensor : dense_copy(tensor);
 }
@@ -137,8 +142,8 @@ inline std::pair<const char*, const char*> memory_range(const Tensor& tensor) {
   return {begin, tensor.numel() == 0 ? begin : begin + (last + 1) * element_size};
 }
 
-/// `input`, or a dense copy if writing to `out` could change elements of it that are still to be read: if the two
-/// share memory and are not the very same elements.
+/// `input`, or a dense copy if a write to `out` could change elements of `input` that are not read yet: if the two
+/// share memory and do not have the same elements at the same addresses.
 inline Tensor unaliased(const Tensor& input, const Tensor& out) {
   const auto [input_begin, input_end] = memory_range(input);
   const auto [out_begin, out_end] = memory_range(out);
@@ -156,7 +161,7 @@ inline Tensor empty(std::initializer_list<int64_t> sizes, DType dtype, const Ten
   const auto allocate = [&] {
     try {
       return torch::stable::new_empty(like, sizes, dtype);
-    } catch (const std::exception&) {  // whose text names a function of torch's
+    } catch (const std::exception&) {  // its text names a function inside torch
       zexpert::detail::throw_error("could not allocate a tensor of shape ", text(Sizes(sizes)), " of ", text(dtype),
                                    " on ", text(like.device()));
     }
@@ -166,6 +171,11 @@ inline Tensor empty(std::initializer_list<int64_t> sizes, DType dtype, const Ten
     advise_huge_pages(tensor.mutable_data_ptr(), tensor.numel() * static_cast<int64_t>(tensor.element_size()));
   }
   return tensor;
+}
+
+/// Uninitialised scratch for an operator's workspace, on the device of `like`; none for 0 bytes.
+inline std::optional<Tensor> empty_workspace(int64_t num_bytes, const Tensor& like) {
+  return num_bytes > 0 ? std::optional<Tensor>(empty({num_bytes}, DType::Byte, like)) : std::nullopt;
 }
 
 /// Sets the rows (indices of the first dimension) `first` .. first + count - 1 to 0.

@@ -119,6 +119,7 @@ void run_layer(const std::vector<float>& hidden_states, const std::vector<float>
   finalize.hidden_size = kHidden;
   finalize.rows_row_stride = kHidden;
   finalize.hidden_row_stride = kHidden;
+  finalize.out_row_stride = kHidden;
   zexpert::moe_finalize_cpu(finalize);
 }
 

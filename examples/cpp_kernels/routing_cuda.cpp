@@ -88,6 +88,7 @@ zexpert::MoeFinalizeParams finalize_params(const float* rows, const int32_t* slo
   params.hidden_size = kHidden;
   params.rows_row_stride = kHidden;
   params.hidden_row_stride = kHidden;
+  params.out_row_stride = kHidden;
   return params;
 }
 
@@ -103,8 +104,6 @@ bool run() {
   const DeviceArray<float> topk_weights(kTokens * kTopK), zero_weight(kTokens), out(kTokens * kHidden);
   const DeviceArray<int32_t> topk_ids(kTokens * kTopK), expert_offsets(kRealExperts + 1);
   const DeviceArray<int32_t> row_slots(kTokens * kTopK), slot_rows(kTokens * kTopK);
-  const DeviceArray<char> workspace(
-      static_cast<size_t>(zexpert::moe_plan_cuda_workspace_bytes(kTokens * kTopK, kRealExperts)));
   zexpert::biased_topk_cuda(
       routing_params(device_logits.data(), topk_weights.data(), topk_ids.data(), zero_weight.data()), stream);
   zexpert::MoePlanParams plan;
@@ -114,6 +113,7 @@ bool run() {
   plan.slot_rows = slot_rows.data();
   plan.num_slots = kTokens * kTopK;
   plan.num_experts = kRealExperts;
+  const DeviceArray<char> workspace(static_cast<size_t>(zexpert::moe_plan_cuda_workspace_bytes(plan)));
   plan.workspace = workspace.data();
   zexpert::moe_plan_cuda(plan, stream);
   zexpert::moe_finalize_cuda(finalize_params(device_rows.data(), slot_rows.data(), topk_weights.data(),

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes what run_layer reads: a scripted layer in LongCat-Flash's routing shape, tokens for it, and the output.
+"""Writes the input of run_layer: a scripted layer in LongCat-Flash's routing shape, tokens for it, and its output.
 
 Usage: python save_layer.py FOLDER
 """
 
 from __future__ import annotations
 
-import sys
+import argparse
 from pathlib import Path
 
 import torch
@@ -16,7 +16,9 @@ import zexpert
 
 @torch.no_grad()
 def main() -> None:
-    folder = Path(sys.argv[1])
+    parser = argparse.ArgumentParser(description="Writes layer.pt, tokens.pt and output.pt, which run_layer reads.")
+    parser.add_argument("folder", type=Path, help="where; made if it is not there")
+    folder = parser.parse_args().folder
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     block = zexpert.models.LongcatFlashMoE(

@@ -18,22 +18,10 @@ class ZeroExpertType(enum.Enum):
     CONSTANT = 1
     DROP = 2
 
-class RoutingMethodType(enum.Enum):
-    """Which router made a choice, in the order in which the factory considers them."""
-
-    SIMULATED = 0
-    ZERO_EXPERT = 1
-    GROUPED_TOPK = 2
-    CUSTOM = 3
-    TOPK_BIAS = 4
-    TOPK = 5
-
 @overload
 def name(value: ScoringFunc) -> str: ...
 @overload
-def name(value: ZeroExpertType) -> str: ...
-@overload
-def name(value: RoutingMethodType) -> str:
+def name(value: ZeroExpertType) -> str:
     """The text for ``value`` in operator arguments and messages, such as ``"softmax"``."""
 
 def parse_scoring_func(value: str) -> ScoringFunc:
@@ -137,6 +125,10 @@ class KernelPlan:
     def reason(self) -> str:
         """One sentence."""
 
+    @property
+    def implementation(self) -> str:
+        """Of grouped_mlp and fused_moe, the name that forces it; else empty."""
+
 def kernel_plan(
     op: str,
     *,
@@ -149,6 +141,8 @@ def kernel_plan(
     hidden_size: int | None = None,
     intermediate_size: int | None = None,
     compute_capability: int | None = None,
-    experts_backend: str = "auto",
+    has_hopper_code: bool = True,
+    keep_gate_up: bool = True,
+    implementation: str = "auto",
 ) -> KernelPlan:
     """The kernel that a call of ``op`` runs: see ``zexpert.kernel_plan``."""

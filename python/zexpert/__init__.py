@@ -7,15 +7,17 @@ from typing import TYPE_CHECKING
 
 # zexpert.ops, which all of these import, loads the operator library or says why that is impossible.
 from zexpert import experts, ops, router, runner
-from zexpert._C import RoutingMethodType, RoutingSpec, ScoringFunc, ZeroExpertType
+from zexpert._C import RoutingSpec, ScoringFunc, ZeroExpertType
 from zexpert._info import build_info, kernel_plan
 from zexpert._version import __version__
 from zexpert.layer import FusedMoE
-from zexpert.ops import DispatchPlan, RoutingResult
-from zexpert.router import create_fused_moe_router
+from zexpert.ops import ConstantExperts, DispatchPlan, ExpertWeights, RoutingResult
+from zexpert.router import RoutingMethodType, create_fused_moe_router
 
 __all__ = [
+    "ConstantExperts",
     "DispatchPlan",
+    "ExpertWeights",
     "FusedMoE",
     "RoutingMethodType",
     "RoutingResult",
@@ -26,6 +28,7 @@ __all__ = [
     "build_info",
     "create_fused_moe_router",
     "experts",
+    "integrations",
     "kernel_plan",
     "models",
     "ops",
@@ -36,11 +39,11 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from zexpert import models, telemetry, training
+    from zexpert import integrations, models, telemetry, training
 else:
 
     def __getattr__(name: str) -> ModuleType:
-        """Imports what not every program needs at its first use."""
-        if name in ("models", "telemetry", "training"):
+        """Imports at its first use what not every program needs."""
+        if name in ("integrations", "models", "telemetry", "training"):
             return import_module(f"zexpert.{name}")
         raise AttributeError(f"module 'zexpert' has no attribute {name!r}")

@@ -1,20 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What torch.autocast means here: experts take its dtype, what chooses among them does not.
+"""torch.autocast: experts run in its dtype, the routing does not.
 
-TorchScript runs these as if autocast were off.
+TorchScript runs these functions as if autocast were off.
 """
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from zexpert.ops.types import ConstantExperts, ExpertWeights
+
 
 def autocast_dtype(weight: Tensor) -> torch.dtype | None:
     """The dtype that autocast wants products with `weight` in; None where it is off, and for float64."""
     device = weight.device.type
     if weight.dtype == torch.float64 or device not in ("cpu", "cuda"):
-        return None  # not asked of PyTorch: not every version of its compiler can trace the question
+        return None  # do not ask PyTorch: not every version of its compiler traces the question
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def weights_to(weights: ExpertWeights, dtype: torch.dtype) -> ExpertWeights:
+    """The weights of the experts' products in `dtype`. The gates of constant experts belong to the routing."""
+    constants = weights.constants
+    if constants is not None:
+        constants = ConstantExperts(constants.gate_weight, constants.vectors.to(dtype))
+    return ExpertWeights(weights.w13.to(dtype), weights.w2.to(dtype), constants=constants)
 
 
 def full_precision_linear(input: Tensor, weight: Tensor) -> Tensor:

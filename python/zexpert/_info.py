@@ -10,7 +10,6 @@ import torch
 from zexpert import _C
 from zexpert._C import KernelPlan
 from zexpert._loader import CORE_LIBRARY, CUDA_LIBRARY, cuda_library_info, load_libraries
-from zexpert.experts.hopper import is_hopper
 
 
 class BuildInfo(TypedDict):
@@ -73,13 +72,15 @@ def kernel_plan(
     hidden_size: int | None = None,
     intermediate_size: int | None = None,
     compute_capability: int | None = None,
+    keep_gate_up: bool = True,
+    implementation: str = "auto",
     experts_backend: str = "auto",
 ) -> KernelPlan:
     """The kernel that a call of ``op`` would run on this machine's CPU, or on a GPU here or elsewhere.
 
-    Only the sizes that the choice depends on need be given. ``grouped_mlp`` chooses by the rows of each expert's
-    segment: it needs ``num_experts``, and ``num_rows`` or ``num_tokens`` with ``top_k``; the plan is for rows spread
-    evenly over the experts.
+    Give the sizes that the choice depends on. On the CPU ``grouped_mlp``, and ``fused_moe`` without ``keep_gate_up``,
+    choose by the rows of each expert's segment: give ``num_experts``, and ``num_rows`` or ``num_tokens`` with
+    ``top_k``; the plan is for rows spread evenly over the experts. A size that is not given fits every kernel.
 
     Args:
         op: the operator's name, such as "biased_topk".
@@ -91,25 +92,30 @@ def kernel_plan(
         top_k: K.
         hidden_size: H.
         intermediate_size: F.
-        compute_capability: for ``biased_topk_and_plan`` on CUDA, the major number of the GPU's, 9 for a Hopper GPU; the
-            current GPU's unless given.
-        experts_backend: for ``grouped_mlp`` on CUDA, which stands for the layer's experts where no gradients are
-            wanted: "hopper" as on a Hopper GPU, whose kernels take most sizes; the reason says why not. "auto" as on
-            the current GPU.
+        compute_capability: the major number of the GPU's, 9 for a Hopper GPU; the current GPU's unless given.
+        keep_gate_up: of ``fused_moe``: True for training.
+        implementation: of ``grouped_mlp`` and ``fused_moe``: "auto", or the name that forces one.
+        experts_backend: for one release: "hopper" stands for ``compute_capability=9``.
 
     Returns:
         ``op``, ``backend`` ("cpu" or "cuda" for zexpert's kernels, "torch" for PyTorch's matrix product), ``kernel``
-        (its short name) and ``reason`` (one sentence).
+        (its short name), ``reason`` (one sentence) and, for ``grouped_mlp`` and ``fused_moe``, ``implementation`` (the
+        name that forces it).
 
     Raises:
-        ValueError: unknown operator, device or dtype, a size out of range, or one that is needed and missing.
+        ValueError: unknown operator, device or dtype, a size out of range, one that is needed and missing, or an
+            implementation that cannot serve.
     """
+    if experts_backend not in ("auto", "hopper"):
+        raise ValueError(f'experts_backend must be "auto" or "hopper", got "{experts_backend}"')
     device_type = device.type if isinstance(device, torch.device) else device.partition(":")[0]
-    if device_type == "cuda" and torch.cuda.is_available():
-        if compute_capability is None:
-            compute_capability = torch.cuda.get_device_capability()[0]
-        if experts_backend == "auto" and is_hopper(torch.cuda.current_device()):
-            experts_backend = "hopper"
+    if experts_backend == "hopper":
+        compute_capability = 9
+    if compute_capability is None and device_type == "cuda" and torch.cuda.is_available():
+        compute_capability = torch.cuda.get_device_capability()[0]
+    has_hopper_code = not load_libraries().cuda_loaded or any(
+        architecture.startswith("9.0a") for architecture in cuda_library_info()[1]
+    )
     return _C.kernel_plan(
         op,
         device=device_type,
@@ -121,5 +127,7 @@ def kernel_plan(
         hidden_size=hidden_size,
         intermediate_size=intermediate_size,
         compute_capability=compute_capability,
-        experts_backend=experts_backend,
+        has_hopper_code=has_hopper_code,
+        keep_gate_up=keep_gate_up,
+        implementation=implementation,
     )

@@ -9,26 +9,17 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from zexpert._autocast import autocast_dtype
+from zexpert._autocast import autocast_dtype, weights_to
 from zexpert._C import ScoringFunc, ZeroExpertType
 from zexpert.experts.factory import create_experts
+from zexpert.ops.types import ConstantExperts, ExpertWeights
 from zexpert.router.base_router import BaseRouter, check_tensor
 from zexpert.router.custom_routing_router import CustomRoutingFunction
 from zexpert.router.factory import create_fused_moe_router
 from zexpert.router.zero_expert_spec import ZeroExperts, kind_name
-from zexpert.runner.chunking_moe_runner import ChunkingMoERunner
-from zexpert.runner.default_moe_runner import DefaultMoERunner
-from zexpert.runner.expert_parallel_moe_runner import ExpertParallelMoERunner, set_physical_experts
+from zexpert.runner.factory import create_moe_runner
 from zexpert.runner.moe_runner import MoERunner
-from zexpert.runner.sharded_moe_runner import (
-    ShardedMoERunner,
-    draw_experts,
-    fits_sharded_weight,
-    shard_state_dict,
-    take_own_part,
-    unsharded_shape,
-)
-from zexpert.runner.tensor_parallel_moe_runner import TensorParallelMoERunner
+from zexpert.runner.placement import EXPERT_WEIGHTS, WholeExperts
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -41,9 +32,9 @@ class FusedMoE(nn.Module):
         out[t] = sum_k topk_weights[t, k] * FFN_{topk_ids[t, k]}(x[t]) + zero_weight[t] * x[t] + constants[t]
                + shared_experts(x)[t],                FFN(x) = (silu(x @ gate.T) * (x @ up.T)) @ down.T
 
-    A token that chose a zero expert spends no expert's computation on that slot. An identity expert gives the token
-    itself, a drop expert nothing, and constant expert c gives a1 * x + a2 * v_c with [a1, a2] = softmax(x @ Wc.T)
-    (MoE++, arXiv 2410.07348). The router's logits are the caller's: [..., N] with N = real + zero experts, ordered
+    A slot that chose a zero expert costs no expert computation. An identity expert gives the token itself, a drop
+    expert nothing, and constant expert c gives a1 * x + a2 * v_c with [a1, a2] = softmax(x @ Wc.T) (MoE++, arXiv
+    2410.07348). Compute the router's logits yourself: [..., N] with N = real + zero experts, ordered
     [real | identity | constant | drop].
 
     Parameters (`params_dtype`; R real experts, C constant experts, H hidden size, F intermediate size):
@@ -59,19 +50,20 @@ class FusedMoE(nn.Module):
         intermediate_size: F.
         zero_expert_type: "identity" (or "copy"), "constant", "drop" (or "zero"), or the ZeroExpertType; or counts by
             these, such as {"identity": 1, "constant": 2, "drop": 1}; None for no zero experts.
-        zero_expert_num: number of zero experts; required with one type, unless the length of the bias tells.
-        e_score_correction_bias: [N], any floating dtype, for selection only. Kept by reference: what a controller
-            writes into it, the next call sees. It moves with the layer, its dtype included when that is converted.
+        zero_expert_num: number of zero experts; required with one type and without a bias, since a bias gives the
+            number by its length.
+        e_score_correction_bias: [N], any floating dtype, for selection only. Kept by reference: the
+            next call sees what a controller writes into it. It moves with the layer and is converted with it.
         scoring_func: "softmax", "sigmoid" or "sqrtsoftplus".
         renormalize: divide a token's weights by their sum.
         routed_scaling_factor: factor on every weight.
         params_dtype: dtype of the parameters, and so of hidden_states; None for torch's default dtype.
         shared_experts: a module called on hidden_states [T, H] that returns [T, H].
-        chunk_size: most tokens to take through the experts at a time; None for all.
+        chunk_size: most tokens to compute at a time; None for all.
         expert_parallel_group: ranks to spread the experts over: a torch.distributed.ProcessGroup or a DeviceMesh of one
             dimension, such as mesh["expert"]. Rank p holds physical experts p * E / P to (p + 1) * E / P - 1. See
-            ExpertParallelMoERunner for what each rank then has to do. state_dict holds the experts as DTensors, so that
-            torch.distributed.checkpoint loads them under another number of ranks; load_state_dict also takes whole
+            ExpertParallelMoERunner for what each rank must do. state_dict holds the experts as DTensors, so that
+            torch.distributed.checkpoint loads them under another number of ranks; load_state_dict also accepts whole
             tensors [R, ...], as one process saves them. Seed the ranks alike.
         logical_to_physical_map: [R, max_replicas] int32 or int64, for an expert_parallel_group: the physical experts
             of each expert, each named once, padded with -1 at the end; see BaseRouter.set_expert_map. Slots are counted
@@ -82,22 +74,25 @@ class FusedMoE(nn.Module):
         custom_routing_function: see CustomRoutingRouter.
         drop_before_renormalize: weights of drop experts become 0 before renormalising (MoE++).
         routing_simulation: see RoutingSimulatorRouter.
-        recompute: train in less memory: compute the experts again in the backward, instead of keeping what it needs of
-            them. About a third more work; the same gradients. Scripted and traced layers keep what they need.
+        recompute: train in less memory: compute the experts' gate and up again in the backward instead of keeping
+            them. About a third more work; the same gradients to rounding.
         experts_backend: "auto", "cpu", "grouped_mm", "hopper" or "torch"; see zexpert.experts.create_experts.
         device: where the parameters are made; None for torch's default device.
 
     Raises:
-        ValueError: if an argument is out of range, is missing beside another, or contradicts another.
+        ValueError: if an argument is out of range, is missing with another, or contradicts another.
     """
 
+    w13_weight: nn.Parameter
+    w2_weight: nn.Parameter
     constant_gate_weight: Tensor | None
     constant_vectors: Tensor | None
 
-    # Views of what submodules hold, for people; scripts have no use for them.
+    # torch.jit.script leaves these properties out.
     __jit_unused_properties__ = [  # noqa: RUF012
         "e_score_correction_bias",
         "experts_backend",
+        "placement",
         "router",
         "shared_experts",
     ]
@@ -133,12 +128,6 @@ class FusedMoE(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        if logical_to_physical_map is not None and expert_parallel_group is None:
-            raise ValueError("logical_to_physical_map needs an expert_parallel_group, got None")
-        if tensor_parallel_group is not None and expert_parallel_group is not None:
-            raise ValueError("tensor_parallel_group must be None beside an expert_parallel_group")
-        if tensor_parallel_group is not None and chunk_size is not None:
-            raise ValueError(f"chunk_size must be None with a tensor_parallel_group, got {chunk_size}")
         for name, size in (
             ("num_experts", num_experts),
             ("hidden_size", hidden_size),
@@ -180,78 +169,54 @@ class FusedMoE(nn.Module):
             drop_before_renormalize=drop_before_renormalize,
             routing_simulation=routing_simulation,
         )
-        experts = create_experts(experts_backend)
-        num_weights, local_intermediate_size = num_experts, intermediate_size
-        self.runner: MoERunner
-        if expert_parallel_group is not None:
-            if logical_to_physical_map is not None:
-                num_weights = set_physical_experts(router, logical_to_physical_map, device)
-            self.runner = ExpertParallelMoERunner(
-                router,
-                experts,
-                shared_experts,
-                num_experts=num_weights,
-                group=expert_parallel_group,
-                chunk_size=chunk_size,
-            )
-            num_weights = self.runner.num_local_experts
-        elif tensor_parallel_group is not None:
-            self.runner = TensorParallelMoERunner(
-                router, experts, shared_experts, intermediate_size=intermediate_size, group=tensor_parallel_group
-            )
-            local_intermediate_size = self.runner.local_intermediate_size
-        elif chunk_size is None:
-            self.runner = DefaultMoERunner(router, experts, shared_experts)
-        else:
-            self.runner = ChunkingMoERunner(router, experts, shared_experts, chunk_size=chunk_size)
+        self.runner: MoERunner = create_moe_runner(
+            router,
+            create_experts(experts_backend),
+            shared_experts,
+            num_experts=num_experts,
+            hidden_size=hidden_size,
+            intermediate_size=intermediate_size,
+            chunk_size=chunk_size,
+            expert_parallel_group=expert_parallel_group,
+            logical_to_physical_map=logical_to_physical_map,
+            tensor_parallel_group=tensor_parallel_group,
+            device=device,
+        )
         self.runner.recompute = recompute
 
         self.num_experts = num_experts
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size
-        num_constants = router.num_constant_experts
-        self.w13_weight = nn.Parameter(
-            torch.empty(num_weights, 2 * local_intermediate_size, hidden_size, dtype=params_dtype, device=device)
-        )
-        self.w2_weight = nn.Parameter(
-            torch.empty(num_weights, hidden_size, local_intermediate_size, dtype=params_dtype, device=device)
-        )
-        if num_constants > 0:
-            self.constant_gate_weight = nn.Parameter(
-                torch.empty(num_constants, 2, hidden_size, dtype=params_dtype, device=device)
-            )
-            self.constant_vectors = nn.Parameter(
-                torch.empty(num_constants, hidden_size, dtype=params_dtype, device=device)
-            )
-        else:
-            self.register_parameter("constant_gate_weight", None)
-            self.register_parameter("constant_vectors", None)
+        self.num_constant_experts = router.num_constant_experts
+        shapes: dict[str, tuple[int, ...] | None] = {name: self.placement.local_shape(name) for name in EXPERT_WEIGHTS}
+        has_constants = self.num_constant_experts > 0
+        shapes["constant_gate_weight"] = (self.num_constant_experts, 2, hidden_size) if has_constants else None
+        shapes["constant_vectors"] = (self.num_constant_experts, hidden_size) if has_constants else None
+        for name, shape in shapes.items():
+            weight = None if shape is None else nn.Parameter(torch.empty(shape, dtype=params_dtype, device=device))
+            self.register_parameter(name, weight)
+        self.placement.register_hooks(self)
         register_pre_hook: Callable[..., Any] = self.register_load_state_dict_pre_hook
-        if isinstance(self.runner, ShardedMoERunner):
-            register_pre_hook(take_own_part)
-            register_post_hook: Callable[..., Any] = self.register_state_dict_post_hook
-            register_post_hook(shard_state_dict)
         register_pre_hook(check_shapes_of_state_dict)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draws every parameter uniformly from +-1 / sqrt(fan_in), as nn.Linear does. The bias is the caller's.
+        """Draws every parameter uniformly from +-1 / sqrt(fan_in), as nn.Linear does, and leaves the bias.
 
         Where ranks share the experts, seed them alike: they then draw the same layer for any number of ranks.
         """
-        hidden_size, intermediate_size = self.hidden_size, self.intermediate_size
-        for name, fan_in, whole_shape in (
-            ("w13_weight", hidden_size, (2 * intermediate_size, hidden_size)),
-            ("w2_weight", intermediate_size, (hidden_size, intermediate_size)),
-            ("constant_gate_weight", hidden_size, None),
-            ("constant_vectors", hidden_size, None),
-        ):
-            parameter = getattr(self, name)
-            bound = 1.0 / math.sqrt(fan_in)
-            if whole_shape is not None and isinstance(self.runner, ShardedMoERunner):
-                draw_experts(self, name, whole_shape, bound)
-            elif parameter is not None:
-                nn.init.uniform_(parameter, -bound, bound)
+        for name in EXPERT_WEIGHTS:
+            fan_in = self.placement.whole_shapes[name][-1]
+            self.placement.draw(name, self.get_parameter(name), 1.0 / math.sqrt(fan_in))
+        bound = 1.0 / math.sqrt(self.hidden_size)
+        for constant in (self.constant_gate_weight, self.constant_vectors):
+            if constant is not None:
+                nn.init.uniform_(constant, -bound, bound)
+
+    @property
+    def placement(self) -> WholeExperts:
+        """Which part of the experts this process holds, part of the runner."""
+        return self.runner.placement
 
     @property
     def router(self) -> BaseRouter:
@@ -270,19 +235,17 @@ class FusedMoE(nn.Module):
 
     @property
     def experts_backend(self) -> str:
-        """Name of the experts backend that a call would take now, for tokens of the parameters' device and dtype:
-        "cpu", "grouped_mm", "hopper" or "torch". On a GPU it may be another under torch.no_grad()."""
+        """Name of the experts backend that a call would use now, for tokens of the parameters' device and dtype: "cpu",
+        "grouped_mm", "hopper" or "torch". On a GPU it may be another under torch.no_grad()."""
         return self.runner.experts.backend_for(self.w13_weight, self.w2_weight)
 
     def forward(self, hidden_states: Tensor, router_logits: Tensor) -> Tensor:
         """The layer's output.
 
-        Where hidden states or experts' weights want gradients, the CPU backend takes torch.ops.zexpert.fused_moe, which
-        keeps little for the backward, and "auto" another backend than "hopper"; the last bits of the results may differ
-        from those without gradients.
+        With gradients, other kernels may run than without: the last bits of the results may differ.
 
-        Under torch.autocast hidden states and experts are converted to autocast's dtype. The routing is not: make the
-        logits in float32.
+        torch.autocast converts hidden states and experts to its dtype, and not the routing: compute the logits in
+        float32.
 
         Args:
             hidden_states: [..., H], of the parameters' dtype; under autocast any floating dtype.
@@ -292,7 +255,7 @@ class FusedMoE(nn.Module):
             [..., H], dtype of hidden_states; under autocast its dtype.
 
         Raises:
-            ValueError: if an argument is no tensor, or a shape or a dtype does not fit.
+            ValueError: if an argument is not a tensor, or a shape or a dtype does not fit.
         """
         check_tensor("hidden_states", hidden_states)
         check_tensor("router_logits", router_logits)
@@ -300,31 +263,38 @@ class FusedMoE(nn.Module):
             raise ValueError(
                 f"hidden_states must have shape [..., {self.hidden_size}], got {list(hidden_states.shape)}"
             )
-        if router_logits.dim() < 1 or router_logits.shape[:-1] != hidden_states.shape[:-1]:
+        is_flat = hidden_states.dim() == 2 and router_logits.dim() == 2
+        if is_flat:
+            fits = router_logits.size(0) == hidden_states.size(0)
+        else:
+            fits = router_logits.dim() > 0 and router_logits.shape[:-1] == hidden_states.shape[:-1]
+        if not fits:
             raise ValueError(
                 f"router_logits must have the leading dimensions of hidden_states "
                 f"({list(hidden_states.shape[:-1])}), got shape {list(router_logits.shape)}"
             )
-        w13_weight: Tensor = self.w13_weight
-        w2_weight: Tensor = self.w2_weight
-        constant_vectors = self.constant_vectors
-        if not torch.jit.is_scripting():
-            dtype = autocast_dtype(w13_weight)
-            if dtype is not None:
-                hidden_states, w13_weight, w2_weight = (
-                    hidden_states.to(dtype),
-                    w13_weight.to(dtype),
-                    w2_weight.to(dtype),
-                )
-                constant_vectors = None if constant_vectors is None else constant_vectors.to(dtype)
         shape = hidden_states.shape
-        if hidden_states.dim() != 2:
+        if not is_flat:
             hidden_states = hidden_states.reshape(-1, self.hidden_size)
             router_logits = router_logits.reshape(-1, router_logits.size(-1))
-        out: Tensor = self.runner(
-            hidden_states, router_logits, w13_weight, w2_weight, self.constant_gate_weight, constant_vectors
-        )
-        return out if len(shape) == 2 else out.reshape(shape)
+        weights = self.expert_weights()
+        if not torch.jit.is_scripting():
+            dtype = autocast_dtype(weights.w13)
+            if dtype is not None:
+                hidden_states, weights = hidden_states.to(dtype), weights_to(weights, dtype)
+        out: Tensor = self.runner(hidden_states, router_logits, weights)
+        return out if is_flat else out.reshape(shape)
+
+    def expert_weights(self) -> ExpertWeights:
+        """The experts' weights as the runner accepts them."""
+        w13: Tensor = self.w13_weight
+        w2: Tensor = self.w2_weight
+        if self.num_constant_experts == 0:
+            return ExpertWeights(w13, w2)
+        gate_weight, vectors = self.constant_gate_weight, self.constant_vectors
+        assert gate_weight is not None
+        assert vectors is not None
+        return ExpertWeights(w13, w2, constants=ConstantExperts(gate_weight, vectors))
 
     def extra_repr(self) -> str:
         return (
@@ -338,8 +308,8 @@ def check_shapes_of_state_dict(
     module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object, shown: Callable[[str], str] = str
 ) -> None:
     """Pre-hook of load_state_dict: raises RuntimeError, before anything of `module` or its submodules is loaded, if an
-    entry has another shape than what it is for. Submodules that load by rules of their own are left to them. Messages
-    call an entry what `shown` makes of its key.
+    entry has another shape than its parameter or buffer, or is quantised. It skips submodules that load by rules of
+    their own. Messages call an entry `shown` of its key.
     """
     for module_name, submodule in module.named_modules(prefix=prefix.removesuffix(".")):
         if type(submodule)._load_from_state_dict is not nn.Module._load_from_state_dict:
@@ -350,10 +320,17 @@ def check_shapes_of_state_dict(
             given = state_dict.get(key)
             if name in submodule._non_persistent_buffers_set or tensor is None or not isinstance(given, Tensor):
                 continue
-            if given.shape != tensor.shape and not fits_sharded_weight(submodule, name, given):
-                shapes = [list(tensor.shape)]
-                whole = unsharded_shape(submodule, name)
-                if whole is not None and whole not in shapes:
-                    shapes.append(whole)
-                fitting = " or ".join(map(str, shapes))
+            if tensor.is_floating_point() and tensor.element_size() > 1:
+                check_not_quantised(shown(key), given)
+            placement = getattr(submodule, "placement", None)
+            if not isinstance(placement, WholeExperts) or name not in placement.whole_shapes:
+                placement = WholeExperts()
+            if not placement.fits(name, tensor, given):
+                fitting = " or ".join(map(str, placement.loadable_shapes(name, tensor)))
                 raise RuntimeError(f"{shown(key)} must have shape {fitting}, got {list(given.shape)}")
+
+
+def check_not_quantised(name: str, given: Tensor) -> None:
+    """Raises RuntimeError if the entry `name` of a state dict holds integers or float8, whose values need a scale."""
+    if not given.is_floating_point() or given.element_size() < 2:
+        raise RuntimeError(f"{name} must be of a floating-point dtype that needs no scale, got {given.dtype}")

@@ -1,34 +1,42 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a model spends its expert compute: counts that runners keep while they work, and what they say."""
+"""Counts of the routing: how much expert compute a model uses, and how evenly its experts are loaded."""
 
 import copy
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from zexpert._values import values_kept
 from zexpert.runner.moe_runner import MoERunner
 
 
 class RoutingStats(nn.Module):
-    """What one mixture-of-experts layer's routing did since the last reset.
+    """What the routing of one mixture-of-experts layer did since the last reset.
 
-    A runner that has one (see track_routing) hands it every routing plan. It keeps two integer buffers on the layer's
-    device and adds to them in place: no host synchronisation, nothing that breaks a graph, a script or a CUDA graph.
-    Counts come out only where they are read. The buffers are outside of the state dict.
+    A runner that has one (see track_routing) calls it with every dispatch plan. It adds to integer buffers on the
+    layer's device, in place: no host synchronisation, no graph break, and it works in scripts and CUDA graphs. Read the
+    counts when you need them. The buffers are not in the state dict.
 
-    Under activation checkpointing a recomputed forward counts again: ratios stay right, num_tokens does not.
-    DistributedDataParallel takes broadcast_buffers=False, or rank 0's counts replace the others' at every forward.
+    Every forward counts. The bias controllers use only the forwards in training mode (module.training), so validation
+    in eval mode does not move a bias. A forward that activation checkpointing repeats in the backward does not count
+    again; in a compiled or scripted layer it does.
+
+    Use DistributedDataParallel with broadcast_buffers=False: otherwise rank 0's counts replace those of the other ranks
+    at every forward.
 
     Args:
-        num_experts: R, the experts whose load is counted. With an expert map these are physical experts.
+        num_experts: R, the number of real experts; with an expert map, of physical experts.
         top_k: K, slots per token.
 
     Attributes:
-        expert_load: [R] int64, slots that each real expert got.
+        expert_load: [R] int64, slots of each real expert.
         ffn_slots_histogram: [K + 1] int64, entry k counts the tokens that used k real experts.
+        evaluation_load: [R] int64, the part of expert_load that was counted in eval mode.
+        evaluation_tokens: int64 scalar, the part of num_tokens that was counted in eval mode.
 
     Raises:
         ValueError: if num_experts or top_k is less than 1.
@@ -36,14 +44,18 @@ class RoutingStats(nn.Module):
 
     expert_load: Tensor
     ffn_slots_histogram: Tensor
+    evaluation_load: Tensor
+    evaluation_tokens: Tensor
 
-    # What people read; scripts only count.
+    # Properties for people; scripts only count.
     __jit_unused_properties__ = [  # noqa: RUF012
         "load_entropy",
         "load_imbalance",
         "mean_ffn_slots",
         "normalized_load_entropy",
         "num_tokens",
+        "num_training_tokens",
+        "training_load",
         "zero_rate",
     ]
 
@@ -55,8 +67,13 @@ class RoutingStats(nn.Module):
             raise ValueError(f"top_k must be at least 1, got {top_k}")
         self.num_experts = num_experts
         self.top_k = top_k
-        self.register_buffer("expert_load", torch.zeros(num_experts, dtype=torch.int64), persistent=False)
-        self.register_buffer("ffn_slots_histogram", torch.zeros(top_k + 1, dtype=torch.int64), persistent=False)
+        for name, shape in (
+            ("expert_load", [num_experts]),
+            ("ffn_slots_histogram", [top_k + 1]),
+            ("evaluation_load", [num_experts]),
+            ("evaluation_tokens", []),
+        ):
+            self.register_buffer(name, torch.zeros(shape, dtype=torch.int64), persistent=False)
 
     def forward(self, topk_ids: Tensor, expert_offsets: Tensor) -> None:
         """Counts one routing.
@@ -65,15 +82,34 @@ class RoutingStats(nn.Module):
             topk_ids: [T, K], int32 or int64, -1 where a slot does no work.
             expert_offsets: [R + 1] int32, from moe_plan of these ids: its differences are the load.
         """
+        if not torch.jit.is_scripting():
+            if is_recomputation():
+                return
         ffn_slots = (topk_ids >= 0).sum(dim=1)
         self.ffn_slots_histogram.scatter_add_(0, ffn_slots, torch.ones_like(ffn_slots))
-        self.expert_load.add_(expert_offsets[1:] - expert_offsets[:-1])
+        load = expert_offsets[1:] - expert_offsets[:-1]
+        self.expert_load.add_(load)
+        if not self.training:
+            self.evaluation_load.add_(load)
+            self.evaluation_tokens.add_(topk_ids.size(0))
 
-    # ---- What the counts say: 0-dimensional tensors on the layer's device, NaN where no token was seen ----
+    # ---- The part that training counted, which controllers read -------------------------------------------------
+
+    @property
+    def training_load(self) -> Tensor:
+        """[R] int64, slots of each real expert in training mode."""
+        return self.expert_load - self.evaluation_load
+
+    @property
+    def num_training_tokens(self) -> Tensor:
+        """Tokens in training mode, int64."""
+        return self.num_tokens - self.evaluation_tokens
+
+    # ---- Figures of all counts: 0-dimensional tensors on the layer's device, NaN without tokens ----------------
 
     @property
     def num_tokens(self) -> Tensor:
-        """Tokens seen, int64."""
+        """Tokens, int64."""
         return self.ffn_slots_histogram.sum()
 
     @property
@@ -108,12 +144,21 @@ class RoutingStats(nn.Module):
     # ---- Objects ----
 
     def reset(self) -> None:
-        """Starts again from zero, in place."""
-        self.expert_load.zero_()
-        self.ffn_slots_histogram.zero_()
+        """Sets all counts to 0, in place."""
+        for counts in self.buffers():
+            counts.zero_()
+
+    def reset_parameters(self) -> None:
+        """reset, under the name that frameworks call after they have materialised a model."""
+        self.reset()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RoutingStats":
+        with values_kept(self):
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def clone(self) -> "RoutingStats":
-        """A copy that no runner adds to."""
+        """An independent copy."""
         return copy.deepcopy(self)
 
     def merge(self, other: "RoutingStats") -> "RoutingStats":
@@ -127,23 +172,24 @@ class RoutingStats(nn.Module):
                 f"other must count {self.num_experts} experts and {self.top_k} slots per token, got "
                 f"{other.num_experts} and {other.top_k}"
             )
-        self.expert_load.add_(other.expert_load.to(self.expert_load.device))
-        self.ffn_slots_histogram.add_(other.ffn_slots_histogram.to(self.expert_load.device))
+        for counts, others in zip(self.buffers(), other.buffers(), strict=True):
+            counts.add_(others.to(counts.device))
         return self
 
     def all_reduced(self, process_group: "dist.ProcessGroup | None" = None) -> "RoutingStats":
-        """A copy with the sums over the ranks of `process_group` (None: all ranks). Every rank of it calls this.
-        Without torch.distributed it is a plain copy. This object is unchanged, so nothing is counted twice later.
+        """A copy with the sums over the ranks of `process_group` (None: all ranks). Every rank must call this.
+        Without torch.distributed it is a plain copy. This object does not change, so nothing is counted twice later.
 
-        The ranks of a tensor_parallel_group all count the same tokens: name the data-parallel ranks, or counts are as
-        many times too large.
+        The ranks of a tensor_parallel_group count the same tokens. Pass the data-parallel ranks: otherwise each token
+        counts once per rank.
         """
         total = self.clone()
         if is_distributed():
-            counts = torch.cat((total.expert_load, total.ffn_slots_histogram))
+            buffers = list(total.buffers())
+            counts = torch.cat([buffer.flatten() for buffer in buffers])
             dist.all_reduce(counts, group=process_group)
-            total.expert_load.copy_(counts[: self.num_experts])
-            total.ffn_slots_histogram.copy_(counts[self.num_experts :])
+            for buffer, summed in zip(buffers, counts.split([buffer.numel() for buffer in buffers]), strict=True):
+                buffer.copy_(summed.view(buffer.shape))
         return total
 
     def as_dict(self) -> dict[str, Any]:
@@ -173,14 +219,25 @@ class RoutingStats(nn.Module):
         )
 
 
+def is_recomputation() -> bool:
+    """True in a forward that runs inside a backward: activation checkpointing repeats it there. Compiled code cannot
+    ask: False."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._current_graph_task_id() != -1
+
+
 def is_distributed() -> bool:
-    """Whether there are ranks to reduce over."""
+    """True if there are ranks to reduce over."""
     return dist.is_available() and dist.is_initialized()
 
 
 def moe_runners(model: nn.Module) -> dict[str, MoERunner]:
-    """The runners in `model`, in the order of its modules, by the name of the layer that owns them.
-    ValueError for what is no module."""
+    """The runners in `model` by layer name, in the order of its modules.
+
+    Raises:
+        ValueError: if `model` is not a module.
+    """
     if not isinstance(model, nn.Module):
         raise ValueError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     return {
@@ -191,13 +248,12 @@ def moe_runners(model: nn.Module) -> dict[str, MoERunner]:
 
 
 def track_routing(model: nn.Module, enabled: bool = True) -> dict[str, RoutingStats]:
-    """Gives every mixture-of-experts layer in `model` a RoutingStats that its runner fills, or takes it away again.
+    """Gives every mixture-of-experts layer in `model` a RoutingStats that its runner fills, or removes them.
 
-    A layer that has one keeps it, with its counts. Comes before torch.jit.script and torch.compile: they take the
-    layer as it is then.
+    A layer that has one keeps it, with its counts. Call this before torch.jit.script and torch.compile.
 
     Args:
-        model: a FusedMoE layer, a runner, or any module that holds some.
+        model: a FusedMoE layer, a runner, or any module that contains some.
         enabled: False removes the stats.
 
     Returns:
@@ -220,12 +276,12 @@ def stats_for(runner: MoERunner) -> RoutingStats:
         load = router.expert_load
         num_experts = load.numel() if load is not None else int(router.logical_to_physical_map.max()) + 1
     tensors = [*runner.parameters(), *runner.buffers()]
-    stats = RoutingStats(num_experts, router.top_k)
+    stats = RoutingStats(num_experts, router.top_k).train(runner.training)
     return stats.to(tensors[0].device) if tensors else stats
 
 
 def collect_routing_stats(model: nn.Module) -> dict[str, RoutingStats]:
-    """The stats of every tracked layer in `model` by layer name: the live objects, which later calls add to.
+    """The stats of every tracked layer in `model` by layer name. They are the live objects: later forwards add to them.
 
     A layer's name is its name in the model, such as "layers.0.moe"; "" for `model` itself.
     """

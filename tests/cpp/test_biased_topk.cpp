@@ -31,7 +31,7 @@ class Random {
     return row;
   }
 
-  /// A row whose choice does not hang on a rounding error.
+  /// A row for which rounding errors cannot change the choice.
   Row logits(const Call& call, double deviation = 2) {
     for (int attempt = 0; attempt < 100; ++attempt) {
       Row row = normal(call.spec.num_experts, call.logits_type, deviation);
@@ -133,6 +133,44 @@ TEST(BiasedTopK, BadParamsAreRefusedBeforeAnythingIsRead) {
   EXPECT_EQ(error_of(params), "topk_weights must not be null");
   params.num_tokens = -1;
   EXPECT_EQ(error_of(params), "num_tokens must not be negative, got -1");
+  params.num_tokens = 2;
+  params.logits_row_stride = -2;
+  EXPECT_EQ(error_of(params), "logits_row_stride must not be negative, got -2");
+  params.logits_row_stride = 6;
+  params.logits_type = ScalarType::kInt32;
+  EXPECT_EQ(error_of(params), "data must be of a floating type, got int32");
+  params.logits_type = ScalarType::kFloat32;
+  params.bias = logits;
+  params.bias_type = static_cast<ScalarType>(17);
+  EXPECT_EQ(error_of(params), "data must be of a floating type, got unknown");
+  params.bias_type = ScalarType::kFloat32;
+  params.ids_type = ScalarType::kFloat32;
+  EXPECT_EQ(error_of(params), "topk_ids must be int32 or int64, got float32");
+}
+
+TEST(BiasedTopK, RowsAreDenseUnlessAStrideIsGivenAndOneRowMayServeAllTokens) {
+  const std::vector<float> logits = {0, 1, 2, 3, 3, 2, 1, 0, 1, 3, 0, 2};  // 3 rows of 4
+  const auto chosen = [&](int64_t row_stride) {
+    std::vector<int32_t> ids(3);
+    std::vector<float> weights(6);
+    BiasedTopKParams params;
+    params.spec.num_real_experts = 4;
+    params.spec = params.spec.for_width(4);
+    params.logits = logits.data();
+    if (row_stride != kDenseRows) {
+      params.logits_row_stride = row_stride;
+    }
+    params.topk_weights = weights.data();
+    params.topk_ids = ids.data();
+    params.zero_weight = weights.data() + 3;
+    params.num_tokens = 3;
+    biased_topk_cpu(params);
+    return ids;
+  };
+  EXPECT_EQ(chosen(kDenseRows), (std::vector<int32_t>{3, 0, 1}));
+  EXPECT_EQ(chosen(4), (std::vector<int32_t>{3, 0, 1}));
+  EXPECT_EQ(chosen(2), (std::vector<int32_t>{3, 1, 0}));  // rows may overlap
+  EXPECT_EQ(chosen(0), (std::vector<int32_t>{3, 3, 3}));
 }
 
 TEST(BiasedTopK, EqualLogitsChooseTheFirst) {

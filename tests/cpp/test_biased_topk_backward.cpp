@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // biased_topk_backward_cpu: in float64 against finite differences of biased_topk_cpu, in every other type against
 // float64.
-#include "zexpert/biased_topk_backward.h"
-
 #include <gtest/gtest.h>
 
 #include "testing.h"

@@ -7,17 +7,15 @@
 #include <array>
 #include <string>
 
-#include "zexpert/biased_topk_backward.h"
+#include "zexpert/biased_topk.h"
 #include "zexpert/error.h"
 #include "zexpert/grouped_mlp.h"
 #include "zexpert/moe_finalize.h"
-#include "zexpert/moe_finalize_backward.h"
 #include "zexpert/moe_permute.h"
-#include "zexpert/moe_permute_backward.h"
 #include "zexpert/moe_plan.h"
 #include "zexpert/silu_and_mul.h"
 #include "zexpert/zero_expert_accumulate.h"
-#include "zexpert/zero_expert_accumulate_backward.h"
+#include "zexpert/zero_idle.h"
 
 namespace zexpert {
 namespace {
@@ -33,7 +31,9 @@ std::string error_of(void (*op)(const Params&), const Params& params) {
 }
 
 TEST(CheckParams, NothingToDoNeedsNoArrays) {
-  EXPECT_EQ(error_of(&biased_topk_backward_cpu, {}), "");
+  BiasedTopKBackwardParams routing;
+  routing.spec = routing.spec.for_width(2);
+  EXPECT_EQ(error_of(&biased_topk_backward_cpu, routing), "");
   EXPECT_EQ(error_of(&moe_finalize_cpu, {}), "");
   EXPECT_EQ(error_of(&moe_finalize_backward_cpu, {}), "");
   EXPECT_EQ(error_of(&moe_permute_cpu, {}), "");
@@ -65,6 +65,9 @@ TEST(CheckParams, BiasedTopKBackward) {
   using P = BiasedTopKBackwardParams;
   P params;
   params.spec.num_constant_experts = 1;
+  EXPECT_EQ(error_of(&biased_topk_backward_cpu, params),
+            "spec must be resolved by RoutingSpec::for_width, got an open count of experts");
+  params.spec = params.spec.for_width(2);
   expect_checks(&biased_topk_backward_cpu, params, std::array{SIZE(P, num_tokens)}, "grad_topk_weights");
   const float value = 0.0F;
   float grad_logit = -7.0F;
@@ -88,14 +91,46 @@ TEST(CheckParams, MoePlan) {
 
 TEST(CheckParams, GroupedMlp) {
   using P = GroupedMlpParams;
-  expect_checks(&grouped_mlp_cpu, P{},
-                std::array{SIZE(P, num_rows), SIZE(P, num_experts), SIZE(P, hidden_size), SIZE(P, intermediate_size)},
+  const auto op = +[](const P& params) { grouped_mlp_cpu(params); };
+  expect_checks(op, P{},
+                std::array{SIZE(P, num_rows), SIZE(P, num_tokens), SIZE(P, top_k), SIZE(P, num_experts),
+                           SIZE(P, hidden_size), SIZE(P, intermediate_size)},
                 "expert_offsets");
   const std::array<int32_t, 2> offsets{0, 1};
   P params;
   params.expert_offsets = offsets.data();
   params.num_rows = params.num_experts = params.hidden_size = 1;
-  EXPECT_EQ(error_of(&grouped_mlp_cpu, params), "rows must not be null");
+  EXPECT_EQ(error_of(op, params), "rows must not be null");
+  const float value = 1.0F;
+  float out = -7.0F;
+  params.rows = &value;
+  params.out = &out;
+  params.intermediate_size = 1;
+  EXPECT_EQ(error_of(op, params), "w13_weight must not be null");
+  params.w13_weight = params.w2_weight = &value;
+  params.data_type = ScalarType::kInt32;
+  EXPECT_EQ(error_of(op, params), "data must be of a floating type, got int32");
+  const int32_t slot = 0;
+  params.row_slots = &slot;
+  params.top_k = 0;
+  EXPECT_EQ(error_of(op, params), "top_k must be at least 1, got 0");
+  params.row_slots = nullptr;
+  params.data_type = ScalarType::kFloat32;
+  params.tile_rows = 8;
+  EXPECT_EQ(error_of(op, params), "tile_rows must be 0 on the CPU, got 8");
+  EXPECT_EQ(out, -7.0F);
+}
+
+TEST(CheckParams, ZeroIdleExperts) {
+  using P = ZeroIdleExpertsParams;
+  EXPECT_EQ(error_of(&zero_idle_experts_cpu, {}), "");
+  expect_checks(&zero_idle_experts_cpu, P{}, std::array{SIZE(P, num_experts), SIZE(P, expert_size)}, "data");
+}
+
+TEST(CheckParams, ZeroIdleRows) {
+  using P = ZeroIdleRowsParams;
+  EXPECT_EQ(error_of(&zero_idle_rows_cpu, {}), "");
+  expect_checks(&zero_idle_rows_cpu, P{}, std::array{SIZE(P, num_rows), SIZE(P, row_size)}, "data");
 }
 
 TEST(CheckParams, MoeFinalize) {
@@ -118,18 +153,51 @@ TEST(CheckParams, MoeFinalize) {
   EXPECT_EQ(out, 1.0F);
   params.num_constant_experts = 1;
   EXPECT_EQ(error_of(&moe_finalize_cpu, params), "constant_weight must not be null");
+  params.num_constant_experts = 0;
+  params.zero_weight = params.hidden_states = nullptr;
+  EXPECT_EQ(error_of(&moe_finalize_cpu, params), "");  // without a zero part neither is needed
+  EXPECT_EQ(out, 0.0F);
+  params.num_tokens = 2;
+  EXPECT_EQ(error_of(&moe_finalize_cpu, params), "out_row_stride must be at least hidden_size (1), got 0");
 }
 
 TEST(CheckParams, MoeFinalizeBackward) {
   using P = MoeFinalizeBackwardParams;
   expect_checks(&moe_finalize_backward_cpu, P{},
                 std::array{SIZE(P, num_rows), SIZE(P, num_tokens), SIZE(P, top_k), SIZE(P, hidden_size)}, "slot_rows");
+  float value = 0.0F;
+  P params;
+  params.num_rows = params.num_tokens = params.hidden_size = 1;
+  params.grad_out = params.rows = params.hidden_states = &value;
+  params.grad_rows = params.grad_hidden_states = params.grad_zero_weight = &value;
+  EXPECT_EQ(error_of(&moe_finalize_backward_cpu, params), "zero_weight must not be null");
+  params.zero_weight = &value;
+  EXPECT_EQ(error_of(&moe_finalize_backward_cpu, params), "workspace must not be null");
 }
 
 TEST(CheckParams, MoePermute) {
   using P = MoePermuteParams;
   expect_checks(&moe_permute_cpu, P{},
                 std::array{SIZE(P, num_rows), SIZE(P, num_tokens), SIZE(P, top_k), SIZE(P, hidden_size)}, "row_slots");
+}
+
+/// Each operator, with a type that holds no floating numbers.
+template <typename Params>
+void expect_refuses_integers(void (*op)(const Params&)) {
+  Params params;
+  params.data_type = ScalarType::kInt32;
+  EXPECT_EQ(error_of(op, params), "data must be of a floating type, got int32");
+}
+
+TEST(CheckParams, TypesThatAreNotFloating) {
+  expect_refuses_integers(&moe_finalize_cpu);
+  expect_refuses_integers(&moe_finalize_backward_cpu);
+  expect_refuses_integers(&moe_permute_cpu);
+  expect_refuses_integers(&moe_permute_backward_cpu);
+  expect_refuses_integers(&silu_and_mul_cpu);
+  expect_refuses_integers(&silu_and_mul_backward_cpu);
+  expect_refuses_integers(&zero_expert_accumulate_cpu);
+  expect_refuses_integers(&zero_expert_accumulate_backward_cpu);
 }
 
 TEST(CheckParams, MoePermuteBackward) {

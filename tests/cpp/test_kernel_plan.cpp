@@ -7,10 +7,11 @@
 #include <cctype>
 #include <string>
 
-#include "zexpert/biased_topk_and_plan.h"
+#include "zexpert/biased_topk.h"
 #include "zexpert/cpu_capability.h"
 #include "zexpert/error.h"
 #include "zexpert/grouped_mlp.h"
+#include "zexpert/moe_plan.h"
 
 namespace zexpert {
 namespace {
@@ -67,6 +68,19 @@ TEST(KernelPlan, ChoiceAndPlanAreOneLaunchForFewTokensOnHopperAndBlackwell) {
   query.compute_capability = 9;
   query.num_tokens = kMaxPlannedTokens + 1;
   EXPECT_EQ(kernel_plan(query).kernel, "biased_topk_warp, counting_sort");
+}
+
+TEST(KernelPlan, SaysHowManyBlocksPlan) {
+  KernelQuery query = query_for("moe_plan");
+  query.device = "cuda";
+  query.top_k = 8;
+  for (const int64_t num_tokens : {1, 256, 257, 100000}) {
+    query.num_tokens = num_tokens;
+    const int64_t num_blocks = moe_plan_cuda_num_blocks(num_tokens * 8);
+    EXPECT_EQ(kernel_plan(query).reason,
+              "The slots are counted and placed on the device by " +
+                  (num_blocks == 1 ? "one block." : std::to_string(num_blocks) + " blocks."));
+  }
 }
 
 int64_t few_rows() { return few_rows_limit(ScalarType::kFloat32, cpu_capability()); }

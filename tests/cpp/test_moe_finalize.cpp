@@ -41,9 +41,9 @@ struct Call {
     MoeFinalizeParams params;
     params.rows = rows.data();
     params.slot_rows = slot_rows.data();
-    params.topk_weights = topk_weights.data();
-    params.hidden_states = hidden_states.data();
-    params.zero_weight = zero_weight.data();
+    params.topk_weights = has_weights ? topk_weights.data() : nullptr;
+    params.hidden_states = has_zero_part ? hidden_states.data() : nullptr;
+    params.zero_weight = has_zero_part ? zero_weight.data() : nullptr;
     params.residual = has_residual ? residual.data() : nullptr;
     params.constant_weight = num_constants > 0 ? constant_weight.data() : nullptr;
     params.constant_vectors = num_constants > 0 ? constant_vectors.data() : nullptr;
@@ -58,6 +58,7 @@ struct Call {
     params.hidden_row_stride = hidden_states.stride();
     params.residual_row_stride = residual.stride();
     params.constant_row_stride = constant_vectors.stride();
+    params.out_row_stride = out.stride();
     return params;
   }
 
@@ -75,10 +76,12 @@ struct Call {
         for (int64_t k = 0; k < top_k; ++k) {
           const auto slot = static_cast<size_t>(t * top_k + k);
           if (slot_rows[slot] >= 0) {
-            add(topk_weights[slot], rows.row(slot_rows[slot]));
+            add(has_weights ? topk_weights[slot] : Weight(1), rows.row(slot_rows[slot]));
           }
         }
-        add(zero_weight[static_cast<size_t>(t)], hidden_states.row(t));
+        if (has_zero_part) {
+          add(zero_weight[static_cast<size_t>(t)], hidden_states.row(t));
+        }
         for (int64_t c = 0; c < num_constants; ++c) {
           add(constant_weight[static_cast<size_t>(t * num_constants + c)], constant_vectors.row(c));
         }
@@ -93,6 +96,8 @@ struct Call {
 
   int64_t num_tokens, top_k, num_constants, hidden_size, num_rows;
   bool has_residual;
+  bool has_weights = true;
+  bool has_zero_part = true;
   Rows<T> rows, hidden_states, residual, constant_vectors, out;
   std::vector<int32_t> slot_rows;
   std::vector<Weight> topk_weights, zero_weight, constant_weight;
@@ -115,6 +120,54 @@ TYPED_TEST(MoeFinalize, EverySize) {
           }
         }
       }
+    }
+  }
+}
+
+TYPED_TEST(MoeFinalize, WithoutWeightsOrZeroPart) {
+  Random random;
+  for (const int64_t top_k : {0, 1, 5}) {
+    for (const bool has_weights : {false, true}) {
+      for (const bool has_residual : {false, true}) {
+        Call<TypeParam> call(random, 7, top_k, 1, 257, has_residual);
+        call.has_weights = has_weights;
+        for (const bool has_zero_part : {false, true}) {
+          call.has_zero_part = has_zero_part;
+          moe_finalize_cpu(call.params());
+          call.expect_matches_reference();
+        }
+      }
+    }
+  }
+}
+
+TYPED_TEST(MoeFinalize, AbsentWeightsAreOnes) {
+  using Weight = accumulate_t<TypeParam>;
+  Random random;
+  Call<TypeParam> call(random, 7, 5, 0, 257, true);
+  std::fill(call.topk_weights.begin(), call.topk_weights.end(), Weight(1));
+  moe_finalize_cpu(call.params());
+  const auto with_ones = call.out;
+  call.has_weights = false;
+  moe_finalize_cpu(call.params());
+  EXPECT_TRUE(call.out == with_ones);
+}
+
+TYPED_TEST(MoeFinalize, InPlaceOfHiddenStatesOrResidual) {
+  Random random;
+  for (const int64_t top_k : {0, 3}) {
+    Call<TypeParam> call(random, 7, top_k, 0, 257, true);
+    moe_finalize_cpu(call.params());
+    for (Rows<TypeParam>* const target : {&call.residual, &call.hidden_states}) {
+      const Rows<TypeParam> before = *target;
+      auto params = call.params();
+      params.out = target->data();
+      params.out_row_stride = target->stride();
+      moe_finalize_cpu(params);
+      for (int64_t t = 0; t < 7; ++t) {
+        EXPECT_EQ(std::memcmp(target->row(t), call.out.row(t), 257 * sizeof(TypeParam)), 0) << "token " << t;
+      }
+      *target = before;
     }
   }
 }

@@ -1,11 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "zexpert/moe_finalize_backward.h"
-
 #include <gtest/gtest.h>
 
 #include <numeric>
 
 #include "testing.h"
+#include "zexpert/moe_finalize.h"
 
 namespace zexpert {
 namespace {
@@ -31,7 +30,8 @@ struct Call {
         grad_rows(num_rows, hidden, hidden),
         grad_topk_weights(tokens, k, k),
         grad_hidden_states(tokens, hidden, hidden),
-        grad_zero_weight(tokens, 1, 1) {
+        grad_zero_weight(tokens, 1, 1),
+        workspace(static_cast<size_t>(num_rows), 0x5a) {
     grad_out.randomize(random);
     rows.randomize(random);
     hidden_states.randomize(random);
@@ -60,6 +60,8 @@ struct Call {
     params.grad_out_row_stride = grad_out.stride();
     params.rows_row_stride = rows.stride();
     params.hidden_row_stride = hidden_states.stride();
+    EXPECT_EQ(moe_finalize_backward_workspace_bytes(params), static_cast<int64_t>(workspace.size()));
+    params.workspace = workspace.data();
     return params;
   }
 
@@ -76,6 +78,7 @@ struct Call {
   Rows<Weight> grad_topk_weights;
   Rows<T> grad_hidden_states;
   Rows<Weight> grad_zero_weight;
+  std::vector<char> workspace;
 };
 
 /// target = weight * gradient, and sum = <gradient, row>.
@@ -157,6 +160,24 @@ TYPED_TEST(MoeFinalizeBackward, ReadsNoRowWithoutASlot) {
   moe_finalize_backward_cpu(clean.params());
   moe_finalize_backward_cpu(poisoned.params());
   EXPECT_TRUE(poisoned.same_gradients(clean));
+}
+
+TYPED_TEST(MoeFinalizeBackward, TheGradientOfHiddenStatesIsOptional) {
+  using T = TypeParam;
+  Random random;
+  for (const int64_t top_k : {0, 3}) {
+    Call<T> whole(random, 7, top_k, 257);
+    Call<T> without = whole;
+    moe_finalize_backward_cpu(whole.params());
+    auto params = without.params();
+    params.grad_hidden_states = nullptr;
+    params.zero_weight = nullptr;
+    moe_finalize_backward_cpu(params);
+    EXPECT_TRUE(without.grad_hidden_states.untouched());
+    EXPECT_TRUE(without.grad_zero_weight == whole.grad_zero_weight);
+    EXPECT_TRUE(without.grad_rows == whole.grad_rows);
+    EXPECT_TRUE(without.grad_topk_weights == whole.grad_topk_weights);
+  }
 }
 
 TYPED_TEST(MoeFinalizeBackward, RefusesBadRowsAndWritesNothing) {

@@ -57,6 +57,30 @@ TYPED_TEST(MoePermute, CopiesEveryBit) {
   }
 }
 
+TYPED_TEST(MoePermute, RowsPastTheLastOffsetAreNotWritten) {
+  using T = TypeParam;
+  Random random;
+  Rows<T> hidden_states(4, 9, 9);
+  Rows<T> rows(5, 9, 9);
+  hidden_states.randomize(random);
+  const std::vector<int32_t> row_slots = {11, 0, 5, -1, 99};
+  auto params = this->params_for(hidden_states, row_slots, rows, 4, 3, 9);
+  for (const int32_t bad : {-1, 6}) {
+    params.last_offset = &bad;
+    EXPECT_EQ(error_of([&] { moe_permute_cpu(params); }),
+              "expert_offsets must end between 0 and the number of rows (5), got " + std::to_string(bad));
+    EXPECT_TRUE(rows.untouched());
+  }
+  const int32_t last_offset = 3;
+  params.last_offset = &last_offset;
+  moe_permute_cpu(params);
+  EXPECT_TRUE(rows.untouched_outside(0, last_offset));
+  for (int64_t r = 0; r < last_offset; ++r) {
+    const T* source = hidden_states.row(row_slots[static_cast<size_t>(r)] / 3);
+    EXPECT_EQ(std::memcmp(rows.row(r), source, 9 * sizeof(T)), 0) << "row " << r;
+  }
+}
+
 TYPED_TEST(MoePermute, NothingToDo) {
   using T = TypeParam;
   MoePermuteParams params;

@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "zexpert/moe_permute_backward.h"
-
 #include <gtest/gtest.h>
 
 #include "testing.h"
+#include "zexpert/moe_permute.h"
 
 namespace zexpert {
 namespace {
@@ -13,9 +12,9 @@ using namespace zexpert::testing;
 template <typename T>
 class MoePermuteBackward : public ::testing::Test {
  protected:
-  static MoePermuteBackwardParams params_for(Rows<T>& grad_rows, const std::vector<int32_t>& row_slots,
-                                             Rows<T>& grad_hidden_states, int64_t num_tokens, int64_t top_k,
-                                             int64_t hidden_size) {
+  MoePermuteBackwardParams params_for(Rows<T>& grad_rows, const std::vector<int32_t>& row_slots,
+                                      Rows<T>& grad_hidden_states, int64_t num_tokens, int64_t top_k,
+                                      int64_t hidden_size, const int32_t* slot_rows = nullptr) {
     MoePermuteBackwardParams params;
     params.grad_rows = grad_rows.data();
     params.row_slots = row_slots.data();
@@ -26,8 +25,14 @@ class MoePermuteBackward : public ::testing::Test {
     params.top_k = top_k;
     params.hidden_size = hidden_size;
     params.grad_rows_row_stride = grad_rows.stride();
+    params.slot_rows = slot_rows;
+    workspace_.assign(static_cast<size_t>(moe_permute_backward_workspace_bytes(params)) / sizeof(int32_t), 0x5a5a5a5a);
+    params.workspace = workspace_.data();
     return params;
   }
+
+ private:
+  std::vector<int32_t> workspace_;
 };
 TYPED_TEST_SUITE(MoePermuteBackward, FloatingTypes);
 
@@ -73,6 +78,39 @@ TYPED_TEST(MoePermuteBackward, SumsEveryTokensRows) {
       }
     }
   }
+}
+
+TYPED_TEST(MoePermuteBackward, GivenSlotRowsAreReadInPlaceOfRowSlots) {
+  using T = TypeParam;
+  constexpr int64_t kTokens = 7;
+  constexpr int64_t kTopK = 3;
+  constexpr int64_t kHidden = 257;
+  Random random;
+  const std::vector<int32_t> row_slots = {20, 3, 4, 0, 11, 19, 7, -1, 99};
+  const int32_t last_offset = 7;
+  std::vector<int32_t> slot_rows(kTokens * kTopK, -1);
+  for (int32_t row = 0; row < last_offset; ++row) {
+    slot_rows[static_cast<size_t>(row_slots[static_cast<size_t>(row)])] = row;
+  }
+  Rows<T> grad_rows(9, kHidden, kHidden);
+  grad_rows.randomize(random);
+  Rows<T> inverted(kTokens, kHidden, kHidden);
+  auto params = this->params_for(grad_rows, row_slots, inverted, kTokens, kTopK, kHidden);
+  params.last_offset = &last_offset;
+  moe_permute_backward_cpu(params);
+  Rows<T> given(kTokens, kHidden, kHidden);
+  params = this->params_for(grad_rows, row_slots, given, kTokens, kTopK, kHidden, slot_rows.data());
+  params.last_offset = &last_offset;
+  EXPECT_EQ(moe_permute_backward_workspace_bytes(params), 0);
+  params.workspace = nullptr;
+  moe_permute_backward_cpu(params);
+  EXPECT_TRUE(given == inverted);
+
+  slot_rows[5] = last_offset;
+  Rows<T> untouched(kTokens, kHidden, kHidden);
+  params.grad_hidden_states = untouched.data();
+  EXPECT_EQ(error_of([&] { moe_permute_backward_cpu(params); }), "slot_rows must lie in [-1, 7), got 7");
+  EXPECT_TRUE(untouched.untouched());
 }
 
 TYPED_TEST(MoePermuteBackward, NoRowsGiveZeros) {

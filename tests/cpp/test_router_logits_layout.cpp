@@ -12,7 +12,7 @@
 #include <utility>
 #include <vector>
 
-#include "cuda/grouped_mlp_hopper_layout.h"
+#include "cuda/grouped_mlp/layout.h"
 #include "cuda/router_logits_layout.h"
 
 namespace zexpert::cuda::router {

@@ -49,6 +49,11 @@ TEST(RoutingSpec, PublishedShapesAreValid) {
   EXPECT_EQ(grouped_drop.num_drop_experts(), 32);
 }
 
+TEST(RoutingSpec, RefusesAnUnknownScoringFunction) {
+  EXPECT_EQ(error_after([](RoutingSpec& spec) { spec.scoring_func = static_cast<ScoringFunc>(17); }),
+            "scoring_func must be a ScoringFunc, got 17");
+}
+
 TEST(RoutingSpec, RefusesFieldsOutOfRange) {
   EXPECT_EQ(error_after([](RoutingSpec& spec) { spec.top_k = 0; }), "top_k must be between 1 and 64, got 0");
   EXPECT_EQ(error_after([](RoutingSpec& spec) { spec.top_k = 65; }), "top_k must be between 1 and 64, got 65");

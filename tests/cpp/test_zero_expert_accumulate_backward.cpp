@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "zexpert/zero_expert_accumulate_backward.h"
-
 #include <gtest/gtest.h>
 
 #include "testing.h"
+#include "zexpert/zero_expert_accumulate.h"
 
 namespace zexpert {
 namespace {

@@ -4,9 +4,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from zexpert.models import (
+    LongcatFlashConfig,
+    LongcatFlashMoE,
+    MoEPlusPlusBlock,
+    MoEPlusPlusConfig,
+    ZedaGlm4Config,
+    ZedaGlm4MoE,
+    ZedaQwen3Config,
+    ZedaQwen3MoE,
+)
 
 #: What transformers' LongcatFlashConfig has beside its experts, for a decoder that is soon made.
 TINY_DECODER = {
@@ -69,3 +81,33 @@ def as_module_list(weights: dict[str, Tensor]) -> dict[str, Tensor]:
         listed |= {f"experts.{i}.gate_proj.weight": gate, f"experts.{i}.up_proj.weight": up}
         listed[f"experts.{i}.down_proj.weight"] = down
     return listed
+
+
+# ---- Every block, small ---------------------------------------------------------------------------------------------
+
+HIDDEN, INTERMEDIATE, REAL = 16, 12, 6
+BLOCKS: dict[str, tuple[Any, Any]] = {
+    "longcat": (LongcatFlashMoE, LongcatFlashConfig(HIDDEN, INTERMEDIATE, REAL, zero_expert_num=3, moe_topk=4)),
+    "moe++": (
+        MoEPlusPlusBlock,
+        MoEPlusPlusConfig(
+            HIDDEN, INTERMEDIATE, REAL, num_constant_experts=3, num_copy_experts=2, num_zero_experts=2, top_k=4
+        ),
+    ),
+    "qwen3": (ZedaQwen3MoE, ZedaQwen3Config(HIDDEN, INTERMEDIATE, REAL, num_zero_experts=3, num_experts_per_tok=4)),
+    "glm4": (
+        ZedaGlm4MoE,
+        ZedaGlm4Config(HIDDEN, INTERMEDIATE, REAL, num_zero_experts=3, n_group=2, topk_group=1, num_experts_per_tok=3),
+    ),
+}
+
+
+def make_blocks(name: str, **options: Any) -> nn.ModuleList:
+    """Two blocks, in float64 and seeded alike."""
+    block, config = BLOCKS[name]
+    torch.manual_seed(0)
+    blocks = nn.ModuleList(block(config, params_dtype=torch.float64, **options) for _ in range(2))
+    for buffer_name, buffer in blocks.named_buffers():
+        if buffer_name.endswith("e_score_correction_bias"):
+            buffer.normal_(std=0.1)
+    return blocks

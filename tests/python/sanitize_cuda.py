@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zexpert.experts.hopper import is_hopper
 from zexpert.ops import (
     biased_topk,
     biased_topk_and_plan,
+    fused_moe,
+    grouped_mlp,
     grouped_mlp_hopper,
     moe_finalize,
     moe_permute,
@@ -48,8 +49,27 @@ def take_tokens_through(dtype: torch.dtype, hidden_size: int) -> None:
     torch.autograd.grad(zero_expert_accumulate(hidden_states, zero_weight), given[::2], torch.ones_like(hidden_states))
 
 
+def train_experts(dtype: torch.dtype, hidden_size: int) -> None:
+    """What zexpert's kernels do around PyTorch's products; an expert has no rows."""
+    plan = moe_plan(torch.randint(-2, 4, (9, 4), device="cuda").clamp(min=-1), 5)
+    given = [torch.randn(9, hidden_size, device="cuda").to(dtype), torch.rand(9, 4, device="cuda")]
+    given += [torch.rand(9, device="cuda"), torch.randn(5, 2 * 24, hidden_size, device="cuda").to(dtype)]
+    given += [torch.randn(5, hidden_size, 24, device="cuda").to(dtype)]
+    hidden_states, topk_weights, zero_weight, w13_weight, w2_weight = (tensor.requires_grad_() for tensor in given)
+    for keep_gate_up in (True, False):
+        out, _ = fused_moe(
+            hidden_states, topk_weights, zero_weight, *plan, w13_weight, w2_weight, keep_gate_up=keep_gate_up,
+            implementation="torch",
+        )  # fmt: skip
+        torch.autograd.grad(out, given, torch.ones_like(out))
+    rows = grouped_mlp(
+        hidden_states, plan.expert_offsets, w13_weight, w2_weight, plan.row_slots, 4, implementation="torch"
+    )
+    torch.autograd.grad(rows, [hidden_states, w13_weight, w2_weight], torch.ones_like(rows))
+
+
 def multiply_experts() -> None:
-    """Every kernel of grouped_mlp_hopper; the second time, the depth of tiles is split."""
+    """Every kernel of grouped_mlp on a Hopper GPU; the second time, the depth of tiles is split."""
     for dtype in (torch.bfloat16, torch.float16):
         for segments in ([9, 0, 330], [0, 2, 0]):
             expert_offsets = torch.tensor([0, *segments], device="cuda").cumsum(0).int()
@@ -84,7 +104,8 @@ def main() -> None:
         zero_expert_accumulate(hidden_states[:, 1:], weight)
         for hidden_size in (24, 1000, 1001):
             take_tokens_through(dtype, hidden_size)
-    if is_hopper(torch.cuda.current_device()):
+            train_experts(dtype, hidden_size)
+    if torch.ops.zexpert.is_hopper(torch.zeros(1, device="cuda")):
         multiply_experts()
     for num_tokens in (1, 100, 2000):
         moe_plan(torch.randint(-1, 100, (num_tokens, 6), device="cuda"), 100)

@@ -16,8 +16,8 @@ import reference
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
-from zexpert.benchmark import harness, torch_routing
-from zexpert.benchmark.layer import LayerResult
+from zexpert_tools.benchmark import harness, machine, rates, torch_routing
+from zexpert_tools.benchmark.layer import LayerResult
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -35,9 +35,9 @@ class Clock:
 @pytest.fixture
 def small_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine whose cache is small and whose rates are known, so that tests are quick."""
-    monkeypatch.setattr(harness, "last_level_cache_bytes", lambda: 1 << 12)
-    monkeypatch.setattr(harness, "read_bandwidth", lambda: 1e9)
-    monkeypatch.setattr(harness, "matmul_rate", lambda dtype: 1e9)
+    monkeypatch.setattr(rates, "last_level_cache_bytes", lambda: 1 << 12)
+    monkeypatch.setattr(rates, "read_rate", lambda num_bytes: 1e9)
+    monkeypatch.setattr(rates, "matmul_rate", lambda dtype: 1e9)
 
 
 def test_contenders_take_turns_and_inputs_rotate() -> None:
@@ -96,6 +96,30 @@ def case_result(passed: bool) -> harness.CaseResult:
         other_load=0.5,
         target=harness.Target("plain", 2.5),
     )
+
+
+def test_limits_are_the_most_that_was_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    rate = iter([3.0, 9.0, 4.0, 5.0, 6.0, 7.0, 8.0])
+    monkeypatch.setattr(rates, "SHORTEST", 0.0)
+    assert rates.largest(lambda: next(rate)) == 9.0
+    assert rates.Limits(2.0, 30.0).best(rates.Limits(3.0, 20.0)) == rates.Limits(3.0, 30.0)
+
+
+def test_a_floor_is_the_caches_where_the_data_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rates, "last_level_cache_bytes", lambda: 1000)
+    monkeypatch.setattr(rates, "read_rate", lambda num_bytes: 50.0)
+    cpu = torch.device("cpu")
+    assert rates.bandwidth_for(3999, cpu, 10.0) == 50.0
+    assert rates.bandwidth_for(3999, cpu, 60.0) == 60.0
+    assert rates.bandwidth_for(4000, cpu, 10.0) == 10.0
+    assert rates.bandwidth_for(3999, torch.device("cuda"), 10.0) == 10.0
+
+
+def test_a_case_knows_that_its_floor_is_beaten() -> None:
+    result = case_result(passed=True)
+    assert not result.floor_is_beaten
+    result.floor = 3e-3
+    assert result.floor_is_beaten
 
 
 def test_report_as_json(tmp_path: Path) -> None:
@@ -160,7 +184,7 @@ def test_a_report_from_a_gpu_names_the_gpu_first() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_environment_has_the_gpu_that_was_used() -> None:
     torch.cuda.init()
-    environment = harness.environment()
+    environment = machine.environment()
     assert environment["gpu"] == torch.cuda.get_device_name()
     assert environment["gpu_memory_bytes"] > 0
 
@@ -175,7 +199,7 @@ def test_tables_of_the_documentation_are_those_of_its_measurements() -> None:
 
 
 def test_roofline_tells_contenders_and_models_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plots = pytest.importorskip("zexpert.benchmark.plots", reason="matplotlib is missing", exc_type=ImportError)
+    plots = pytest.importorskip("zexpert_tools.benchmark.plots", reason="matplotlib is missing", exc_type=ImportError)
     seconds = {"zexpert": 1e-3, "plain": 2e-3}
     results = [
         LayerResult(
@@ -194,7 +218,7 @@ def test_roofline_tells_contenders_and_models_apart(tmp_path: Path, monkeypatch:
         for tokens in (1, 16)
     ]
     monkeypatch.setattr(plots.plt, "close", lambda _: None)
-    plots.save_roofline(tmp_path / "roofline.png", results, harness.Limits(1e9, 1e9), device_name="a machine")
+    plots.save_roofline(tmp_path / "roofline.png", results, rates.Limits(1e9, 1e9), device_name="a machine")
     (axes,) = plots.plt.gcf().axes
     monkeypatch.undo()
     plots.plt.close("all")
@@ -231,7 +255,7 @@ def test_roofline_of_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
 
 def test_other_load_is_a_share() -> None:
-    with harness.OtherLoad() as others:
+    with machine.OtherLoad() as others:
         sum(range(10_000))
     assert 0.0 <= others.share <= 1.0
 
@@ -289,6 +313,22 @@ def test_cpu_routing_runs(tmp_path: Path) -> None:
     results = report["results"]
     assert isinstance(results, list)
     assert len(results) == 4 * len(torch_routing.CASES)
+
+
+def test_host_time_runs(tmp_path: Path) -> None:
+    import host_time
+
+    threads = torch.get_num_threads()
+    try:
+        report = run_benchmark(host_time, ["--device", "cpu", "--repeats", "2"], tmp_path / "host_time.json")
+    finally:
+        torch.set_num_threads(threads)
+    medians = report["median_us"]
+    assert isinstance(medians, dict)
+    assert "layer" in medians
+    assert any(name.startswith("biased_topk") for name in medians)
+    assert any(name in medians for name in ("fused_moe", "grouped_mlp"))
+    assert all(median > 0 for median in medians.values())
 
 
 @pytest.mark.usefixtures("small_machine")

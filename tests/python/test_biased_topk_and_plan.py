@@ -19,9 +19,9 @@ needs_cuda = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="no CUDA device: torch.cuda.is_available() is False"
 )
 
-# Widths that a kernel is compiled for, narrower rows, and more than a warp takes.
+# Widths for which a kernel is compiled, narrower rows, and rows that do not fit a warp.
 WIDTHS = (5, 96, 192, 384, 700, 768, 896, 1024, 1500)
-# One block and clusters of every size, to the last token of each; more tokens than one launch takes.
+# One block and clusters of every size, to the last token of each; more tokens than fit one launch.
 TOKENS = (0, 1, 7, 8, 9, 33, 64, 65, 128, 129, 256, 257, 300)
 EVERY_KIND: dict[str, Any] = {"num_real_experts": 16, "num_identity_experts": 4, "num_constant_experts": 3}
 

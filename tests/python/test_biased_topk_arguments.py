@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""biased_topk: layouts, bad input, and what the dispatcher, torch.compile and TorchScript make of the op."""
+"""biased_topk: layouts, bad input, dispatcher, torch.compile and TorchScript."""
 
 from __future__ import annotations
 

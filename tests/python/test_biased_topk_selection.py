@@ -82,7 +82,7 @@ def test_row_without_a_finite_logit(value: float, renormalize: bool) -> None:
         renormalize=renormalize,
     )
     for with_garbage, without in zip(result, alone, strict=True):
-        assert_equal(with_garbage[[0, 2]], without, "rows beside a garbage row")
+        assert_equal(with_garbage[[0, 2]], without, "rows next to a garbage row")
 
 
 @pytest.mark.cpu_paths

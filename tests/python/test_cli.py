@@ -20,7 +20,7 @@ ENVIRONMENT = {**os.environ, "COLUMNS": "120", "NO_COLOR": "1", "OMP_NUM_THREADS
 
 
 def zexpert(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "zexpert.cli", *map(str, arguments)]
+    command = [sys.executable, "-m", "zexpert_tools", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, env={**ENVIRONMENT, **environment}, timeout=300)
 
 
@@ -55,8 +55,8 @@ def test_demo_tells_the_story_and_saves_the_files(demo_folder: Path) -> None:
 
 
 def test_the_titles_of_the_training_curves_are_not_clipped(tmp_path: Path, monkeypatch) -> None:
-    from zexpert.cli import pictures
-    from zexpert.training.trainer import StepRecord
+    from zexpert_tools import pictures
+    from zexpert_tools.trainer import StepRecord
 
     figures = []
     monkeypatch.setattr(pictures.plt, "close", figures.append)
@@ -95,15 +95,16 @@ def test_demo_goes_on_from_a_checkpoint(demo_folder: Path) -> None:
     assert result.returncode == 0, result.stderr
     assert "After 4 steps" in result.stdout
     done = zexpert(
-        *("demo", "--text", demo_folder / "text.txt", "--out", demo_folder / "resumed"),
+        *("demo", "--text", demo_folder / "text.txt", "--out", demo_folder / "again"),
         *("--resume", demo_folder / "out" / "checkpoint.pt", "--steps", 3),
     )
     assert done.returncode == 2
     assert "--steps must be above the 3 steps" in done.stderr
 
 
-def test_interrupted_demo_saves_what_it_has(demo_folder: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "zexpert.cli", "demo", "--text", str(demo_folder / "text.txt")]
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_demo_saves_what_it_has(number: signal.Signals, demo_folder: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "zexpert_tools", "demo", "--text", str(demo_folder / "text.txt")]
     command += ["--steps", "100000", "--out", str(tmp_path / "out"), "--generate-bytes", "0"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
     try:
@@ -113,7 +114,7 @@ def test_interrupted_demo_saves_what_it_has(demo_folder: Path, tmp_path: Path) -
             line = process.stdout.readline()
             assert line, shown
             shown += line
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         rest, _ = process.communicate(timeout=240)
     finally:
         process.kill()

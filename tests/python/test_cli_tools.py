@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import zexpert as package
+import zexpert_tools
 
 pytest.importorskip("typer")
 pytest.importorskip("rich")
@@ -26,11 +27,13 @@ from typer.testing import CliRunner
 
 from test_cli import ENVIRONMENT, zexpert
 from zexpert._loader import CUDA_LIBRARY
-from zexpert.benchmark import harness, layer, torch_routing
-from zexpert.cli import bench, doctor, pictures, terminal
-from zexpert.cli.app import app
-from zexpert.models.byte_decoder import ByteDecoder, ByteDecoderConfig
-from zexpert.training.trainer import Trainer, TrainerConfig, save_checkpoint
+from zexpert_tools import pictures
+from zexpert_tools.benchmark import layer, rates, torch_routing
+from zexpert_tools.byte_decoder import ByteDecoder, ByteDecoderConfig
+from zexpert_tools.checkpoint import save_checkpoint
+from zexpert_tools.cli import bench, doctor, terminal
+from zexpert_tools.cli.app import app
+from zexpert_tools.trainer import Trainer, TrainerConfig
 
 PACKAGE = Path(package.__file__).parent
 PNG = b"\x89PNG"
@@ -78,13 +81,13 @@ def test_info_in_tables() -> None:
 @pytest.fixture
 def copy_of_the_package(tmp_path: Path) -> Path:
     """The package and its command in a folder of their own, to be broken."""
-    shutil.copytree(PACKAGE, tmp_path / "zexpert", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(PACKAGE.parent / "zexpert_command.py", tmp_path)
+    for folder in (PACKAGE, Path(zexpert_tools.__file__).parent):
+        shutil.copytree(folder, tmp_path / folder.name, ignore=shutil.ignore_patterns("__pycache__"))
     return tmp_path
 
 
 def run_command(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(folder / "zexpert_command.py"), *arguments]
+    command = [sys.executable, "-m", "zexpert_tools", *arguments]
     given = {**ENVIRONMENT, "PYTHONPATH": str(folder), **environment}
     return subprocess.run(command, capture_output=True, text=True, env=given, timeout=300)
 
@@ -107,7 +110,7 @@ def test_version_and_short_help() -> None:
 def test_doctor_names_variables_that_change_what_runs() -> None:
     result = zexpert("doctor", ZEXPERT_ROUTING_SIMULATION="round_robin", ZEXPERT_CPU_CAPABILITY="foo")
     assert result.returncode == 0, result.stdout
-    assert "ZEXPERT_ROUTING_SIMULATION=round_robin puts a simulation in the place of every router" in result.stdout
+    assert "ZEXPERT_ROUTING_SIMULATION=round_robin replaces every router by a simulation" in result.stdout
     assert "ZEXPERT_CPU_CAPABILITY=foo is ignored" in result.stdout
     assert "the layer on the CPU gives the right result" in result.stdout
 
@@ -130,15 +133,14 @@ def test_doctor_tells_of_another_package_of_this_name(copy_of_the_package: Path,
     other = tmp_path / "other" / "zexpert"
     other.mkdir(parents=True)
     (other / "__init__.py").touch()
-    command = [sys.executable, str(copy_of_the_package / "zexpert_command.py"), "doctor"]
-    folder, path = (other, other.parent) if by == "PYTHONPATH" else (other.parent, copy_of_the_package)
-    environment = {**ENVIRONMENT, "PYTHONPATH": str(path)}
+    command = [sys.executable, "-m", "zexpert_tools", "doctor"]
+    folder, path = (other, f"{other.parent}:") if by == "PYTHONPATH" else (other.parent, "")
+    environment = {**ENVIRONMENT, "PYTHONPATH": f"{path}{copy_of_the_package}"}
     result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder, timeout=300)
     assert result.returncode == 1
-    assert (
-        f"PROBLEM here Python imports zexpert from {other}; this command is of {copy_of_the_package}" in result.stdout
-    )
-    remedy = f"take {other.parent} out of PYTHONPATH" if by == "PYTHONPATH" else "start Python in another folder"
+    problem = f"PROBLEM here Python imports zexpert from {other}; this command belongs to {copy_of_the_package}"
+    assert problem in result.stdout
+    remedy = f"remove {other.parent} from PYTHONPATH" if by == "PYTHONPATH" else "start Python in another folder"
     assert f"-> {remedy}" in result.stdout
 
 
@@ -155,7 +157,12 @@ def test_doctor_tells_of_another_package_of_this_name(copy_of_the_package: Path,
             f"{PACKAGE} comes before the zexpert that is installed, /venv/zexpert",
         ),
         (Path("/venv/zexpert"), Path("/venv/zexpert"), "note", "here Python imports zexpert from /venv/zexpert; this "),
-        (Path("/x/zexpert.py"), PACKAGE, "problem", "here Python imports zexpert from /x/zexpert.py; this command is "),
+        (
+            Path("/x/zexpert.py"),
+            PACKAGE,
+            "problem",
+            "here Python imports zexpert from /x/zexpert.py; this command belongs ",
+        ),
     ],
 )
 def test_which_of_several_packages_is_meant(
@@ -193,15 +200,7 @@ def test_doctor_explains_a_broken_library(copy_of_the_package: Path) -> None:
 )
 def test_doctor_explains_a_wrong_torch(copy_of_the_package: Path, module: str, message: str) -> None:
     (copy_of_the_package / "torch.py").write_text(module)
-    script = "import sys, zexpert_command; sys.exit(zexpert_command.load_doctor().main())"
-    result = subprocess.run(
-        [sys.executable, "-c", script],
-        capture_output=True,
-        text=True,
-        env={**ENVIRONMENT, "PYTHONPATH": str(copy_of_the_package)},
-        cwd=copy_of_the_package,
-        timeout=300,
-    )
+    result = run_command(copy_of_the_package, "doctor")
     assert result.returncode == 1, result.stderr
     assert message in result.stdout
     assert "pip install 'torch>=2.10'" in result.stdout
@@ -241,22 +240,22 @@ def steps(**others: Any) -> dict[str, Any]:
             {"zexpert": {"cuda_library": "not built", "cuda_archs": []}},
             ["/dev/nvidia0"],
             "problem",
-            "there is a GPU, and zexpert's CUDA library is not built",
+            "there is a GPU, but zexpert's CUDA library is not built",
         ),
         (
             {"torch": {"version": "2.13.0+cpu", "cuda": None}},
             ["/dev/nvidia0"],
             "problem",
-            "this machine has an NVIDIA GPU, and PyTorch 2.13.0+cpu has no CUDA",
+            "this machine has an NVIDIA GPU, but PyTorch 2.13.0+cpu has no CUDA",
         ),
-        ({"torch": {"version": "2.13.0+cpu", "cuda": None}}, [], "ok", "no GPU to serve: PyTorch has no CUDA"),
+        ({"torch": {"version": "2.13.0+cpu", "cuda": None}}, [], "ok", "PyTorch has no CUDA, and there is no GPU"),
         (
             {"gpus": {"gpus": [], "reason": "the driver is too old"}},
             ["/dev/nvidia0"],
             "problem",
-            "PyTorch has CUDA and no GPU to use: the driver is too old",
+            "PyTorch has CUDA but cannot use a GPU: the driver is too old",
         ),
-        ({"gpus": {"gpus": []}}, [], "note", "PyTorch has CUDA and no GPU to use: it sees no GPU"),
+        ({"gpus": {"gpus": []}}, [], "note", "PyTorch has CUDA but cannot use a GPU: it sees no GPU"),
         (
             {"cuda:0": {"error": "RuntimeError: CUDA error: out of memory"}},
             ["/dev/nvidia0"],
@@ -285,8 +284,8 @@ def test_doctor_tells_of_a_build_without_the_experts_for_hopper(
     right, note = doctor.check_cuda(told)
     assert (right.level, note.level) == ("ok", "note")
     assert note.what == (
-        f"zexpert was built for {archs[0]}, without its experts for cuda:0, NVIDIA H200, compute capability 9.0, "
-        "which need 9.0a"
+        f"zexpert was built for {archs[0]}; its kernels for the experts on cuda:0, NVIDIA H200, compute capability 9.0 "
+        "need 9.0a"
     )
     assert "TORCH_CUDA_ARCH_LIST=9.0a " in note.remedy
 
@@ -324,8 +323,8 @@ def test_which_gpus_an_image_runs_on(archs: list[str], capability: tuple[int, in
 @pytest.fixture
 def small_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine whose cache is small and whose rates are known, and a model that is smaller still."""
-    monkeypatch.setattr(harness, "last_level_cache_bytes", lambda: 1 << 12)
-    monkeypatch.setattr(harness, "measure_limits", lambda device, dtype: harness.Limits(1e9, 1e9))
+    monkeypatch.setattr(rates, "last_level_cache_bytes", lambda: 1 << 12)
+    monkeypatch.setattr(rates, "measure_limits", lambda device, dtype: rates.Limits(1e9, 1e9))
     tiny = layer.Shape(torch_routing.RoutingCase("tiny", 8, 4, 0, 3, has_bias=True), 32, 16)
     monkeypatch.setitem(layer.MODELS, "small", tiny)
 
@@ -355,6 +354,16 @@ def test_bench_measures_and_draws(suite: str, tmp_path: Path) -> None:
         assert all(check["passed"] for check in one["checks"].values())
         assert {"median", "lower_quartile", "upper_quartile", "repeats"} == set(one["timings_s"]["zexpert"])
     assert picture.read_bytes().startswith(PNG)
+
+
+@pytest.mark.usefixtures("small_machine")
+def test_a_floor_that_is_beaten_is_measured_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = iter([rates.Limits(1.0, 1.0), rates.Limits(2.0, 1e15), rates.Limits(1e15, 1.0)])
+    monkeypatch.setattr(rates, "measure_limits", lambda device, dtype: next(measured))
+    monkeypatch.setattr(rates, "read_rate", lambda num_bytes: 1.0)
+    report = json.loads(run_bench("--tokens", "5", "--json").stdout)
+    assert report["limits"] == {"bytes_per_s": 1e15, "operations_per_s": 1e15}
+    assert max(report["results"][0]["share_of_floor"].values()) < 1.0
 
 
 @pytest.mark.usefixtures("small_machine")
@@ -426,7 +435,7 @@ def test_running_out_of_memory_is_told(by: str, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(bench, "measure", measure)
     result = run_here("bench", "layer")
     assert result.exit_code == 2
-    assert "error: the memory does not suffice" in result.stderr
+    assert "error: out of memory: try fewer tokens or a smaller model" in result.stderr
 
 
 def test_a_layer_too_large_for_the_memory_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -520,7 +529,7 @@ def test_profile_of_a_model_of_transformers(longcat_folder: Path, text: Path, tm
     (longcat_folder / "tokenizer_config.json").unlink()
     broken = zexpert("profile", longcat_folder, *arguments)
     assert broken.returncode == 2
-    assert "must hold a tokenizer beside the model" in broken.stderr
+    assert "must hold a tokenizer, too" in broken.stderr
 
 
 @pytest.mark.parametrize(
@@ -528,7 +537,7 @@ def test_profile_of_a_model_of_transformers(longcat_folder: Path, text: Path, tm
     [
         ("nothing", None, "cannot read checkpoint"),
         ("file", b"no checkpoint", "is no checkpoint of a byte decoder"),
-        ("folder/x", b"", "must be a checkpoint of zexpert demo, or a folder with a config.json, got neither"),
+        ("folder/x", b"", "folder must have a config.json; profile accepts checkpoints of zexpert demo and folders"),
         (
             "qwen/config.json",
             b'{"model_type": "qwen3_moe"}',
@@ -548,7 +557,7 @@ def test_mistakes_in_profile(name: str, content: bytes | None, message: str, tmp
 
 
 def test_what_a_pipe_cannot_encode_is_replaced(checkpoint: Path, text: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "zexpert.cli", "profile", str(checkpoint), "--text", str(text)]
+    command = [sys.executable, "-m", "zexpert_tools", "profile", str(checkpoint), "--text", str(text)]
     command += ["--out", str(tmp_path / "out"), "--max-tokens", "100"]
     environment = {**ENVIRONMENT, "PYTHONIOENCODING": "ascii"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
@@ -579,7 +588,7 @@ def test_output_fits_80_columns_and_is_neither_wrapped_nor_padded_in_a_pipe(argu
     narrow = zexpert(*arguments, COLUMNS="80").stdout.splitlines()
     assert max(map(len, narrow)) <= 80
     environment = {name: value for name, value in ENVIRONMENT.items() if name != "COLUMNS"}
-    command = [sys.executable, "-m", "zexpert.cli", *arguments]
+    command = [sys.executable, "-m", "zexpert_tools", *arguments]
     piped = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300).stdout.splitlines()
     assert [line for line in piped if line != line.rstrip()] == []
     if arguments == ("plan",):  # headings are whole, and what is assumed is one line
@@ -598,7 +607,7 @@ def test_framed_text_is_no_wider_than_it_reads_well() -> None:
 
 def test_a_command_ends_quietly_where_nobody_reads_on() -> None:
     for arguments in (["info"], ["info", "--json"], ["doctor"]):
-        command = [sys.executable, "-m", "zexpert.cli", *arguments]
+        command = [sys.executable, "-m", "zexpert_tools", *arguments]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT) as process:
             assert process.stdout is not None
             assert process.stderr is not None

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""grouped_mlp_hopper on a Hopper GPU: segments of every profile against float64, bits, graphs, streams, bad input."""
+"""grouped_mlp's own kernels on a Hopper GPU: segments of every profile against float64, bits, graphs, streams, bad
+input. grouped_mlp_hopper is the alias with a choice of tiles."""
 
 from __future__ import annotations
 
@@ -14,11 +15,10 @@ import reference
 from layer_cases import expected_output
 from testing import assert_equal, assert_error_rule, unchanged
 from zexpert import FusedMoE
-from zexpert.experts.hopper import is_hopper
-from zexpert.ops import grouped_mlp_hopper
+from zexpert.ops import grouped_mlp, grouped_mlp_hopper
 
 pytestmark = pytest.mark.skipif(
-    not torch.cuda.is_available() or not is_hopper(torch.cuda.current_device()),
+    not torch.cuda.is_available() or not torch.ops.zexpert.is_hopper(torch.zeros(1, device="cuda")),
     reason="no GPU of compute capability 9.0, or no code for 9.0a",
 )
 
@@ -75,6 +75,10 @@ def test_segments(profile: str, tile_rows: int, dtype: torch.dtype) -> None:
     assert result.shape == rows.shape
     assert result.dtype == dtype
     assert_agrees(result, rows, expert_offsets, w13_weight, w2_weight)
+    if tile_rows == 0:
+        num_rows = int(expert_offsets[-1])
+        forced = grouped_mlp(rows, expert_offsets, w13_weight, w2_weight, implementation="hopper")
+        assert_equal(forced[:num_rows], result[:num_rows])
 
 
 @pytest.mark.parametrize("tile_rows", [0, 64, 160, 288])
@@ -211,11 +215,15 @@ def test_bad_input_gets_a_sentence() -> None:
             rows, expert_offsets, *weights(2, hidden_size, intermediate_size, dtype), tile_rows=tile_rows
         )
 
-    with pytest.raises(RuntimeError, match=r"hidden_size must be a multiple of 64, got 72"):
+    with pytest.raises(RuntimeError, match=r'hidden_size must be a multiple of 64 for implementation "hopper", got 72'):
         call(72, 64)
-    with pytest.raises(RuntimeError, match=r"intermediate_size must be a multiple of 64, got 32"):
+    with pytest.raises(
+        RuntimeError, match=r'intermediate_size must be a multiple of 64 for implementation "hopper", got 32'
+    ):
         call(64, 32)
-    with pytest.raises(RuntimeError, match=r"rows must be bfloat16 or float16, got float32"):
+    with pytest.raises(
+        RuntimeError, match=r'w13_weight must be bfloat16 or float16 for implementation "hopper", got float32'
+    ):
         call(64, 64, torch.float32)
     for tile_rows in (-8, 12, 296):
         with pytest.raises(RuntimeError, match=rf"tile_rows must be a multiple of 8 from 0 to 288, got {tile_rows}"):
@@ -256,13 +264,22 @@ def test_the_layer_chooses_it() -> None:
         assert_equal(torch.jit.script(layer)(*inputs), expected)
         assert_equal(torch.compile(layer, fullgraph=True)(*inputs), expected)
         program = torch.export.export(layer, inputs)
-        assert "grouped_mlp_hopper" in program.graph_module.code
+        assert "fused_moe" in program.graph_module.code
         assert_equal(program.module()(*inputs), expected)
+
+
+def test_the_layer_refuses_gradients() -> None:
+    layer = FusedMoE(16, 6, 128, 64, params_dtype=torch.bfloat16, experts_backend="hopper").cuda()
+    inputs = torch.randn(40, 128, device="cuda").bfloat16(), torch.randn(40, 16, device="cuda")
+    with pytest.raises(RuntimeError, match=r'keep_gate_up must be False for implementation "hopper", got True'):
+        layer(*inputs)
+    with torch.no_grad():
+        assert layer(*inputs).shape == (40, 128)
 
 
 def test_gradients_come_from_grouped_mm() -> None:
     layers = []
-    for backend in ("hopper", "grouped_mm"):
+    for backend in ("auto", "grouped_mm"):
         torch.manual_seed(0)
         layers.append(FusedMoE(16, 6, 128, 64, params_dtype=torch.bfloat16, experts_backend=backend).cuda())
     hidden_states = torch.randn(40, 128, device="cuda").bfloat16()

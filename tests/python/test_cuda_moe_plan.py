@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""moe_plan on a CUDA device: sizes that take one block or many, against a stable sort; graphs after routing."""
+"""moe_plan on a CUDA device: sizes for one block and for many, against a stable sort; graphs after routing."""
 
 from __future__ import annotations
 

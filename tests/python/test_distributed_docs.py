@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import zexpert
 from ranks import Ranks
 from testing import assert_equal, fenced_blocks
-from zexpert.distributed_plan import plan_layer
+from zexpert_tools.cluster_plan import plan_layer
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch is built without torch.distributed")
 
@@ -58,7 +58,7 @@ def test_block_runs_as_shown(tmp_path: Path) -> None:
 
 def test_table_is_the_plans() -> None:
     pytest.importorskip("rich")
-    from zexpert.cli.plan import DEFAULT_GPUS, times_row
+    from zexpert_tools.cli.plan import DEFAULT_GPUS, times_row
 
     rows = [line.strip("| ").split(" | ") for line in PAGE.read_text().splitlines() if re.match(r"\| \d+ \|", line)]
     plans = [plan_layer(gpus, 4096) for gpus in DEFAULT_GPUS]
@@ -149,6 +149,52 @@ def test_training_resumes_under_any_number_of_ranks(tmp_path: Path, ranks: Ranks
     ):
         for name, tensor in expected.items():
             assert_equal(found[name], tensor, name)
+
+
+class Killed(BaseException):
+    pass
+
+
+def save_twice(group: Any, folder: str) -> dict[str, Tensor]:
+    """A step that is saved, and one that is stopped while it is saved."""
+    from torch.distributed.checkpoint import FileSystemWriter
+
+    page, model = recipes(), Model(group)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.25)
+    saved: dict[str, Tensor] = {}
+    write = FileSystemWriter.write_data
+
+    def stop(*_: Any) -> Any:
+        raise Killed
+
+    for step in (1, 2):
+        model(torch.randn(9, 8)).square().mean().backward()
+        optimizer.step()
+        saved = saved or trained_state(model, optimizer)
+        if step == 2 and dist.get_rank(group) == 1:
+            FileSystemWriter.write_data = stop  # type: ignore[method-assign]
+        try:
+            page["save_step"](model, optimizer, folder, step, group)
+        except BaseException:
+            assert step == 2
+        finally:
+            FileSystemWriter.write_data = write  # type: ignore[method-assign]
+    return saved
+
+
+def resume_latest(group: Any, folder: str) -> dict[str, Tensor]:
+    model = Model(group)
+    optimizer = torch.optim.AdamW(model.parameters())
+    recipes()["load_latest"](model, optimizer, folder, group)
+    return trained_state(model, optimizer)
+
+
+def test_an_interrupted_save_leaves_the_one_before(tmp_path: Path, ranks: Ranks) -> None:
+    expected = ranks.run(save_twice, 2, str(tmp_path))[0]
+    assert (tmp_path / "step-2").exists()
+    found = ranks.run(resume_latest, 2, str(tmp_path))[0]
+    for name, tensor in expected.items():
+        assert_equal(found[name], tensor, name)
 
 
 def save_slices(group: Any, folder: str) -> dict[str, Tensor]:

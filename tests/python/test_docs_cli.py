@@ -23,7 +23,7 @@ def commands() -> list[str]:
 def test_commands_of_the_page_parse(line: str) -> None:
     typer = pytest.importorskip("typer")
     pytest.importorskip("rich")
-    from zexpert.cli.app import app
+    from zexpert_tools.cli.app import app
 
     _, name, *arguments = shlex.split(line)
     command = typer.main.get_command(app).commands[name]
@@ -33,7 +33,7 @@ def test_commands_of_the_page_parse(line: str) -> None:
 def test_every_command_has_a_section() -> None:
     typer = pytest.importorskip("typer")
     pytest.importorskip("rich")
-    from zexpert.cli.app import app
+    from zexpert_tools.cli.app import app
 
     headings = " ".join(re.findall(r"^## (.+)$", (DOCS / "cli.md").read_text(), flags=re.MULTILINE)).split()
     assert set(typer.main.get_command(app).commands) <= set(headings)

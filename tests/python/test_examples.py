@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from zexpert.training.trainer import load_model
+from zexpert_tools.checkpoint import load_model
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
@@ -25,6 +25,13 @@ def run(name: str, *arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.parametrize("name", [str(path.relative_to(EXAMPLES)) for path in sorted(EXAMPLES.rglob("*.py"))])
+def test_help_shows_options_and_writes_nothing(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(name, "--help").startswith("usage:")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_decode_loop(device: str) -> None:
     if device == "cuda" and not torch.cuda.is_available():
@@ -32,6 +39,22 @@ def test_decode_loop(device: str) -> None:
     # More requests than places, and not a multiple of them: places are taken over, and empty at the end.
     out = run("decode_loop.py", "--device", device, "--requests", "7", "--places", "3", "--new-tokens", "9")
     assert re.search(r"^same bytes +yes$", out, flags=re.MULTILINE), out
+
+
+@pytest.mark.parametrize("option", ["--requests", "--places", "--new-tokens", "--hidden-size"])
+def test_mistakes_in_decode_loop(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(EXAMPLES / "decode_loop.py"))["main"]([option, "0"])
+    assert stop.value.code == 2
+    assert f"{option} must be at least 1, got 0" in capsys.readouterr().err
+
+
+def test_help_of_save_layer_writes_nothing(tmp_path: Path) -> None:
+    command = [sys.executable, str(EXAMPLES / "cpp_torchscript" / "save_layer.py"), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("usage: ")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_add_drop_experts() -> None:
@@ -63,7 +86,7 @@ def test_train(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--target", "4"), "--target must lie between 0 and 4, got 4.0"),
+        (("--target", "4"), "--target must be between 0 and 4, got 4.0"),
         (("--steps", "0"), "--steps must be at least 1, got 0"),
         (("--out", "/no/such/folder/train.pt"), "--out must be in a folder that exists, got /no/such/folder/train.pt"),
         (("--text", "/no/such/file"), "cannot read /no/such/file: No such file or directory"),

@@ -28,7 +28,7 @@ from parallel_cases import (
 from ranks import Ranks
 from testing import assert_equal, assert_error_rule
 from zexpert import FusedMoE
-from zexpert.runner.expert_exchange import RaggedTrip
+from zexpert.runner.expert_exchange import RaggedBatch
 from zexpert.telemetry import collect_routing_stats, track_routing
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch is built without torch.distributed")
@@ -96,6 +96,49 @@ def test_gradients_of_one_weight(ranks: Ranks) -> None:
     ranks.run(one_weight_wants_gradients, 2)
 
 
+def gradients_where_wanted(group: Any, exchange: str, num_tokens: int) -> Tensor | None:
+    """Rank 1 makes hidden states and logits of its own, and its weights are frozen."""
+    layer = make_parallel("identity", exchange, group)
+    rank = dist.get_rank(group)
+    num_tokens = 7 if rank == 0 else num_tokens
+    hidden_states, logits, _ = make_inputs("identity", num_tokens)
+    x, router_logits = hidden_states.float(), logits.float()
+    if rank == 0:
+        x.requires_grad_()
+        router_logits.requires_grad_()
+    else:
+        layer.requires_grad_(False)
+    out = layer(x, router_logits)
+    assert out.requires_grad
+    out.square().sum().backward()
+    dist.barrier(group=group)
+    return x.grad
+
+
+@pytest.mark.parametrize("num_tokens", [0, 5])
+@pytest.mark.parametrize("exchange", EXCHANGES)
+def test_ranks_without_gradients_join_the_backward(exchange: str, num_tokens: int, ranks: Ranks) -> None:
+    actual, nothing = ranks.run(gradients_where_wanted, 2, exchange, num_tokens)
+    assert nothing is None
+    hidden_states, logits, _ = make_inputs("identity", 7)
+    x = hidden_states.float().requires_grad_()
+    make_layer("identity")(x, logits.float()).square().sum().backward()
+    torch.testing.assert_close(actual, x.grad)
+
+
+def inference(group: Any) -> None:
+    layer = make_parallel("identity", "ragged", group)
+    inputs = [tensor.float() for tensor in make_inputs("identity", 7)[:2]]
+    with torch.no_grad():
+        assert not layer(*inputs).requires_grad
+    with torch.inference_mode():
+        assert layer(*inputs).is_inference()
+
+
+def test_inference_keeps_no_graph(ranks: Ranks) -> None:
+    ranks.run(inference, 2)
+
+
 # --- Exactly
 
 
@@ -156,13 +199,13 @@ def rows_sent(group: Any) -> list[int]:
     hidden_states, logits, _ = make_inputs("identity", 9 + dist.get_rank(group))
     with torch.no_grad():
         routing = layer.router.select_experts(hidden_states.float(), logits.float())
-        (trip,) = runner_of(layer).exchange.trips(hidden_states.float(), routing)
-    assert isinstance(trip, RaggedTrip)
+        (batch,) = runner_of(layer).exchange.batches(hidden_states.float(), routing)
+    assert isinstance(batch, RaggedBatch)
     num_ranks = dist.get_world_size(group)
     owners = [{int(e) // (NUM_EXPERTS // num_ranks) for e in ids if e >= 0} for ids in routing.topk_ids]
-    assert trip.sizes[1] == [sum(rank in ranks for ranks in owners) for rank in range(num_ranks)]
-    assert sum(trip.sizes[1]) < int((routing.topk_ids >= 0).sum()) < routing.topk_ids.numel()
-    return trip.sizes[1]
+    assert batch.sizes[1] == [sum(rank in ranks for ranks in owners) for rank in range(num_ranks)]
+    assert sum(batch.sizes[1]) < int((routing.topk_ids >= 0).sum()) < routing.topk_ids.numel()
+    return batch.sizes[1]
 
 
 def test_a_row_goes_once_to_each_rank_and_zero_slots_never(ranks: Ranks) -> None:
@@ -173,9 +216,9 @@ def nothing_sent(group: Any) -> None:
     layer = make_parallel("identity", "ragged", group)
     hidden_states, logits, _ = make_inputs("identity", 9, "only zero experts")
     routing = layer.router.select_experts(hidden_states, logits)
-    (trip,) = runner_of(layer).exchange.trips(hidden_states, routing)
-    assert isinstance(trip, RaggedTrip)
-    assert trip.sizes == ([0, 0], [0, 0])
+    (batch,) = runner_of(layer).exchange.batches(hidden_states, routing)
+    assert isinstance(batch, RaggedBatch)
+    assert batch.sizes == ([0, 0], [0, 0])
 
 
 def test_only_zero_experts_send_nothing(ranks: Ranks) -> None:
@@ -222,15 +265,15 @@ def test_work_is_done_while_rows_are_under_way(ranks: Ranks) -> None:
 
 
 def rows_alive(group: Any) -> list[int]:
-    """Trips whose rows are in memory, at the end of each."""
+    """Batches with rows in memory, at the end of each."""
     layer = make_parallel("identity", "ragged in chunks", group)
-    runner, trips, alive = runner_of(layer), [], []
+    runner, batches, alive = runner_of(layer), [], []
     output = runner._output
 
-    def counted(trip: RaggedTrip, *others: Any) -> Tensor:
-        trips.append(weakref.ref(trip))
-        out = output(trip, *others)
-        alive.append(sum(each() is not None for each in trips))
+    def counted(batch: RaggedBatch, *others: Any) -> Tensor:
+        batches.append(weakref.ref(batch))
+        out = output(batch, *others)
+        alive.append(sum(each() is not None for each in batches))
         return out
 
     runner._output = counted  # type: ignore[assignment, method-assign]

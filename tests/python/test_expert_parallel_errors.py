@@ -43,37 +43,28 @@ def overflow(group: Any) -> str:
     logits[:, NUM_EXPERTS:] = -torch.inf
     inputs = hidden_states.float(), logits.float()
     with torch.no_grad():
-        try:
-            torch.testing.assert_close(layer(*inputs), make_layer("identity")(*inputs))
+        if dist.get_rank(group) == 1:
+            for _ in range(2):
+                torch.testing.assert_close(layer(*inputs), make_layer("identity")(*inputs))
             return "as one process"
-        except RuntimeError as error:
-            message = str(error)
-        # As on a GPU, where nobody looks in between.
+        with pytest.raises(RuntimeError) as error:
+            layer(*inputs)
+        # As on a GPU, where the host does not check in between.
         runner.check_overflow = lambda: None  # type: ignore[method-assign]
         out = layer(*inputs)
         del runner.check_overflow
         expected = make_layer("identity")(*inputs)
         torch.testing.assert_close(out[:3], expected[:3])
         assert bool(out[3:].isnan().all())
-        with pytest.raises(RuntimeError, match="and 2 rows of rank 0 had no room"):
+        with pytest.raises(RuntimeError, match="rank 0 dropped 2 rows"):
             runner.check_overflow()
         runner.check_overflow()
-    return message
-
-
-def overflow_twice(group: Any) -> str:
-    message = overflow(group)
-    if dist.get_rank(group) == 1:
-        overflow(group)
-    return message
+    return str(error.value)
 
 
 def test_rows_beyond_the_capacity_are_an_error(ranks: Ranks) -> None:
-    message, fine = ranks.run(overflow_twice, 2)
-    assert message == (
-        "capacity must hold the rows from each rank to each, and 2 rows of rank 0 had no room; the outputs of their "
-        "tokens are NaN"
-    )
+    message, fine = ranks.run(overflow, 2)
+    assert message == ("capacity is too small: rank 0 dropped 2 rows and their outputs are NaN; increase capacity")
     assert fine == "as one process"
 
 
@@ -85,8 +76,8 @@ def bad_calls(group: Any) -> None:
     ):
         layer(torch.zeros(62, HIDDEN), torch.zeros(62, NUM_EXPERTS))
     for arguments, message in (
-        (([],), r'^name must be "ragged", "fixed", "all_gather" or "deep_ep", got \[\]$'),
-        (("ring",), r'^name must be "ragged", "fixed", "all_gather" or "deep_ep", got \'ring\'$'),
+        (([],), r'^name must be "ragged", "fixed" or "all_gather", got \[\]$'),
+        (("ring",), r'^name must be "ragged", "fixed" or "all_gather", got \'ring\'$'),
         (("ragged", 3), r'^max_tokens must be None with the exchange "ragged", got 3$'),
         (("fixed",), r'^max_tokens is required with the exchange "fixed"$'),
         (("fixed", 3, 4), r"^capacity must be at most max_tokens \(3\), got 4$"),
@@ -136,6 +127,68 @@ def test_bad_calls(ranks: Ranks) -> None:
     ranks.run(bad_calls, 1)
     ranks.run(other_errors, 1)
     ranks.run(uneven, 2)
+
+
+# --- Ranks that were set up differently
+
+
+def call_with(group: Any, case: str) -> str:
+    """The error of a layer that differs on rank 1, and after it a call of equal layers."""
+    is_other = dist.get_rank(group) == 1
+    dtype, arguments = torch.float32, {}
+    if case == "dtype":
+        dtype = torch.float16 if is_other else torch.bfloat16
+    elif case == "hidden_size":
+        arguments = {"hidden_size": 16 if is_other else 8}
+    elif case == "top_k":
+        arguments = {"top_k": 3 if is_other else 2}
+    elif case == "num_experts":
+        arguments = {"num_experts": 16 if is_other else 8}
+    sizes = {"num_experts": 8, "top_k": 2, "hidden_size": 8, "intermediate_size": 4, **arguments}
+    layer = FusedMoE(**sizes, params_dtype=dtype, expert_parallel_group=group)
+    if case == "exchange" and is_other:
+        runner_of(layer).use_exchange("fixed", max_tokens=5)
+    elif case == "capacity":
+        runner_of(layer).use_exchange("fixed", max_tokens=5, capacity=4 if is_other else 5)
+    inputs = torch.randn(3, sizes["hidden_size"], dtype=dtype), torch.randn(3, sizes["num_experts"])
+    with pytest.raises(ValueError, match="same on all ranks") as error:
+        layer(*inputs)
+    if case == "exchange":
+        runner_of(layer).use_exchange("fixed", max_tokens=5)
+        assert layer(*inputs).shape == (3, 8)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("case", "values"),
+    [
+        ("dtype", "torch.bfloat16 on rank 0 and torch.float16 on rank 1"),
+        ("hidden_size", "8 on rank 0 and 16 on rank 1"),
+        ("top_k", "2 on rank 0 and 3 on rank 1"),
+        ("num_experts", "8 on rank 0 and 16 on rank 1"),
+        ("exchange", "ragged on rank 0 and fixed on rank 1"),
+        ("capacity", "5 on rank 0 and 4 on rank 1"),
+    ],
+)
+def test_every_rank_names_what_differs(case: str, values: str, ranks: Ranks) -> None:
+    message = f"{case} must be the same on all ranks of expert_parallel_group, got {values}"
+    assert ranks.run(call_with, 2, case) == [message] * 2
+
+
+def slices_with(group: Any) -> str:
+    dtype = torch.float16 if dist.get_rank(group) == 1 else torch.bfloat16
+    layer = FusedMoE(4, 2, 8, 4, params_dtype=dtype, tensor_parallel_group=group)
+    with pytest.raises(ValueError, match="same on all ranks") as error:
+        layer(torch.randn(3, 8, dtype=dtype), torch.randn(3, 4))
+    return str(error.value)
+
+
+def test_every_rank_of_slices_names_what_differs(ranks: Ranks) -> None:
+    message = (
+        "dtype must be the same on all ranks of tensor_parallel_group, got torch.bfloat16 on rank 0 and torch.float16 "
+        "on rank 1"
+    )
+    assert ranks.run(slices_with, 2) == [message] * 2
 
 
 # --- Failures

@@ -44,9 +44,8 @@ SIMULATION: dict[str, Any] = {"routing_simulation": "round_robin"}
         (CUSTOM | BIAS, CustomRoutingRouter, RoutingMethodType.CUSTOM),
         (GROUPED, GroupedTopKRouter, RoutingMethodType.GROUPED_TOPK),
         (GROUPED | BIAS, GroupedTopKRouter, RoutingMethodType.GROUPED_TOPK),
-        (GROUPED | CUSTOM | BIAS, GroupedTopKRouter, RoutingMethodType.GROUPED_TOPK),
         (ZERO, ZeroExpertRouter, RoutingMethodType.ZERO_EXPERT),
-        (ZERO | GROUPED | CUSTOM | ZERO_BIAS, ZeroExpertRouter, RoutingMethodType.ZERO_EXPERT),
+        (ZERO | GROUPED | ZERO_BIAS, ZeroExpertRouter, RoutingMethodType.ZERO_EXPERT),
         (SIMULATION, RoutingSimulatorRouter, RoutingMethodType.SIMULATED),
         (SIMULATION | ZERO | GROUPED | CUSTOM | ZERO_BIAS, RoutingSimulatorRouter, RoutingMethodType.SIMULATED),
     ],
@@ -179,6 +178,17 @@ def test_expert_map_and_callback() -> None:
             r"^e_score_correction_bias must have shape \[12\], one entry per expert, got \[8\]$",
         ),
         ({"custom_routing_function": 3}, r"^custom_routing_function must be callable, got int$"),
+        (
+            GROUPED | CUSTOM,
+            r"^custom_routing_function must be None when use_grouped_topk is set, .*, got <function custom",
+        ),
+        (
+            ZERO | CUSTOM,
+            r"^custom_routing_function must be None when zero_expert_type is set, .*, got <function custom",
+        ),
+        (ZERO | GROUPED | CUSTOM, r"^custom_routing_function must be None when zero_expert_type is set, "),
+        ({"drop_before_renormalize": True}, r"^drop_before_renormalize needs zero_expert_type, got None$"),
+        (GROUPED | {"drop_before_renormalize": True}, r"^drop_before_renormalize needs zero_expert_type, got None$"),
         ({"routing_simulation": "zipf"}, r"^routing_simulation must be .*, got 'zipf'$"),
         ({"indices_dtype": torch.int8}, r"^indices_dtype must be torch.int32 or torch.int64, got torch.int8$"),
         (

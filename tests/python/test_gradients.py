@@ -228,10 +228,12 @@ def test_zero_expert_accumulate_refuses_out_where_a_gradient_is_wanted() -> None
 
 
 @pytest.mark.every_device("moe_permute")
-def test_moe_permute() -> None:
+@pytest.mark.parametrize("by_token", [False, True], ids=["by row", "by token"])
+def test_moe_permute(by_token: bool) -> None:
     plan, num_rows = make_plan()
+    slot_rows = plan.slot_rows if by_token else None
     assert torch.autograd.gradcheck(
-        lambda x: moe_permute(x, plan.row_slots, plan.expert_offsets, K)[:num_rows], (leaf(T, H),)
+        lambda x: moe_permute(x, plan.row_slots, plan.expert_offsets, K, slot_rows)[:num_rows], (leaf(T, H),)
     )
 
 
@@ -261,11 +263,37 @@ def test_moe_permute_reads_no_gradient_past_the_last_offset() -> None:
     assert_equal(results[1], results[0])
 
 
+@pytest.mark.every_device("moe_permute")
 def test_moe_permute_sums_rows_that_share_a_slot() -> None:
     """No plan has such rows, but moe_permute copies them, so they count."""
     row_slots = torch.tensor([4, 0, 4, 4, 1, 5], dtype=torch.int32)
     expert_offsets = torch.tensor([0, 6], dtype=torch.int32)
     assert torch.autograd.gradcheck(lambda x: moe_permute(x, row_slots, expert_offsets, 2), (leaf(3, H),))
+
+
+@pytest.mark.every_device("moe_permute_backward")
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+def test_moe_permute_sums_in_slot_order(dtype: torch.dtype) -> None:
+    """Rows of one slot in ascending order; one rounding."""
+    num_rows, num_tokens, top_k = 40, 16, 3
+    row_slots = torch.randint(0, 20, (num_rows,), dtype=torch.int32)
+    expert_offsets = torch.tensor([0, num_rows], dtype=torch.int32)
+    gradient = torch.randn(num_rows, 257).to(dtype)
+    expected = torch.zeros(num_tokens, 257, dtype=weight_dtype(dtype))
+    for row in row_slots.argsort(stable=True).tolist():
+        expected[int(row_slots[row]) // top_k] += gradient[row]
+    actual = moe_permute_backward(gradient, row_slots, expert_offsets, num_tokens, top_k)
+    assert_equal(actual, expected.to(dtype))
+
+
+@pytest.mark.every_device("moe_permute_backward")
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+def test_moe_permute_backward_with_slot_rows(dtype: torch.dtype) -> None:
+    plan, num_rows = make_plan()
+    gradient = poisoned(torch.randn(T * K, H).to(dtype), num_rows)
+    expected = moe_permute_backward(gradient, plan.row_slots, plan.expert_offsets, T, K)
+    for slot_rows in (plan.slot_rows, plan.slot_rows.t().contiguous().t()):
+        assert_equal(moe_permute_backward(gradient, plan.row_slots, plan.expert_offsets, T, K, slot_rows), expected)
 
 
 @pytest.mark.every_device("silu_and_mul")

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from gradients import as_tuple, random_like
-from testing import assert_equal
-from zexpert import ops
+from testing import UNWRITTEN_INTEGER, assert_equal, filled_memory
+from zexpert import FusedMoE, ops
 
 T, K, R, H, F = 5, 3, 4, 16, 8
 ROUTING: dict[str, Any] = {
@@ -54,8 +55,8 @@ def call_of(op: str, num_tokens: int = T, *, requires_grad: bool = True) -> tupl
         "biased_topk_backward": ((*gradients, logits, torch.rand(R + 5), K), ROUTING),
         "zero_expert_accumulate": ((data(num_tokens, H), data(num_tokens)), {}),
         "zero_expert_accumulate_backward": ((data(num_tokens, H), data(num_tokens, H), data(num_tokens)), {}),
-        "moe_permute": ((data(num_tokens, H), plan.row_slots, plan.expert_offsets, K), {}),
-        "moe_permute_backward": ((rows, plan.row_slots, plan.expert_offsets, num_tokens, K), {}),
+        "moe_permute": ((data(num_tokens, H), plan.row_slots, plan.expert_offsets, K, plan.slot_rows), {}),
+        "moe_permute_backward": ((rows, plan.row_slots, plan.expert_offsets, num_tokens, K, plan.slot_rows), {}),
         "silu_and_mul": ((data(num_tokens, 2 * F), None), {}),
         "silu_and_mul_backward": ((data(num_tokens, F), data(num_tokens, 2 * F), None), {}),
         "grouped_mlp": ((data(num_tokens, H), *experts, plan.row_slots, K), {}),
@@ -84,6 +85,16 @@ FORWARD = [
     "fused_moe",
 ]
 BACKWARD = [f"{op}_backward" for op in FORWARD if op not in ("biased_topk_and_plan", "grouped_mlp_with_gate_up")]
+
+
+@pytest.mark.parametrize("num_tokens", [0, T])
+@pytest.mark.parametrize("op", FORWARD + BACKWARD)
+def test_every_output_is_written(op: str, num_tokens: int) -> None:
+    arguments, keywords = call_of(op, num_tokens, requires_grad=False)
+    with filled_memory():
+        outputs = as_tuple(packet(op)(*arguments, **keywords))
+    for output in outputs:
+        assert not bool((output == UNWRITTEN_INTEGER).any() or output.isnan().any())
 
 
 def packet(op: str) -> Callable[..., Any]:
@@ -184,6 +195,64 @@ def test_second_derivatives_are_refused(op: str) -> None:
     gradients = torch.autograd.grad(outputs, wanted, upstream, create_graph=True)
     with pytest.raises(RuntimeError, match="cannot be differentiated: second derivatives are not available"):
         gradients[0].sum().backward()
+
+
+FORWARD_MODE = r"cannot be differentiated in forward mode .*: use backward or torch\.autograd\.grad$"
+
+
+def floating(arguments: tuple[Any, ...]) -> list[int]:
+    return [i for i, value in enumerate(arguments) if isinstance(value, Tensor) and value.is_floating_point()]
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("op", [*FORWARD, *BACKWARD])
+def test_forward_mode_is_refused(op: str, requires_grad: bool) -> None:
+    """Whatever argument has the tangent, frozen or not; without a tangent nothing is refused."""
+    arguments, keywords = call_of(op, requires_grad=requires_grad)
+    for position in floating(arguments):
+        with forward_ad.dual_level():
+            packet(op)(*arguments, **keywords)
+            dual = list(arguments)
+            dual[position] = forward_ad.make_dual(arguments[position].detach(), torch.ones_like(arguments[position]))
+            with pytest.raises(RuntimeError, match=rf"^zexpert::{op} {FORWARD_MODE}"):
+                packet(op)(*dual, **keywords)
+
+            def function(value: Tensor, position: int = position) -> Any:
+                return packet(op)(*arguments[:position], value, *arguments[position + 1 :], **keywords)
+
+        with pytest.raises(RuntimeError, match=rf"^zexpert::{op} {FORWARD_MODE}"):
+            torch.func.jvp(function, (arguments[position].detach(),), (torch.ones_like(arguments[position]),))
+
+
+def test_forward_mode_is_refused_for_keywords_and_out() -> None:
+    arguments, keywords = call_of("moe_finalize", requires_grad=False)
+    with forward_ad.dual_level():
+        keywords["residual"] = forward_ad.make_dual(keywords["residual"], torch.ones(T, H))
+        with pytest.raises(RuntimeError, match=FORWARD_MODE):
+            packet("moe_finalize")(*arguments, **keywords)
+        for position in range(3):
+            tensors = [torch.rand(T, H), torch.rand(T), torch.rand(T, H)]
+            before = tensors[2].clone()
+            tensors[position] = forward_ad.make_dual(tensors[position], torch.ones_like(tensors[position]))
+            with pytest.raises(RuntimeError, match=FORWARD_MODE):
+                torch.ops.zexpert.zero_expert_accumulate(*tensors[:2], out=tensors[2])
+            assert_equal(forward_ad.unpack_dual(tensors[2]).primal, before)
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_forward_mode_through_a_layer_is_refused(backend: str) -> None:
+    """The layer is frozen, so that nothing requires gradients."""
+    layer = FusedMoE(R, K, H, F, zero_expert_type="identity", zero_expert_num=2, experts_backend=backend)
+    layer.requires_grad_(False)
+    x, logits = torch.randn(T, H), torch.randn(T, R + 2)
+    layer(x, logits)
+    for function, value in ((lambda x: layer(x, logits), x), (lambda logits: layer(x, logits), logits)):
+        with pytest.raises(RuntimeError, match=FORWARD_MODE):
+            torch.func.jvp(function, (value,), (torch.ones_like(value),))
+        with pytest.raises(RuntimeError, match=r"setup_context|" + FORWARD_MODE):
+            torch.func.grad(lambda value, function=function: function(value).sum())(value)
+        with pytest.raises(RuntimeError, match=r"setup_context|forward mode|second derivatives"):
+            torch.autograd.functional.hessian(lambda value, function=function: function(value).square().sum(), value)
 
 
 @pytest.mark.parametrize("op", BACKWARD)

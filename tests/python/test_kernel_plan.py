@@ -13,7 +13,6 @@ import pytest
 import torch
 
 import zexpert
-from zexpert.experts.hopper import is_hopper
 
 OPS = [
     "biased_topk",
@@ -23,11 +22,14 @@ OPS = [
     "moe_permute",
     "silu_and_mul",
     "grouped_mlp",
+    "fused_moe",
     "moe_finalize",
 ]
 VECTORISED = ["biased_topk", "zero_expert_accumulate", "silu_and_mul", "moe_finalize"]
 DECODING = {"num_tokens": 256, "num_experts": 768, "top_k": 12, "compute_capability": 9}
 GROUPED = {"num_rows": 8, "num_experts": 4}
+INFERENCE = {"dtype": "float16", "keep_gate_up": False}
+SIZES: dict[str, dict[str, Any]] = {"grouped_mlp": GROUPED, "fused_moe": {**GROUPED, "keep_gate_up": False}}
 
 
 def most_streamed_rows() -> int:
@@ -40,7 +42,7 @@ def most_streamed_rows() -> int:
 
 @pytest.mark.parametrize("op", OPS)
 def test_every_operator_has_a_plan(op: str) -> None:
-    plan = zexpert.kernel_plan(op, **(GROUPED if op == "grouped_mlp" else {}))
+    plan = zexpert.kernel_plan(op, **SIZES.get(op, {}))
     assert plan.op == op
     assert plan.backend == "cpu"
     assert plan.kernel
@@ -85,6 +87,24 @@ def test_grouped_mlp_does_what_its_plan_says(more: int) -> None:
         torch.ops.zexpert.grouped_mlp(rows, expert_offsets, w13_weight, w2_weight)
     called = {event.key for event in profile.key_averages()}
     assert ("aten::mm" in called) == (plan.backend == "torch") == bool(more)
+
+
+@pytest.mark.parametrize("implementation", ["auto", "cpu", "torch"])
+@pytest.mark.parametrize("keep_gate_up", [False, True])
+def test_fused_moe_does_what_its_plan_says(keep_gate_up: bool, implementation: str) -> None:
+    num_rows = most_streamed_rows()
+    plan = zexpert.kernel_plan(
+        "fused_moe", num_rows=num_rows, num_experts=1, keep_gate_up=keep_gate_up, implementation=implementation
+    )
+    assert plan.implementation == ("cpu" if implementation == "auto" else implementation)
+    expert_offsets, row_slots, slot_rows = zexpert.ops.moe_plan(torch.zeros(num_rows, 1).int(), 1)
+    weights = torch.randn(num_rows, 1), torch.randn(num_rows)
+    w13_weight, w2_weight = torch.randn(1, 48, 32), torch.randn(1, 32, 24)
+    given = (torch.randn(num_rows, 32), *weights, expert_offsets, row_slots, slot_rows, w13_weight, w2_weight)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        torch.ops.zexpert.fused_moe(*given, keep_gate_up=keep_gate_up, implementation=implementation)
+    called = {event.key for event in profile.key_averages()}
+    assert ("aten::mm" in called) == (plan.backend == "torch") == (keep_gate_up or implementation == "torch")
 
 
 def test_grouped_mlp_spreads_rows_over_experts() -> None:
@@ -140,6 +160,41 @@ def test_torch_types_are_taken_as_well_as_names() -> None:
         ("biased_topk_and_plan", {"compute_capability": 0}, r"^compute_capability must be at least 1, got 0$"),
         ("biased_topk_and_plan", {"compute_capability": 90}, r"^compute_capability must be a major number,.* got 90$"),
         ("grouped_mlp", {"num_rows": 1, "num_experts": 0}, r"^num_experts must be at least 1, got 0$"),
+        (
+            "grouped_mlp",
+            {**GROUPED, "implementation": "gpu"},
+            r'^implementation must be "auto", "cpu", "hopper", "grouped_mm" or "torch", got "gpu"$',
+        ),
+        (
+            "grouped_mlp",
+            {**GROUPED, "implementation": "hopper"},
+            r'^implementation must be "auto", "cpu" or "torch" on the CPU, got "hopper"$',
+        ),
+        (
+            "grouped_mlp",
+            {**GROUPED, "device": "cuda", "implementation": "cpu"},
+            r'^implementation must be "auto", "hopper", "grouped_mm" or "torch" on a GPU, got "cpu"$',
+        ),
+        (
+            "fused_moe",
+            {"device": "cuda", "implementation": "hopper", "dtype": "bfloat16", "compute_capability": 8},
+            r'^the GPU must be of compute capability 9.0 for implementation "hopper", got 8.0$',
+        ),
+        (
+            "fused_moe",
+            {"device": "cuda", "implementation": "hopper", "dtype": "bfloat16", "compute_capability": 9},
+            r'^keep_gate_up must be False for implementation "hopper", got True$',
+        ),
+        (
+            "fused_moe",
+            {"device": "cuda", "implementation": "grouped_mm", "dtype": "float16"},
+            r'^w13_weight must be bfloat16 for implementation "grouped_mm", got float16$',
+        ),
+        (
+            "fused_moe",
+            {"device": "cuda", "implementation": "grouped_mm", "dtype": "bfloat16", "intermediate_size": 12},
+            r'^intermediate_size must be a multiple of 8 for implementation "grouped_mm", got 12$',
+        ),
         ("grouped_mlp", {"num_rows": 1}, r"^grouped_mlp chooses .*: num_experts must be given$"),
         (
             "grouped_mlp",
@@ -171,7 +226,16 @@ def test_bad_questions_get_a_sentence(op: str, arguments: dict[str, Any], messag
         ("moe_permute", {}, "cuda", "moe_permute"),
         ("silu_and_mul", {}, "cuda", "silu_and_mul"),
         ("moe_finalize", {}, "cuda", "moe_finalize"),
-        ("grouped_mlp", {}, "torch", "loop"),
+        ("grouped_mlp", {"compute_capability": 8}, "torch", "loop"),
+        ("fused_moe", {"dtype": "float16", "compute_capability": 8, "keep_gate_up": False}, "torch", "loop"),
+        ("fused_moe", {"dtype": "float16", "compute_capability": 9}, "torch", "loop"),
+        (
+            "fused_moe",
+            {"dtype": "float16", "compute_capability": 9, "keep_gate_up": False},
+            "cuda",
+            "grouped_mlp_hopper",
+        ),
+        ("fused_moe", {"dtype": "bfloat16", "compute_capability": 9}, "torch", "grouped_mm"),
         ("grouped_mlp", {"dtype": "bfloat16", "intermediate_size": 20}, "torch", "loop"),
     ],
 )
@@ -197,29 +261,55 @@ def test_cuda(op: str, sizes: dict[str, Any], backend: str, kernel: str) -> None
         (
             {"hidden_size": 72},
             "grouped_mm",
-            r"^The kernels for Hopper do not take a hidden size of 72, no multiple of 64: One",
+            r'^hidden_size must be a multiple of 64 for implementation "hopper", got 72: One',
         ),
         (
             {"intermediate_size": 96},
             "grouped_mm",
-            r"^The kernels .* take an intermediate size of 96, no multiple of 64: One",
+            r'^intermediate_size must be a multiple of 64 for implementation "hopper", got 96: One',
         ),
-        ({"num_experts": 1025}, "grouped_mm", r"^The kernels .* take 1025 experts, more than 1024: One"),
-        ({"dtype": "float32"}, "loop", r"^The kernels .* take float32, neither bfloat16 nor float16: Only"),
+        # PyTorch's grouped_mm accepts fewer than 1024 experts.
+        (
+            {"num_experts": 1025},
+            "loop",
+            r'^the number of experts must be at most 1024 for implementation "hopper", got 1025: The experts run one',
+        ),
+        (
+            {"dtype": "float32"},
+            "loop",
+            r'^w13_weight must be bfloat16 or float16 for implementation "hopper", got float32: The experts run one',
+        ),
     ],
 )
 def test_hopper(more: dict[str, Any], kernel: str, reason: str) -> None:
     asked = {"dtype": "bfloat16", "num_experts": 64, "num_rows": 12, "hidden_size": 2048, "intermediate_size": 768}
-    plan = zexpert.kernel_plan("grouped_mlp", device="cuda", **{"experts_backend": "hopper", **asked, **more})
+    plan = zexpert.kernel_plan("grouped_mlp", device="cuda", **{"compute_capability": 9, **asked, **more})
     assert plan.kernel == kernel
+    assert plan.implementation == {"grouped_mlp_hopper": "hopper", "loop": "torch"}.get(kernel, kernel)
+    alias = zexpert.kernel_plan("grouped_mlp", device="cuda", **{"experts_backend": "hopper", **asked, **more})
+    assert (alias.kernel, alias.reason) == (plan.kernel, plan.reason)
     assert re.match(reason, plan.reason), plan.reason
     assert plan.reason.count(". ") == 0
 
 
 def test_hopper_is_chosen_where_it_runs() -> None:
     plan = zexpert.kernel_plan("grouped_mlp", device="cuda", dtype="bfloat16", hidden_size=64)
-    runs = torch.cuda.is_available() and is_hopper(torch.cuda.current_device())
+    runs = torch.cuda.is_available() and torch.ops.zexpert.is_hopper(torch.zeros(1, device="cuda"))
     assert (plan.backend, plan.kernel) == (("cuda", "grouped_mlp_hopper") if runs else ("torch", "grouped_mm"))
+
+
+def test_plans_are_made_by_kernel_plan_alone() -> None:
+    for make in (zexpert._C.KernelPlan, lambda: zexpert._C.KernelPlan.__new__(zexpert._C.KernelPlan)):
+        with pytest.raises(TypeError, match=r"^KernelPlan is made by kernel_plan\(\) alone$"):
+            make()
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "blocks"), [(None, ""), (0, " by one block"), (256, " by one block"), (257, " by 2 blocks")]
+)
+def test_moe_plan_says_how_many_blocks_plan(num_tokens: int | None, blocks: str) -> None:
+    plan = zexpert.kernel_plan("moe_plan", device="cuda", num_tokens=num_tokens, top_k=8)
+    assert plan.reason == f"The slots are counted and placed on the device{blocks}."
 
 
 def test_one_launch_is_planned_where_it_runs() -> None:

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import copy
+import io
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -129,6 +131,23 @@ def test_assign_uses_the_tensors_themselves() -> None:
     assert block.e_score_correction_bias.data_ptr() == state_dict["router.e_score_correction_bias"].data_ptr()
     x = inputs(config)
     assert_equal(block(x), LongcatFlashMoE.from_state_dict(ours, state_dict)(x))
+    # The rows of zero experts are in no file that the block is saved to.
+    assert block.experts.w13_weight.untyped_storage().nbytes() == block.experts.w13_weight.nbytes
+    file = io.BytesIO()
+    torch.save(block.state_dict(), file)
+    assert file.tell() < 1.1 * sum(tensor.nbytes for tensor in block.state_dict().values()) + 10_000
+
+
+def test_safetensors_saves_an_assigned_block(tmp_path: Path) -> None:
+    safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
+    config = hf_config()
+    ours, state_dict = LongcatFlashConfig.from_hf(config), hf_block(config).state_dict()
+    block = LongcatFlashMoE.from_state_dict(ours, state_dict, assign=True)
+    safetensors.save_model(block, tmp_path / "block.safetensors")
+    again = LongcatFlashMoE(ours)
+    safetensors.load_model(again, tmp_path / "block.safetensors")
+    for name, tensor in block.state_dict().items():
+        assert_equal(again.state_dict()[name], tensor, name)
 
 
 def tiny_model_config() -> HfConfig:

@@ -271,3 +271,54 @@ def test_gradients_reach_gate_constants_and_previous_logits() -> None:
         gradients = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in published]
         assert any(bool(gradient.any()) for gradient in gradients)
         torch.testing.assert_close(getattr(block.experts, ours).grad, torch.stack(gradients))
+
+
+def flat_tokens(config: MoEPlusPlusConfig) -> Tensor:
+    """Tokens of which some are all zero, as padding embeddings are, and some tiny."""
+    x = torch.randn(12, config.hidden_size)
+    x[3] = 0.0
+    x[7:9] = 0.0
+    x[9] *= 1e-30
+    x[10] *= 1e-40
+    return x
+
+
+@pytest.mark.parametrize("zero_gate", [False, True])
+@pytest.mark.parametrize("two_layer_gate", [False, True])
+@pytest.mark.parametrize("logits_std", [1.0, 0.5])
+def test_logits_without_spread_train(logits_std: float, two_layer_gate: bool, zero_gate: bool) -> None:
+    """A token whose logits are all the same is routed, and spoils no gradient."""
+    block = MoEPlusPlusBlock(dataclasses.replace(SMALL, two_layer_gate=two_layer_gate, logits_std=logits_std))
+    if zero_gate:
+        for parameter in block.gate.parameters():
+            nn.init.zeros_(parameter)
+    stats = track_routing(block)["experts"]
+    x = flat_tokens(SMALL).requires_grad_()
+    optimizer = torch.optim.SGD(block.parameters(), lr=0.01)
+    for _ in range(3):
+        optimizer.zero_grad()
+        out, _ = block(x, torch.zeros(12, SMALL.num_experts))
+        assert bool(out.isfinite().all())
+        out.square().sum().backward()
+        for name, tensor in [*block.named_parameters(), ("x", x)]:
+            assert tensor.grad is not None, name
+            assert bool(tensor.grad.isfinite().all()), name
+        optimizer.step()
+    assert int(stats.num_tokens) == 36
+    assert float(stats.ffn_slots_histogram[0]) < 36
+    if zero_gate:
+        assert bool(block.gate.wg.weight.any()) if not two_layer_gate else True
+
+
+@torch.no_grad()
+def test_tokens_with_spread_do_not_feel_those_without() -> None:
+    """Bit for bit what the published formula gives them."""
+    block = MoEPlusPlusBlock(SMALL)
+    x = flat_tokens(SMALL)
+    usual = [0, 1, 2, 4, 5, 6, 11]
+    logits = block.gate(x[usual])
+    expected = block.experts(x[usual], logits / (logits.std(dim=-1, keepdim=True) / 1.0))
+    assert_equal(block(x[usual])[0], expected)
+    assert_equal(torch.jit.script(block)(x)[0], block(x)[0])
+    one = MoEPlusPlusConfig(8, 8, 1, 0, 0, 0, top_k=1)
+    assert bool(MoEPlusPlusBlock(one)(torch.randn(3, 8))[0].any())

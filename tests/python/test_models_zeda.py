@@ -266,6 +266,9 @@ def test_configurations() -> None:
         "zce_types": ["zero"],
     }
     assert ZedaQwen3Config.from_hf(qwen) == ZedaQwen3Config()
+    renamed = {**qwen, "num_local_experts": qwen["num_experts"]}  # as transformers 5 writes config.json
+    del renamed["num_experts"]
+    assert ZedaQwen3Config.from_hf(renamed) == ZedaQwen3Config()
     assert ZedaGlm4Config.from_hf(glm) == ZedaGlm4Config()
     with pytest.raises(ValueError, match="zce_types"):
         ZedaQwen3Config.from_hf({**qwen, "zce_types": ["copy"]})

@@ -232,11 +232,11 @@ BAD_INPUT: dict[str, tuple[dict[str, Tensor | None], str]] = {
     ),
     "no constant_vectors": (
         {"constant_vectors": None},
-        r"^constant_vectors must be given beside constant_weight of shape \[3, 2\], got None$",
+        r"^constant_weight of shape \[3, 2\] needs constant_vectors, got None$",
     ),
     "no constant_weight": (
         {"constant_weight": None},
-        r"^constant_weight must be given beside constant_vectors of shape \[2, 8\], got None$",
+        r"^constant_vectors of shape \[2, 8\] needs constant_weight, got None$",
     ),
     "residual elsewhere": (
         {"residual": torch.zeros(3, 8, device="meta")},

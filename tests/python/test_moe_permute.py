@@ -137,7 +137,7 @@ BAD_INPUT = {
     ),
     "more slots than int32 counts": (
         {"top_k": 2**30},
-        r"^top_k must be less than 2\^31 over the number of tokens \(3\), got 1073741824$",
+        r"^num_tokens \* top_k must be below 2\^31, got 3 \* 1073741824$",
     ),
     "no top_k": ({"top_k": 0}, r"^top_k must be at least 1, got 0$"),
     "elsewhere": (

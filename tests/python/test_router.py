@@ -500,8 +500,8 @@ def test_plan_is_of_a_choice_of_ones_own(way: str, monkeypatch: pytest.MonkeyPat
     elif way == "function":
         router = CustomRoutingRouter(3, 12, lambda gating_output, **_: first_experts(gating_output)[:2])
     elif way == "patch":
-        router = ZeroExpertRouter(*arguments)
         monkeypatch.setattr(ZeroExpertRouter, "_compute_routing", lambda *inputs: first_experts(inputs[2]))
+        router = ZeroExpertRouter(*arguments)
     else:
         router = ZeroExpertRouter(*arguments)
         router._compute_routing = lambda _, router_logits: first_experts(router_logits)  # type: ignore[method-assign]

@@ -134,6 +134,23 @@ def test_arguments_go_by_name() -> None:
         RoutingSpec(12, 512)  # type: ignore[misc]
 
 
+def test_new_makes_no_spec_that_was_not_checked() -> None:
+    with pytest.raises(TypeError, match="top_k"):
+        RoutingSpec.__new__(RoutingSpec)
+    with pytest.raises(ValueError, match=r"^top_k must be between 1 and 64, got 0$"):
+        RoutingSpec.__new__(RoutingSpec, top_k=0, num_real_experts=4)
+    spec = RoutingSpec.__new__(RoutingSpec, top_k=2, num_real_experts=4)
+    assert spec == RoutingSpec(top_k=2, num_real_experts=4)
+
+
+def test_subclasses_are_specs() -> None:
+    class Named(RoutingSpec):
+        name = "mine"
+
+    spec = Named(top_k=2, num_real_experts=4)
+    assert (type(spec), spec.name, spec.top_k) == (Named, "mine", 2)
+
+
 @pytest.mark.parametrize("kind", ENUMS)
 def test_enums_are_python_enums(kind: type[enum.Enum]) -> None:
     assert issubclass(kind, enum.Enum)
@@ -154,7 +171,7 @@ def test_names_and_parsers_are_inverse() -> None:
 
 
 def test_routing_methods_are_in_the_order_the_factory_considers_them() -> None:
-    assert [_C.name(member) for member in RoutingMethodType] == [
+    assert [member.name.lower() for member in RoutingMethodType] == [
         "simulated",
         "zero_expert",
         "grouped_topk",

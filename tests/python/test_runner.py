@@ -3,35 +3,33 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from layer_cases import HIDDEN, LAYERS, NUM_EXPERTS, SharedExperts, expected_output, make_inputs, make_layer
-from testing import FLOAT_DTYPES, assert_equal, assert_error_rule, weight_dtype
-from zexpert import DispatchPlan, FusedMoE, RoutingResult, ops
+from testing import FLOAT_DTYPES, assert_equal, assert_error_rule
+from zexpert import ConstantExperts, DispatchPlan, ExpertWeights, FusedMoE, RoutingResult, ops
 from zexpert._loader import LoadedLibraries
 from zexpert.experts import (
     AutoExperts,
     CpuExperts,
+    FusedExperts,
     GroupedMMExperts,
     HopperExperts,
     MoEExperts,
     TorchLoopExperts,
     create_experts,
 )
-from zexpert.experts.hopper import find_out_is_hopper, is_hopper
 from zexpert.router import FusedMoERouter, FusedTopKRouter, ZeroExpertRouter
 from zexpert.runner import ChunkingMoERunner, DefaultMoERunner, MoERunner, MoERunnerBase
 
 BACKENDS = ("cpu", "torch")
-
-
-def weights_of(layer: FusedMoE) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    return layer.w13_weight, layer.w2_weight, layer.constant_gate_weight, layer.constant_vectors
 
 
 def assert_output(layer: FusedMoE, out: Tensor, hidden_states: Tensor, router_logits: Tensor) -> None:
@@ -46,7 +44,7 @@ def assert_output(layer: FusedMoE, out: Tensor, hidden_states: Tensor, router_lo
 def test_agrees_with_the_reference(kind: str, backend: str, num_tokens: int) -> None:
     layer = make_layer(kind, shared_experts=SharedExperts(), experts_backend=backend)
     inputs = make_inputs(kind, num_tokens)
-    out = layer.runner(*inputs, *weights_of(layer))
+    out = layer.runner(*inputs, layer.expert_weights())
     assert out.shape == (num_tokens, HIDDEN)
     assert_output(layer, out.detach(), *inputs)
 
@@ -56,7 +54,7 @@ def test_agrees_with_the_reference(kind: str, backend: str, num_tokens: int) -> 
 def test_dtypes(dtype: torch.dtype, backend: str) -> None:
     layer = make_layer("mixed", params_dtype=dtype, shared_experts=SharedExperts(dtype), experts_backend=backend)
     inputs = make_inputs("mixed", 21, dtype)
-    assert_output(layer, layer.runner(*inputs, *weights_of(layer)).detach(), *inputs)
+    assert_output(layer, layer.runner(*inputs, layer.expert_weights()).detach(), *inputs)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -65,11 +63,11 @@ def test_logits_of_another_dtype(backend: str) -> None:
         layer = make_layer("identity", params_dtype=data, experts_backend=backend)
         hidden_states, router_logits = make_inputs("identity", 9)
         inputs = (hidden_states.to(data), router_logits.to(logits))
-        assert_output(layer, layer.runner(*inputs, *weights_of(layer)).detach(), *inputs)
+        assert_output(layer, layer.runner(*inputs, layer.expert_weights()).detach(), *inputs)
     layer = make_layer("identity", params_dtype=torch.float64, experts_backend=backend)
     hidden_states, router_logits = make_inputs("identity", 9)
     inputs = (hidden_states.double(), router_logits)
-    out = layer.runner(*inputs, *weights_of(layer)).detach()
+    out = layer.runner(*inputs, layer.expert_weights()).detach()
     assert out.dtype == torch.float64
     torch.testing.assert_close(out, expected_output(layer, *inputs), rtol=1e-5, atol=1e-5)  # the weights are float32
 
@@ -84,7 +82,7 @@ class NoExperts(MoEExperts):
         super().__init__("none", reduces)
 
     def forward(
-        self, hidden_states: Tensor, routing: RoutingResult, plan: DispatchPlan, w13_weight: Tensor, w2_weight: Tensor
+        self, hidden_states: Tensor, routing: RoutingResult, plan: DispatchPlan, weights: ExpertWeights
     ) -> Tensor:
         rows = hidden_states.size(0) if self.reduces else routing.topk_ids.numel()
         return hidden_states.new_zeros(rows, hidden_states.size(1))
@@ -118,8 +116,8 @@ def test_output_is_the_sum_of_its_parts(backend: str, num_tokens: int) -> None:
     shared = SharedExperts(torch.float64)
     layer = make_layer("mixed", params_dtype=torch.float64, shared_experts=shared, experts_backend=backend)
     hidden_states, router_logits = make_inputs("mixed", num_tokens, torch.float64)
-    weights = weights_of(layer)
-    whole = layer.runner(hidden_states, router_logits, *weights)
+    weights = layer.expert_weights()
+    whole = layer.runner(hidden_states, router_logits, weights)
 
     routing = layer.router.select_experts(hidden_states, router_logits)
     plan = ops.moe_plan(routing.topk_ids, NUM_EXPERTS)
@@ -139,7 +137,7 @@ def test_output_is_the_sum_of_its_parts(backend: str, num_tokens: int) -> None:
     torch.testing.assert_close(whole, real_part + zero_part + constant_part + shared(hidden_states))
     remainder = DefaultMoERunner(layer.router, NoExperts(backend == "torch"), shared)
     torch.testing.assert_close(
-        remainder(hidden_states, router_logits, *weights), zero_part + constant_part + shared(hidden_states)
+        remainder(hidden_states, router_logits, weights), zero_part + constant_part + shared(hidden_states)
     )
     if num_tokens == 7:
         assert all(float(part.detach().abs().max()) > 1e-3 for part in (real_part, zero_part, constant_part))
@@ -150,7 +148,7 @@ def test_only_zero_experts_chosen(backend: str) -> None:
     layer = make_layer("identity", experts_backend=backend, with_bias=False)
     hidden_states, router_logits = make_inputs("identity", 5)
     router_logits[:, :NUM_EXPERTS] = -200.0
-    out = layer.runner(hidden_states, router_logits, *weights_of(layer))
+    out = layer.runner(hidden_states, router_logits, layer.expert_weights())
     torch.testing.assert_close(out, 6.0 * hidden_states)
 
 
@@ -158,7 +156,7 @@ def test_only_zero_experts_chosen(backend: str) -> None:
 def test_no_expert_chosen(backend: str) -> None:
     layer = make_layer("identity", experts_backend=backend)
     hidden_states, router_logits = make_inputs("identity", 5)
-    out = layer.runner(hidden_states, torch.full_like(router_logits, torch.nan), *weights_of(layer))
+    out = layer.runner(hidden_states, torch.full_like(router_logits, torch.nan), layer.expert_weights())
     assert_equal(out.detach(), torch.zeros_like(hidden_states))
 
 
@@ -199,12 +197,12 @@ def test_runner_leaves_no_routing_behind(chunk_size: int | None) -> None:
 def test_expert_map_picks_the_physical_experts_weights() -> None:
     layer = make_layer("identity")
     inputs = make_inputs("identity", 11)
-    expected = layer.runner(*inputs, *weights_of(layer))
+    expected = layer.runner(*inputs, layer.expert_weights())
     order = torch.tensor([3, 0, 5, 1, 4, 2])
     expert_load = torch.zeros(NUM_EXPERTS, dtype=torch.int32)
     layer.router.set_expert_map(order[:, None], expert_load)
     inverse = order.argsort()
-    out = layer.runner(*inputs, layer.w13_weight[inverse], layer.w2_weight[inverse])
+    out = layer.runner(*inputs, ExpertWeights(layer.w13_weight[inverse], layer.w2_weight[inverse]))
     torch.testing.assert_close(out, expected)
     layer.router.set_expert_map(None)
     assert int(expert_load.sum()) == int((layer.router(*inputs).topk_ids >= 0).sum())
@@ -228,32 +226,84 @@ def test_chunks(kind: str, chunk_size: int, num_tokens: int) -> None:
         each.router.set_expert_map(torch.tensor([[0, 1]] + [[e, -1] for e in range(1, NUM_EXPERTS)]))
         each.router.set_capture_fn(seen.append)
 
-    out = layer.runner(*inputs, *weights_of(layer))
+    out = layer.runner(*inputs, layer.expert_weights())
 
-    expected = default.runner(*inputs, *weights_of(default))
+    expected = default.runner(*inputs, default.expert_weights())
     assert len(seen) == 2
     for actual_tensor, expected_tensor in zip(*seen, strict=True):
         assert_equal(actual_tensor, expected_tensor)
     torch.testing.assert_close(out, expected)
     for each in (default, layer):
         each.router.set_expert_map(None)
-    assert_output(layer, layer.runner(*inputs, *weights_of(layer)).detach(), *inputs)
+    assert_output(layer, layer.runner(*inputs, layer.expert_weights()).detach(), *inputs)
 
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
 def test_chunks_in_every_dtype(dtype: torch.dtype) -> None:
     layer = make_layer("mixed", chunk_size=5, params_dtype=dtype)
     inputs = make_inputs("mixed", 17, dtype)
-    assert_output(layer, layer.runner(*inputs, *weights_of(layer)).detach(), *inputs)
+    assert_output(layer, layer.runner(*inputs, layer.expert_weights()).detach(), *inputs)
 
 
 def test_chunks_of_strided_hidden_states() -> None:
     layer = make_layer("identity", chunk_size=4)
     hidden_states, router_logits = make_inputs("identity", 10)
     transposed = hidden_states.t().contiguous().t()
-    out = layer.runner(transposed, router_logits, *weights_of(layer))
+    out = layer.runner(transposed, router_logits, layer.expert_weights())
     assert out.is_contiguous()
-    assert_equal(out.detach(), layer.runner(hidden_states, router_logits, *weights_of(layer)).detach())
+    assert_equal(out.detach(), layer.runner(hidden_states, router_logits, layer.expert_weights()).detach())
+
+
+class Operators(TorchDispatchMode):
+    """Notes which operators of zexpert run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "zexpert":
+            self.names.append(func._opname)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("chunk_size", [None, 7])
+@pytest.mark.parametrize("num_tokens", [0, 1, 7])
+def test_inference_is_two_operators(num_tokens: int, chunk_size: int | None) -> None:
+    layer = make_layer("identity", chunk_size=chunk_size)
+    with torch.no_grad(), Operators() as operators:
+        layer(*make_inputs("identity", num_tokens))
+    assert operators.names == ["biased_topk_and_plan", "fused_moe"]
+
+
+def test_chunks_are_planned_one_by_one() -> None:
+    layer = make_layer("identity", chunk_size=3)
+    with torch.no_grad(), Operators() as operators:
+        layer(*make_inputs("identity", 7))
+    assert operators.names == ["biased_topk", *3 * ["moe_plan", "fused_moe"]]
+
+
+class CountedCalls(nn.Module):
+    """Stands for telemetry."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Tensor, Tensor]] = []
+
+    def forward(self, topk_ids: Tensor, expert_offsets: Tensor) -> None:
+        self.calls.append((topk_ids, expert_offsets))
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 4, 11])
+def test_chunks_are_counted_once(num_tokens: int) -> None:
+    layer = make_layer("identity", chunk_size=4)
+    stats = layer.runner.routing_stats = CountedCalls()
+    inputs = make_inputs("identity", num_tokens)
+    layer(*inputs)
+    ((topk_ids, expert_offsets),) = stats.calls
+    routing, plan = layer.router.select_experts_and_plan(*inputs, NUM_EXPERTS)
+    assert_equal(topk_ids, routing.topk_ids)
+    assert_equal(expert_offsets, plan.expert_offsets)
 
 
 @pytest.mark.parametrize("chunk_size", [0, -1, 2.0, True, "8"])
@@ -268,19 +318,26 @@ def test_rejects_a_bad_chunk_size(chunk_size: Any) -> None:
 def test_rejects_bad_inputs() -> None:
     layer = make_layer("mixed")
     hidden_states, router_logits = make_inputs("mixed", 4)
-    w13, w2, gates, vectors = weights_of(layer)
+    weights = layer.expert_weights()
+    assert weights.constants is not None
+    gates, vectors = weights.constants
+    one_gate = weights._replace(constants=ConstantExperts(gates[:1], vectors))
     cases: list[tuple[tuple[Any, ...], str]] = [
+        ((hidden_states.half(), router_logits, weights), r"^hidden_states must be of the weights' dtype"),
+        ((hidden_states[:, :7], router_logits, weights), r"^hidden_states must have .* \(24\), got 7$"),
+        ((hidden_states, router_logits[:3], weights), r"^router_logits must have one row per token"),
         (
-            (hidden_states.half(), router_logits, w13, w2, gates, vectors),
-            r"^hidden_states must be of the weights' dtype",
-        ),
-        ((hidden_states[:, :7], router_logits, w13, w2, gates, vectors), r"^hidden_states must have .* \(24\), got 7$"),
-        ((hidden_states, router_logits[:3], w13, w2, gates, vectors), r"^router_logits must have one row per token"),
-        (
-            (hidden_states, router_logits, w13, w2, gates[:1], vectors),
+            (hidden_states, router_logits, one_gate),
             r"^constant_gate_weight must have shape \[2, 2, 24\], got \[1, 2, 24\]$",
         ),
-        ((hidden_states, router_logits, w13, w2), r"^constant_gate_weight and constant_vectors are required with"),
+        (
+            (hidden_states, router_logits, weights._replace(constants=None)),
+            r"^constant_gate_weight and constant_vectors are required with",
+        ),
+        (
+            (hidden_states, router_logits, weights._replace(w2_scale_inv=torch.ones(1))),
+            r"^w13_scale_inv and w2_scale_inv must be None: no operator accepts quantised experts$",
+        ),
     ]
     for arguments, message in cases:
         with pytest.raises(ValueError, match=message):
@@ -319,12 +376,11 @@ def test_shared_experts_of_another_dtype_are_cast() -> None:
 # --- Experts backends
 
 
-def test_create_experts() -> None:
-    assert isinstance(create_experts(), AutoExperts)
-    assert isinstance(create_experts("cpu"), CpuExperts)
-    assert isinstance(create_experts("grouped_mm"), GroupedMMExperts)
-    assert isinstance(create_experts("hopper"), HopperExperts)
-    assert isinstance(create_experts("torch"), TorchLoopExperts)
+@pytest.mark.parametrize("name", ["auto", "cpu", "grouped_mm", "hopper", "torch"])
+def test_create_experts(name: str) -> None:
+    experts = create_experts(name)
+    assert isinstance(experts, FusedExperts)
+    assert experts.name == name
     with pytest.raises(
         ValueError,
         match=r"^experts_backend must be \"auto\", \"cpu\", \"grouped_mm\", \"hopper\" or \"torch\", got 'cuda'$",
@@ -332,12 +388,32 @@ def test_create_experts() -> None:
         create_experts("cuda")
 
 
+def test_names_before_fused_experts() -> None:
+    aliases = (AutoExperts, CpuExperts, GroupedMMExperts, HopperExperts, TorchLoopExperts)
+    assert [alias().name for alias in aliases] == ["auto", "cpu", "grouped_mm", "hopper", "torch"]
+    assert all(alias().fuses_epilogue for alias in aliases)
+
+
+def test_a_subclass_of_the_experts_gives_rows() -> None:
+    class Doubled(CpuExperts):
+        def forward(
+            self, hidden_states: Tensor, routing: RoutingResult, plan: DispatchPlan, weights: ExpertWeights
+        ) -> Tensor:
+            return 2 * super().forward(hidden_states, routing, plan, weights)
+
+    layer = make_layer("identity")
+    inputs = make_inputs("identity", 7)
+    zero_part = ops.zero_expert_accumulate(inputs[0], layer.router.select_experts(*inputs).zero_weight)
+    doubled = DefaultMoERunner(layer.router, Doubled())(*inputs, layer.expert_weights())
+    torch.testing.assert_close(doubled - zero_part, 2 * (layer(*inputs) - zero_part))
+
+
 def test_auto_is_the_cpu_backend_on_a_cpu() -> None:
     inputs = make_inputs("mixed", 6)
     auto, cpu = make_layer("mixed"), make_layer("mixed", experts_backend="cpu")
     assert_equal(auto(*inputs).detach(), cpu(*inputs).detach())
     assert auto.experts_backend == "cpu"
-    assert not auto.runner.experts.reduces_for(inputs[0], auto.w2_weight)
+    assert not auto.runner.experts.reduces
 
 
 @pytest.mark.parametrize(
@@ -359,7 +435,8 @@ def test_auto_on_a_gpu(
     backend: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("zexpert.experts.hopper.is_hopper", lambda index: on_hopper)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0) if on_hopper else (10, 0))
     with FakeTensorMode(), torch.no_grad():
         hidden_states = torch.empty(3, hidden_size, dtype=dtype, device="cuda")
         w2_weight = torch.empty(8, hidden_size, intermediate_size, dtype=dtype, device="cuda")
@@ -369,13 +446,16 @@ def test_auto_on_a_gpu(
 
 @pytest.mark.parametrize(("dtype", "backend"), [(torch.bfloat16, "grouped_mm"), (torch.float16, "torch")], ids=str)
 def test_auto_on_a_gpu_for_training(dtype: torch.dtype, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("zexpert.experts.hopper.is_hopper", lambda index: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     with FakeTensorMode():
         hidden_states = torch.empty(3, 128, dtype=dtype, device="cuda")
         w2_weight = torch.empty(8, 128, 64, dtype=dtype, device="cuda", requires_grad=True)
         assert create_experts().backend_for(hidden_states, w2_weight) == backend
         with torch.no_grad():
             assert create_experts().backend_for(hidden_states, w2_weight) == "hopper"
+        # In grad mode, and nothing requires gradients.
+        assert create_experts().backend_for(hidden_states, w2_weight.detach()) == "hopper"
 
 
 @pytest.mark.parametrize(
@@ -391,15 +471,14 @@ def test_auto_on_a_gpu_for_training(dtype: torch.dtype, backend: str, monkeypatc
 def test_where_the_kernels_for_hopper_run(
     archs: list[str], capability: tuple[int, int], runs: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    find_out_is_hopper.cache_clear()
-    monkeypatch.setattr("zexpert.experts.hopper.load_libraries", lambda: LoadedLibraries(True, "loaded"))
-    monkeypatch.setattr("zexpert.experts.hopper.cuda_library_info", lambda: ("13.0", archs))
+    monkeypatch.setattr("zexpert._info.load_libraries", lambda: LoadedLibraries(True, "loaded"))
+    monkeypatch.setattr("zexpert._info.cuda_library_info", lambda: ("13.0", archs))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
-    try:
-        assert is_hopper(0) is runs
-    finally:
-        find_out_is_hopper.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    with FakeTensorMode(), torch.no_grad():
+        hidden_states = torch.empty(3, 128, dtype=torch.bfloat16, device="cuda")
+        w2_weight = torch.empty(8, 128, 64, dtype=torch.bfloat16, device="cuda")
+        assert (create_experts().backend_for(hidden_states, w2_weight) == "hopper") is runs
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated:DeprecationWarning")
@@ -410,56 +489,27 @@ def test_hopper_experts_script_and_give_shapes() -> None:
     with torch.no_grad():
         assert layer(*inputs).shape == (5, 128)
         assert torch.jit.script(layer)(*inputs).shape == (5, 128)
-    assert torch.ops.zexpert.is_hopper(torch.empty(0)) is False  # what a scripted layer asks on a GPU
 
 
-def test_hopper_experts_refuse_the_cpu() -> None:
-    layer = FusedMoE(16, 6, 128, 64, params_dtype=torch.bfloat16, experts_backend="hopper")
-    sentence = r'^hidden_states must be on a GPU of compute capability 9.0 for experts_backend "hopper", got cpu$'
-    for with_gradients in (False, True):
-        with torch.set_grad_enabled(with_gradients), pytest.raises(ValueError, match=sentence):
-            layer(torch.zeros(5, 128, dtype=torch.bfloat16), torch.zeros(5, 16))
+@pytest.mark.parametrize("backend", ["hopper", "grouped_mm"])
+def test_forced_experts_of_a_gpu_refuse_the_cpu(backend: str) -> None:
+    layer = FusedMoE(16, 6, 128, 64, params_dtype=torch.bfloat16, experts_backend=backend)
+    sentence = rf'^implementation must be "auto", "cpu" or "torch" on the CPU, got "{backend}"$'
+    with torch.no_grad(), pytest.raises(RuntimeError, match=sentence):
+        layer(torch.zeros(5, 128, dtype=torch.bfloat16), torch.zeros(5, 16))
 
 
-@pytest.mark.parametrize(
-    ("dtype", "hidden_size", "intermediate_size", "got"),
-    [
-        (torch.float32, 32, 16, "torch.float32, 32 and 16"),
-        (torch.bfloat16, 20, 16, "torch.bfloat16, 20 and 16"),
-        (torch.bfloat16, 32, 12, "torch.bfloat16, 32 and 12"),
-    ],
-)
-def test_grouped_mm_refuses_what_it_does_not_take(
-    dtype: torch.dtype, hidden_size: int, intermediate_size: int, got: str
-) -> None:
-    layer = FusedMoE(5, 3, hidden_size, intermediate_size, params_dtype=dtype, experts_backend="grouped_mm")
-    sentence = rf'^hidden_states must be bfloat16, .* of 8, for experts_backend "grouped_mm", got {got}$'
-    with pytest.raises(ValueError, match=sentence):
-        layer(torch.zeros(4, hidden_size, dtype=dtype), torch.zeros(4, 5))
+def test_forced_hopper_experts_refuse_to_train() -> None:
+    layer = FusedMoE(16, 6, 128, 64, params_dtype=torch.bfloat16, experts_backend="hopper", device="meta")
+    sentence = r'^implementation must be "auto", "grouped_mm" or "torch" where gradients are wanted, got "hopper"$'
+    inputs = torch.empty(5, 128, dtype=torch.bfloat16, device="meta"), torch.empty(5, 16, device="meta")
+    with pytest.raises(RuntimeError, match=sentence):
+        layer(*inputs)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated:DeprecationWarning")
-def test_grouped_mm_agrees_with_the_cpu_backend() -> None:
-    """torch runs its grouped_mm on a CPU too."""
-    layers = []
-    for backend in ("grouped_mm", "cpu"):
-        torch.manual_seed(0)
-        zero_experts: dict[str, Any] = {"zero_expert_type": "identity", "zero_expert_num": 3}
-        layers.append(FusedMoE(5, 3, 32, 16, **zero_experts, params_dtype=torch.bfloat16, experts_backend=backend))
-    scripted = torch.jit.script(layers[0])
-    for num_tokens in (0, 1, 40):
-        hidden_states = torch.randn(num_tokens, 32).bfloat16().requires_grad_()
-        router_logits = torch.randn(num_tokens, 8)
-        results = []
-        for layer in (*layers, scripted):
-            out = layer(hidden_states, router_logits)
-            results.append((out.detach(), torch.autograd.grad(out.sum(), hidden_states)[0]))
-        for result in (results[0], results[2]):
-            torch.testing.assert_close(result, results[1], rtol=2e-2, atol=2e-2)
-
-
-def test_torch_loop_gradients() -> None:
-    experts = TorchLoopExperts()
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_of_the_experts(backend: str) -> None:
+    experts = create_experts(backend)
     generator = torch.Generator().manual_seed(0)
     hidden_states, topk_weights, w13, w2 = (
         torch.randn(*shape, dtype=torch.float64, generator=generator, requires_grad=True)
@@ -469,34 +519,44 @@ def test_torch_loop_gradients() -> None:
     plan = ops.moe_plan(topk_ids, 3)
     unused = torch.zeros(4, dtype=torch.float64)
 
-    def run(*inputs: Tensor) -> Tensor:
+    def run(keep_gate_up: bool, *inputs: Tensor) -> Tensor:
         routing = RoutingResult(inputs[1], topk_ids, unused, unused[:, None])
-        out: Tensor = experts(inputs[0], routing, plan, *inputs[2:])
-        return out
+        return experts.with_epilogue(inputs[0], routing, plan, ExpertWeights(*inputs[2:]), None, keep_gate_up)
 
-    torch.autograd.gradcheck(run, (hidden_states, topk_weights, w13, w2))
+    for keep_gate_up in (True, False):
+        torch.autograd.gradcheck(partial(run, keep_gate_up), (hidden_states, topk_weights, w13, w2))
 
 
-@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
-def test_torch_loop_over_every_expert_gives_the_same(dtype: torch.dtype) -> None:
-    layer = make_layer("mixed", params_dtype=dtype, experts_backend="torch")
-    hidden_states, router_logits = make_inputs("mixed", 9, dtype)
-    routing = layer.router.select_experts(hidden_states, router_logits)
-    routing = RoutingResult(*(t.to(weight_dtype(dtype)) if t.is_floating_point() else t for t in routing))
-    plan = ops.moe_plan(routing.topk_ids, NUM_EXPERTS)
-    experts = TorchLoopExperts()
-    weights = (layer.w13_weight.detach(), layer.w2_weight.detach())
-    looped = experts(hidden_states, routing, plan, *weights)
-    masked = experts._every_expert(hidden_states, routing, *weights)
-    torch.testing.assert_close(looped, masked)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("with_gradients", [False, True])
+def test_rows_of_slots_without_work_need_no_memory(with_gradients: bool, backend: str) -> None:
+    """As in expert parallelism, where other ranks do the work of most slots."""
+    layer = make_layer("identity", experts_backend=backend)
+    hidden_states, router_logits = make_inputs("identity", 9)
+    hidden_states.requires_grad_(with_gradients)
+    routing, plan = layer.router.select_experts_and_plan(hidden_states, router_logits, NUM_EXPERTS)
+    cut = plan._replace(row_slots=plan.row_slots[: int(plan.expert_offsets[-1])])
+    assert cut.row_slots.numel() < plan.row_slots.numel()
+    results = []
+    for each in (plan, cut):
+        out = layer.runner.experts.with_epilogue(
+            hidden_states, routing, each, layer.expert_weights(), None, with_gradients
+        )
+        results.append([out.detach()])
+        if with_gradients:
+            results[-1] += torch.autograd.grad(out.square().sum(), [hidden_states, layer.w13_weight, layer.w2_weight])
+    for actual, expected in zip(results[1], results[0], strict=True):
+        assert_equal(actual, expected)
 
 
 def test_interfaces_leave_the_work_to_subclasses() -> None:
     hidden_states, router_logits = make_inputs("plain", 1)
     layer = make_layer("plain")
     with pytest.raises(NotImplementedError):
-        MoERunner(layer.router, CpuExperts())(hidden_states, router_logits, layer.w13_weight, layer.w2_weight)
+        MoERunner(layer.router, CpuExperts())(hidden_states, router_logits, layer.expert_weights())
+    experts = MoEExperts("none", False)
     with pytest.raises(NotImplementedError):
-        MoERunnerBase(layer.router, MoEExperts("none", False))(
-            hidden_states, router_logits, layer.w13_weight, layer.w2_weight
-        )
+        MoERunnerBase(layer.router, experts)(hidden_states, router_logits, layer.expert_weights())
+    experts.fuses_epilogue = True
+    with pytest.raises(NotImplementedError):
+        MoERunnerBase(layer.router, experts)(hidden_states, router_logits, layer.expert_weights())

@@ -14,7 +14,7 @@ from torch import nn
 from layer_cases import LAYERS, NUM_EXPERTS, SharedExperts, make_inputs, make_layer, num_columns
 from testing import FLOAT_DTYPES, assert_equal
 from zexpert import FusedMoE
-from zexpert.experts import CpuExperts, TorchLoopExperts
+from zexpert.experts import create_experts
 from zexpert.models import LongcatFlashConfig, LongcatFlashMoE
 from zexpert.router import (
     BaseRouter,
@@ -115,10 +115,9 @@ def test_layer_without_options() -> None:
 def test_runners(runner_class: Any) -> None:
     options = {"chunk_size": 2} if runner_class is ChunkingMoERunner else {}
     layer = make_layer("constant")
-    for experts in (CpuExperts(), TorchLoopExperts()):
+    for experts in (create_experts("cpu"), create_experts("torch")):
         runner = runner_class(layer.router, experts, None, **options)
-        weights = (layer.w13_weight, layer.w2_weight, layer.constant_gate_weight, layer.constant_vectors)
-        inputs = (*make_inputs("constant", 5), *weights)
+        inputs = (*make_inputs("constant", 5), layer.expert_weights())
         assert_equal(torch.jit.script(runner)(*inputs).detach(), runner(*inputs).detach())
 
 

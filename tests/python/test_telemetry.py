@@ -10,6 +10,7 @@ import math
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from layer_cases import make_inputs, make_layer
 from testing import assert_equal
@@ -186,6 +187,55 @@ def test_counting_in_training_leaves_gradients_alone() -> None:
     assert out.requires_grad
     stats = collect_routing_stats(layer)[""]
     assert not stats.expert_load.requires_grad
+
+
+@pytest.mark.parametrize("chunk_size", [None, 5])
+def test_counts_of_eval_mode_are_kept_apart(chunk_size: int | None) -> None:
+    layer = make_layer("identity", chunk_size=chunk_size)
+    inputs = make_inputs("identity", 23)
+    stats = track_routing(layer.eval())[""]
+    layer(*inputs)
+    load = stats.expert_load.clone()
+    assert int(stats.num_tokens) == int(stats.evaluation_tokens) == 23
+    assert int(stats.num_training_tokens) == int(stats.training_load.sum()) == 0
+    layer.train()
+    for _ in range(2):
+        layer(*inputs)
+    assert int(stats.num_tokens) == 69
+    assert int(stats.num_training_tokens) == 46
+    assert_equal(stats.training_load, 2 * load)
+    assert_equal(stats.expert_load, 3 * load)
+    for other in (stats.clone(), stats.all_reduced(), RoutingStats(stats.num_experts, stats.top_k).merge(stats)):
+        assert_equal(other.training_load, 2 * load)
+        assert int(other.num_training_tokens) == 46
+
+    torch.compiler.reset()  # other tests compile the same forward: past a number of variants PyTorch gives up
+    scripted = torch.jit.script(layer)
+    stats.reset()
+    scripted.eval()(*inputs)
+    assert int(stats.num_training_tokens) == 0
+    scripted.train()(*inputs)
+    compiled = torch.compile(layer, fullgraph=True)
+    compiled(*inputs)
+    layer.eval()
+    compiled(*inputs)
+    assert int(stats.num_tokens) == 4 * 23
+    assert_equal(stats.training_load, 2 * load)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_checkpointed_forward_counts_once(use_reentrant: bool) -> None:
+    layer = make_layer("identity", recompute=True)
+    stats = track_routing(layer)[""]
+    hidden_states, router_logits = make_inputs("identity", 23)
+    layer(hidden_states, router_logits)
+    once = stats.as_dict()
+    stats.reset()
+    hidden_states.requires_grad_()
+    out = checkpoint(layer, hidden_states, router_logits, use_reentrant=use_reentrant)
+    out.sum().backward()
+    assert hidden_states.grad is not None
+    assert stats.as_dict() == once
 
 
 def test_counts_stay_on_the_device_until_read() -> None:

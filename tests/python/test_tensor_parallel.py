@@ -55,6 +55,26 @@ def test_tensor_parallel(num_ranks: int, num_tokens: int, ranks: Ranks) -> None:
     ranks.run(sliced, num_ranks, num_tokens)
 
 
+def gradients_where_wanted(group: Any) -> None:
+    layer = make_layer("identity", tensor_parallel_group=group)
+    hidden_states, logits, _ = make_inputs("identity", 6)
+    x, router_logits = hidden_states.float(), logits.float()
+    if dist.get_rank(group) == 0:
+        x.requires_grad_()
+    else:
+        layer.requires_grad_(False)
+    layer(x, router_logits).square().sum().backward()
+    dist.barrier(group=group)
+    if dist.get_rank(group) == 0:
+        expected = hidden_states.float().requires_grad_()
+        make_layer("identity")(expected, router_logits).square().sum().backward()
+        torch.testing.assert_close(x.grad, expected.grad)
+
+
+def test_ranks_without_gradients_join_the_backward(ranks: Ranks) -> None:
+    ranks.run(gradients_where_wanted, 2)
+
+
 def save_slices(group: Any, folder: str) -> None:
     import torch.distributed.checkpoint as dcp
 
@@ -80,7 +100,7 @@ def load_slices(group: Any, folder: str) -> None:
         ValueError, match=r"^intermediate_size must be a multiple .* tensor_parallel_group \(2\), got 5$"
     ):
         FusedMoE(4, 2, 8, 5, tensor_parallel_group=group)
-    with pytest.raises(ValueError, match=r"^tensor_parallel_group must be None beside an expert_parallel_group$"):
+    with pytest.raises(ValueError, match=r"^tensor_parallel_group must be None with an expert_parallel_group$"):
         FusedMoE(4, 2, 8, 6, tensor_parallel_group=group, expert_parallel_group=group)
 
 

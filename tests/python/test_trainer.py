@@ -7,8 +7,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from zexpert.models.byte_decoder import ByteDecoder, ByteDecoderConfig
-from zexpert.training.trainer import Trainer, TrainerConfig, load_checkpoint, load_model, save_checkpoint
+from zexpert_tools.byte_decoder import ByteDecoder, ByteDecoderConfig
+from zexpert_tools.checkpoint import load_checkpoint, load_model, save_checkpoint
+from zexpert_tools.trainer import Trainer, TrainerConfig
 
 TINY = ByteDecoderConfig(
     hidden_size=32,

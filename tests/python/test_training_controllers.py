@@ -8,6 +8,7 @@ import io
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from layer_cases import make_inputs, make_layer
 from testing import assert_equal
@@ -117,6 +118,51 @@ def test_an_update_is_of_the_tokens_since_the_last_one() -> None:
             controller.update(parts)
             assert_equal(whole.e_score_correction_bias, parts.e_score_correction_bias)
             assert int(collect_routing_stats(parts)[""].num_tokens) == 0
+
+
+@pytest.mark.parametrize("controller", [LongCatBiasController(0.3, 3.0), SignBiasController(0.3)], ids=repr)
+def test_validation_moves_no_bias(controller: BiasController) -> None:
+    trained, validated = controlled_layer(), controlled_layer()
+    for step in range(3):
+        run(trained, seed=step)
+        run(validated, seed=step)
+        run(validated.eval(), seed=100 + step)
+        validated.train()
+        controller.update(trained)
+        controller.update(validated)
+        assert_equal(validated.e_score_correction_bias, trained.e_score_correction_bias)
+    before = trained.e_score_correction_bias.clone()
+    run(trained.eval())
+    with pytest.warns(UserWarning, match=r"^the model is in eval mode.*call model\.train\(\)"):
+        controller.update(trained)
+    assert_equal(trained.e_score_correction_bias, before)
+
+
+def test_checkpointed_micro_batches_count_like_others() -> None:
+    plain, checkpointed = controlled_layer(), controlled_layer()
+    controller = LongCatBiasController(0.3, 3.0)
+    for layer in (plain, checkpointed):
+        for micro_batch in range(2):
+            hidden_states = torch.zeros(64, HIDDEN, requires_grad=True)
+            logits = torch.randn(64, NUM_REAL + NUM_ZERO, generator=torch.Generator().manual_seed(micro_batch))
+            if layer is checkpointed and micro_batch == 0:
+                out = checkpoint(layer, hidden_states, logits, use_reentrant=False)
+            else:
+                out = layer(hidden_states, logits)
+            out.sum().backward()
+        controller.update(layer)
+    assert_equal(checkpointed.e_score_correction_bias, plain.e_score_correction_bias)
+
+
+def test_a_layer_without_a_bias_is_left_alone() -> None:
+    with_bias, without = controlled_layer(), make_layer("identity", with_bias=False)
+    model = nn.ModuleList([without, with_bias])
+    stats = track_routing(model)["0"]
+    without(*make_inputs("identity", 12))
+    run(with_bias)
+    LongCatBiasController(0.3, 3.0).update(model)
+    assert bool(with_bias.e_score_correction_bias.any())
+    assert int(stats.num_tokens) == 12
 
 
 def test_reset_stats_false_keeps_the_counts() -> None:

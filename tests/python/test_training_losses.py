@@ -196,3 +196,15 @@ def test_arguments_out_of_range() -> None:
             switch_loss(*losses_input, 4, 3)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match='scoring_func must be "softmax"'):
         switch_loss(logits, load, 20, TOP_K, scoring_func="tanh")
+
+
+@pytest.mark.parametrize("scoring_func", ["softmax", "sigmoid", "sqrtsoftplus"])
+def test_logits_far_below_zero_have_finite_gradients(scoring_func: str) -> None:
+    logits = torch.tensor([[-200.0, 1.0, 0.5, -1e4], [-300.0, -300.0, -400.0, -500.0]], requires_grad=True)
+    load = torch.tensor([1, 1, 2])
+    loss = switch_loss(logits, load, 2, 2, scoring_func=scoring_func)
+    loss = loss + group_loss(logits, load, 2, 2, target_ffn_experts=1.0, scoring_func=scoring_func)
+    loss.backward()
+    assert bool(loss.isfinite())
+    assert logits.grad is not None
+    assert bool(logits.grad.isfinite().all())

@@ -108,6 +108,22 @@ def unchanged(*tensors: Tensor | None) -> Iterator[None]:
             assert_equal(tensor, copy, "an input that must not change")
 
 
+#: What filled_memory() puts into new int32 tensors.
+UNWRITTEN_INTEGER = torch.iinfo(torch.int32).max
+
+
+@contextlib.contextmanager
+def filled_memory() -> Iterator[None]:
+    """New tensors without values hold NaN, or the largest integer, on every device."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert bool(torch.empty(1).isnan().all())
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
 def on_device(op: Callable[..., Any], device: str) -> Callable[..., Any]:
     """`op` for tensors on the CPU, run on `device`: arguments go there with their layout, alignment and shared memory,
     and what the op did to them comes back, as do the results, and gradients to those that want one. Skips the test

@@ -2,8 +2,8 @@
 """Whether this commit can be released: prints what is in the way and exits with 1, or says that nothing is.
 
 Checks that the version is a release's and has a section in CHANGELOG.md, that every source file names the licence, that
-the working tree is clean, and that the tag of the version is on this commit. With --built also what `make test` left in
-dist: an sdist and wheels of this version, each with the licence.
+the working tree is clean, and that the tag of the version is on this commit. With --built also what `make test-all`
+left in dist: an sdist and wheels of this version, each with the licence.
 
 Usage: python check_release.py [--built]
 """
@@ -45,7 +45,7 @@ def version_of(root: Path) -> str:
 
 
 def header_problems(root: Path) -> list[str]:
-    """The source files in git whose first two lines, a script's first being `#!`, do not name the licence."""
+    """The source files in git without the licence in their first two lines."""
     return [
         f'{name} must begin with a comment "{LICENCE_LINE}"'
         for name in git(root, "ls-files", *SOURCES)

@@ -19,10 +19,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "python"))  # the reference
 import reference
 from testing import assert_equal, assert_error_rule
 from zexpert import ops
-from zexpert.benchmark import vllm_peer
-from zexpert.benchmark.layer import Shape, make_weights, zexpert_layer
-from zexpert.benchmark.torch_routing import LONGCAT_FLASH, RoutingCase
 from zexpert.integrations import vllm as plugin
+from zexpert_tools.benchmark import vllm_peer
+from zexpert_tools.benchmark.layer import Shape, make_weights, zexpert_layer
+from zexpert_tools.benchmark.torch_routing import LONGCAT_FLASH, RoutingCase
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="no CUDA device: torch.cuda.is_available() is False"

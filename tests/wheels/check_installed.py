@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs what a wheel must be able to do wherever it is installed: import, run, script, save, compile, differentiate.
 
-Run by check_wheels.py, with the Python of an environment that holds the wheel and a PyTorch.
+check_wheels.py runs it with the Python of an environment that has a PyTorch and the wheel's library, without the
+package of the command.
 
 Usage: python check_installed.py SITE_PACKAGES
 """
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import sys
 from pathlib import Path
@@ -20,6 +22,7 @@ import zexpert
 
 def main() -> None:
     site_packages = Path(sys.argv[1]).resolve()
+    assert importlib.util.find_spec("zexpert_tools") is None
     assert Path(zexpert.__file__).is_relative_to(site_packages), f"imported {zexpert.__file__}, not the wheel's"
     info = zexpert.build_info()
     has_cuda_library = (site_packages / "zexpert/lib/libzexpert_cuda.so").exists()

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Audits wheels, then installs each in fresh environments and runs check_installed.py there.
 
-Each environment holds the wheel and sees the PyTorch of another environment, whose Python is named with --torch.
+Each environment has the wheel and the PyTorch of another environment, named by its Python with --torch.
 
 Usage: python check_wheels.py WHEEL... --torch PYTHON [--torch PYTHON]... --oldest-torch PYTHON
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -62,13 +63,14 @@ def audit(wheel: Path, torch_libraries: list[Path] | None) -> list[str]:
 
 
 def check_installed(wheel: Path, python: str) -> None:
-    """Installs the wheel into a fresh environment beside `python`'s PyTorch and runs CHECK there."""
+    """Installs the wheel into a fresh environment with `python`'s PyTorch and runs CHECK there."""
     with tempfile.TemporaryDirectory() as folder:
         venv.create(folder, with_pip=False)
         fresh = Path(folder, "bin/python")
         site_packages = site_packages_of(fresh)
         install = [sys.executable, "-m", "pip", "--python", fresh, "install", "--quiet", "--no-deps", wheel]
         subprocess.run(install, check=True)
+        shutil.rmtree(Path(site_packages, "zexpert_tools"))  # the library must work without the command
         Path(site_packages, "torch_of_another_environment.pth").write_text(site_packages_of(python) + "\n")
         subprocess.run([fresh, "-W", "ignore", CHECK, site_packages], check=True, cwd=folder)
 

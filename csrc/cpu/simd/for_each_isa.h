@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // Compiles a kernel file once per instruction set.
 //
-// A kernel's .cpp defines ZEXPERT_KERNEL_FILE as the file's name in quotes, includes every header the kernel needs,
-// then includes this file: the kernel's code lands in zexpert::isa_avx512, zexpert::isa_avx2 and
-// zexpert::isa_default, beside that instruction set's Vec (vec.h). ZEXPERT_DISPATCH then calls the best one this
-// machine has. No header may be included from inside a kernel file: what it defines inline would be compiled for one
+// A kernel's .cpp defines ZEXPERT_KERNEL_FILE as the name of the kernel file in quotes, includes every header that the
+// kernel needs, then includes this file. The kernel's code is compiled in zexpert::isa_avx512, zexpert::isa_avx2 and
+// zexpert::isa_default, each with that instruction set's Vec (vec.h). ZEXPERT_DISPATCH calls the best one that this
+// machine supports. Do not include a header from a kernel file: its inline functions would be compiled for one
 // instruction set and could be linked into code for every machine.
 
 #include <algorithm>
@@ -16,7 +16,7 @@
 
 #if defined(__x86_64__)
 #if defined(__GNUC__) && !defined(__clang__) && __GNUC__ < 13
-// GCC 12 warns of its own intrinsics' deliberately undefined registers wherever they are inlined.
+// GCC 12 warns about deliberately undefined registers in its own intrinsics.
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif

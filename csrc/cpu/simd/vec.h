@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Vec<float> and Vec<double>: one register's worth of numbers. Compiled once per instruction set by for_each_isa.h,
-// which is why it has no include guard and includes nothing.
+// Vec<float> and Vec<double>: the numbers of one register. Compiled once per instruction set by for_each_isa.h, so it
+// has no include guard and includes nothing.
 //
 // A comparison gives a Mask, one bit a lane, lane 0 lowest. A comparison with NaN is false.
 
@@ -92,7 +92,6 @@ struct Vec {
   static ZEXPERT_INLINE Mask greater_equal(Vec a, Vec b) { return as_mask(a.lanes >= b.lanes); }
   static ZEXPERT_INLINE Mask greater(Vec a, Vec b) { return as_mask(a.lanes > b.lanes); }
   /// Lanes that are neither NaN nor infinite.
-  static ZEXPERT_INLINE Mask is_finite(Vec a) { return as_mask(a.lanes - a.lanes == Lanes{}); }
   /// `a` where the mask's bit is set, else `b`.
   static ZEXPERT_INLINE Vec select(Mask mask, Vec a, Vec b) {
     Bits lane_bit;
@@ -184,10 +183,6 @@ struct Vec<float> {
   static ZEXPERT_INLINE Vec abs(Vec a) { return {_mm512_abs_ps(a.lanes)}; }
   static ZEXPERT_INLINE Mask greater_equal(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.lanes, b.lanes, _CMP_GE_OQ); }
   static ZEXPERT_INLINE Mask greater(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.lanes, b.lanes, _CMP_GT_OQ); }
-  static ZEXPERT_INLINE Mask is_finite(Vec a) {
-    constexpr int kNanOrInfinity = 0x01 | 0x08 | 0x10 | 0x80;
-    return static_cast<Mask>(static_cast<__mmask16>(~_mm512_fpclass_ps_mask(a.lanes, kNanOrInfinity)));
-  }
   static ZEXPERT_INLINE Vec select(Mask mask, Vec a, Vec b) {
     return {_mm512_mask_mov_ps(b.lanes, static_cast<__mmask16>(mask), a.lanes)};
   }
@@ -263,9 +258,6 @@ struct Vec<float> {
   static ZEXPERT_INLINE Mask bits(__m256 comparison) { return static_cast<Mask>(_mm256_movemask_ps(comparison)); }
   static ZEXPERT_INLINE Mask greater_equal(Vec a, Vec b) { return bits(_mm256_cmp_ps(a.lanes, b.lanes, _CMP_GE_OQ)); }
   static ZEXPERT_INLINE Mask greater(Vec a, Vec b) { return bits(_mm256_cmp_ps(a.lanes, b.lanes, _CMP_GT_OQ)); }
-  static ZEXPERT_INLINE Mask is_finite(Vec a) {
-    return bits(_mm256_cmp_ps(_mm256_sub_ps(a.lanes, a.lanes), _mm256_setzero_ps(), _CMP_EQ_OQ));
-  }
   static ZEXPERT_INLINE Vec select(Mask mask, Vec a, Vec b) {
     const __m256i lane_bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
     const __m256i set = _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(mask)), lane_bit);
@@ -358,7 +350,7 @@ ZEXPERT_INLINE Vec<T> silu(Vec<T> x) {
   return x / (Vec<T>::broadcast(T(1)) + exp(Vec<T>::zero() - x));
 }
 
-/// x, rounded where it stands: compilers may otherwise fuse a product into the sum that takes it.
+/// x, rounded here: without this, compilers may fuse a product into the sum that uses it.
 template <typename T>
 ZEXPERT_INLINE Vec<T> unfused(Vec<T> x) {
 #if defined(__x86_64__)

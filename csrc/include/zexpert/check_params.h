@@ -25,4 +25,10 @@ inline void check_floating(ScalarType type) {
   visit_floating(type, [](auto) {});
 }
 
+/// Throws Error unless `type` is int32 or int64.
+inline void check_index_type(const char* name_of_array, ScalarType type) {
+  ZEXPERT_CHECK(type == ScalarType::kInt32 || type == ScalarType::kInt64, name_of_array,
+                " must be int32 or int64, got ", name(type));
+}
+
 }  // namespace zexpert::detail

@@ -4,39 +4,29 @@
 
 #include <cstdint>
 
+#include "zexpert/check_params.h"
 #include "zexpert/cpu_capability.h"
 #include "zexpert/cuda_stream.h"
 #include "zexpert/scalar_types.h"
 
 namespace zexpert {
 
-/// Largest segment that grouped_mlp_cpu is the faster way for: it streams an expert's weights, and a matrix-product
-/// library's packing pays off only above. Measured crossovers against torch (oneDNN, MKL): about 160 rows in float32
-/// with AVX-512 and 32 without, 48 in float16, 13 in bfloat16 where the processor has matrix units (AMX). In bfloat16
-/// without AMX this kernel led up to the 64 rows tried.
-inline int64_t few_rows_limit(ScalarType type, CpuCapability capability) {
-  switch (type) {
-    case ScalarType::kFloat32: return capability == CpuCapability::kAvx512 ? 160 : 32;
-    case ScalarType::kFloat16: return 48;
-    case ScalarType::kBFloat16: return has_amx_bf16() ? 12 : 64;
-    default: return 16;
-  }
-}
-
-/// For every expert e with expert_offsets[e + 1] - expert_offsets[e] in [1, max_rows], for its rows r:
+/// For every expert e and each of its rows r, expert_offsets[e] <= r < expert_offsets[e + 1]:
 ///   out[r] = (silu(rows[r] @ gate_e.T) * (rows[r] @ up_e.T)) @ down_e.T,  [gate_e; up_e] = w13[e], down_e = w2[e].
-/// Sums in float32 (float64 for float64 data); the activation stays in that type and the result is rounded once.
-/// Rows of other experts and rows past the last offset are neither read nor written. With row_slots, rows[r] stands for
-/// tokens[row_slots[r] / top_k].
-/// Strides count elements.
+/// Sums in float32 (float64 for float64 data). Rows past the last offset are neither read nor written. With row_slots,
+/// `rows` are tokens, and row r is token row_slots[r] / top_k.
+/// Strides count elements. All pointers are to memory of the device that computes.
 struct GroupedMlpParams {
   const void* rows = nullptr;  ///< [num_rows, hidden_size], with row_slots [num_tokens, hidden_size]; unit inner stride
   const int32_t* expert_offsets = nullptr;  ///< [num_experts + 1]; from 0, ascending, at most num_rows
+  const int32_t* row_slots = nullptr;       ///< null, or [num_rows]; in [0, num_tokens * top_k) below the last offset
   const void* w13_weight = nullptr;         ///< [num_experts, 2 * intermediate_size, hidden_size]; inner two contiguous
   const void* w2_weight = nullptr;          ///< [num_experts, hidden_size, intermediate_size]; inner two contiguous
   void* out = nullptr;                      ///< [num_rows, hidden_size]; unit inner stride
   ScalarType data_type = ScalarType::kFloat32;
   int64_t num_rows = 0;
+  int64_t num_tokens = 0;  ///< with row_slots
+  int64_t top_k = 1;       ///< with row_slots
   int64_t num_experts = 0;
   int64_t hidden_size = 0;
   int64_t intermediate_size = 0;
@@ -44,20 +34,57 @@ struct GroupedMlpParams {
   int64_t out_row_stride = 0;
   int64_t w13_expert_stride = 0;
   int64_t w2_expert_stride = 0;
-  int64_t max_rows = INT64_MAX;        ///< segments with more rows are left to the caller
-  const int32_t* row_slots = nullptr;  ///< null, or [num_rows]; in [0, num_tokens * top_k) below the last offset
-  int64_t num_tokens = 0;
-  int64_t top_k = 1;
+  int64_t tile_rows = 0;      ///< most rows of an expert that a GPU multiplies at a time; 0 chooses; 0 on the CPU
+  void* workspace = nullptr;  ///< grouped_mlp_cuda_workspace_bytes, aligned to 256 bytes; the CPU needs none
+
+  bool is_empty() const { return num_rows == 0 || num_experts == 0 || hidden_size == 0; }
+
+  /// Throws Error for a negative size, a missing array or a type that is not floating.
+  void validate() const {
+    detail::check_sizes({{"num_rows", num_rows},
+                         {"num_tokens", num_tokens},
+                         {"top_k", top_k},
+                         {"num_experts", num_experts},
+                         {"hidden_size", hidden_size},
+                         {"intermediate_size", intermediate_size}});
+    ZEXPERT_CHECK(row_slots == nullptr || top_k >= 1, "top_k must be at least 1, got ", top_k);
+    detail::check_floating(data_type);
+    detail::check_pointers({{"expert_offsets", expert_offsets}});
+    if (!is_empty()) {
+      detail::check_pointers({{"rows", rows}, {"out", out}});
+    }
+    if (!is_empty() && intermediate_size > 0) {
+      detail::check_pointers({{"w13_weight", w13_weight}, {"w2_weight", w2_weight}});
+    }
+  }
 };
 
-/// Throws Error, before anything is written, if expert_offsets is not an ascending sequence from 0 to at most num_rows,
-/// or an entry of row_slots is out of range.
-void grouped_mlp_cpu(const GroupedMlpParams& params);
+/// Computes the experts of at most `max_rows` rows each, and neither reads nor writes rows of others. The activation
+/// stays in the type of the sums, and the result is rounded once. Throws Error, before anything is written, for params
+/// that are not valid, for expert_offsets that are not an ascending sequence from 0 to at most num_rows, and for an
+/// entry of row_slots that is out of range.
+void grouped_mlp_cpu(const GroupedMlpParams& params, int64_t max_rows = INT64_MAX);
 
-// Sizes that grouped_mlp_hopper takes.
+/// Up to this many rows per expert, grouped_mlp_cpu is faster than a matrix-product library: it streams an expert's
+/// weights, and the library's packing pays off only above. Measured crossovers against torch (oneDNN, MKL): about 160
+/// rows in float32 with AVX-512 and 32 without, 48 in float16, 13 in bfloat16 where the processor has matrix units
+/// (AMX). In bfloat16 without AMX this kernel led up to the 64 rows tried.
+inline int64_t few_rows_limit(ScalarType type, CpuCapability capability) {
+  switch (type) {
+    case ScalarType::kFloat32: return capability == CpuCapability::kAvx512 ? 160 : 32;
+    case ScalarType::kFloat16: return 48;
+    case ScalarType::kBFloat16: return has_amx_bf16() ? 12 : 64;
+    case ScalarType::kFloat64:
+    case ScalarType::kInt32:
+    case ScalarType::kInt64: break;
+  }
+  return 16;
+}
+
+// Sizes that grouped_mlp_cuda accepts.
 inline constexpr int64_t kHopperSizeStep = 64;  ///< hidden_size and intermediate_size are multiples of this
 inline constexpr int64_t kHopperMaxExperts = 1024;
-// The tiles that grouped_mlp_hopper cuts its products into: weight rows by at most so many rows of a segment.
+// The tiles that grouped_mlp_cuda cuts its products into: weight rows by at most this many rows of a segment.
 inline constexpr int64_t kHopperFewTileRows = 64;    ///< with 256 weight rows, and more of them on their way
 inline constexpr int64_t kHopperTallTileRows = 160;  ///< with 256 weight rows
 inline constexpr int64_t kHopperMaxTileRows = 288;   ///< with 128 weight rows
@@ -76,26 +103,16 @@ inline int64_t hopper_tile_rows(int64_t num_rows, int64_t num_experts) {
   return fits_wide ? kHopperMaxTileRows : kHopperTallTileRows;
 }
 
-/// What grouped_mlp_hopper computes from, and where.
-struct GroupedMlpHopperParams {
-  /// bfloat16 or float16; sizes as above; pointers aligned to 16 bytes, strides multiples of 8; pointers to device
-  /// memory. Offsets that do not ascend within the rows give segments without rows. max_rows and row_slots are not
-  /// looked at.
-  GroupedMlpParams mlp;
-  int64_t tile_rows = 0;      ///< a multiple of 8 up to kHopperMaxTileRows; 0: hopper_tile_rows chooses
-  void* workspace = nullptr;  ///< grouped_mlp_hopper_workspace_bytes of device memory, aligned to 256 bytes
-};
+/// Bytes of scratch that grouped_mlp_cuda needs on the current device: the activation, [num_rows, intermediate_size],
+/// with row_slots the rows too, [num_rows, hidden_size], and little else.
+int64_t grouped_mlp_cuda_workspace_bytes(const GroupedMlpParams& params);
 
-/// Whether the current device is a GPU of compute capability 9.0, and this library was compiled for sm_90a.
-bool runs_grouped_mlp_hopper();
-
-/// Bytes of device memory that grouped_mlp_hopper works in on the current device: the activation, [num_rows,
-/// intermediate_size], and little else.
-int64_t grouped_mlp_hopper_workspace_bytes(const GroupedMlpHopperParams& params);
-
-/// The same as grouped_mlp_cpu for all segments, on the current device, a GPU of compute capability 9.0. The activation
-/// is rounded to the data's type. The same bits in every run; bits of a row may depend on how many rows other experts
-/// have. Throws Error, before anything is written, for a device, type, size or alignment that it does not take.
-void grouped_mlp_hopper(const GroupedMlpHopperParams& params, cudaStream_t stream);
+/// Computes all experts on the current device, a GPU of compute capability 9.0, in bfloat16 or float16, for sizes as
+/// above. Pointers are aligned to 16 bytes, strides are multiples of 8, and tile_rows is a multiple of 8 up to
+/// kHopperMaxTileRows. The activation is rounded to the data's type. The same bits in every run; bits of a row may
+/// depend on how many rows other experts have. Throws Error, before anything is launched, for params that are not valid
+/// and for a device, type, size or alignment that it does not accept. Offsets that do not ascend within the rows give
+/// segments without rows, and rows whose slot is out of range hold anything.
+void grouped_mlp_cuda(const GroupedMlpParams& params, cudaStream_t stream);
 
 }  // namespace zexpert

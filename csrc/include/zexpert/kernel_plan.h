@@ -20,20 +20,24 @@ struct KernelQuery {
   std::optional<int64_t> top_k;               ///< K
   std::optional<int64_t> hidden_size;         ///< H
   std::optional<int64_t> intermediate_size;   ///< F
-  std::optional<int64_t> compute_capability;  ///< the GPU's, its major number: biased_topk_and_plan on CUDA
-  std::string experts_backend = "auto";       ///< grouped_mlp on CUDA: "auto", or "hopper" to prefer its kernels
+  std::optional<int64_t> compute_capability;  ///< the GPU's, its major number
+  bool has_hopper_code = true;                ///< grouped_mlp and fused_moe on CUDA: zexpert was compiled for 9.0a
+  bool keep_gate_up = true;                   ///< fused_moe's argument
+  std::string implementation = "auto";        ///< grouped_mlp's and fused_moe's argument
 };
 
 struct KernelPlan {
   std::string op;
-  std::string backend;  ///< "cpu", "cuda": a kernel of zexpert's own; "torch": PyTorch's matrix product
-  std::string kernel;   ///< short name
-  std::string reason;   ///< one sentence
+  std::string backend;              ///< "cpu", "cuda": a kernel of zexpert's own; "torch": PyTorch's matrix product
+  std::string kernel;               ///< short name
+  std::string reason;               ///< one sentence
+  std::string implementation = "";  ///< of grouped_mlp and fused_moe: the name that forces it
 };
 
-/// The kernel that runs for `query` on this machine. grouped_mlp chooses by an expert's rows: it needs num_experts, and
-/// num_rows or num_tokens with top_k, and the plan is for an expert with the mean number of rows.
-/// Throws Error for an unknown operator, device or dtype, for a size out of range and for one that is missing.
+/// The kernel that runs for `query` on this machine. On the CPU grouped_mlp, and fused_moe without keep_gate_up, choose
+/// by an expert's rows: they need num_experts, and num_rows or num_tokens with top_k, and the plan is for an expert
+/// with the mean number of rows. Throws Error for an unknown operator, device or dtype, for a size out of range, for
+/// one that is missing, and for an implementation that cannot serve.
 KernelPlan kernel_plan(const KernelQuery& query);
 
 }  // namespace zexpert

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// RoutingSpec: the validated description of a routing, held by routers and taken by biased_topk.
+// RoutingSpec: the validated description of a routing. Routers hold it, biased_topk computes it.
 #pragma once
 
 #include <cmath>
@@ -14,16 +14,16 @@ namespace zexpert {
 /// Largest number of experts a token can choose.
 inline constexpr int64_t kMaxTopK = 64;
 
-/// Largest number of experts that the CUDA kernels of routing and plan take.
+/// Largest number of experts that CUDA routes and plans.
 inline constexpr int64_t kMaxExpertsOnCuda = 8192;
 
-/// Stands for a count that the width of the logits decides.
+/// A count that follows from the width of the logits.
 inline constexpr int64_t kFromLogits = -1;
 
 /// How tokens choose among experts ordered [real R | identity I | constant C | drop D], N = R + I + C + D.
 ///
-/// Two counts may be left to the logits: `num_experts` (N), and `num_identity_experts` (I = N - R - C, no drop
-/// experts). What is neither real, identity nor constant is a drop expert.
+/// Two counts may be kFromLogits: `num_experts` (N), and `num_identity_experts` (I = N - R - C, no drop experts). An
+/// expert that is not real, identity or constant is a drop expert.
 struct RoutingSpec {
   int64_t top_k = 1;                                 ///< K, experts per token, zero experts included
   int64_t num_real_experts = 1;                      ///< R
@@ -43,6 +43,7 @@ struct RoutingSpec {
     ZEXPERT_CHECK(num_identity_experts >= kFromLogits, "num_identity_experts must not be negative, got ",
                   num_identity_experts);
     ZEXPERT_CHECK(num_constant_experts >= 0, "num_constant_experts must not be negative, got ", num_constant_experts);
+    check_scoring_func(scoring_func);
     ZEXPERT_CHECK(top_k >= 1 && top_k <= kMaxTopK, "top_k must be between 1 and ", kMaxTopK, ", got ", top_k);
     ZEXPERT_CHECK(std::abs(routed_scaling_factor) <= std::numeric_limits<float>::max(),
                   "routed_scaling_factor must be finite, got ", routed_scaling_factor);
@@ -53,7 +54,7 @@ struct RoutingSpec {
                   "topk_group must be between 1 and num_expert_group (", num_expert_group, "), got ", topk_group);
     if (num_experts != kFromLogits) {
       const int64_t identity = num_identity_experts == kFromLogits ? 0 : num_identity_experts;
-      const auto plus = [](int64_t a, int64_t b) {  // of counts that may be anything: the largest there is, at most
+      const auto plus = [](int64_t a, int64_t b) {  // the counts may be huge: the sum stops at the largest number
         constexpr int64_t kMost = std::numeric_limits<int64_t>::max();
         return a > kMost - b ? kMost : a + b;
       };
@@ -79,7 +80,7 @@ struct RoutingSpec {
     return resolved;
   }
 
-  /// Drop experts D. Meaningful only where every count is known.
+  /// Drop experts D. Every count must be known.
   int64_t num_drop_experts() const {
     return num_experts - num_real_experts - num_identity_experts - num_constant_experts;
   }

@@ -9,18 +9,41 @@
 
 namespace zexpert {
 
-enum class ScalarType : int8_t { kFloat32, kFloat64, kBFloat16, kFloat16, kInt32, kInt64 };
+// X(enumerator, "name")
+#define ZEXPERT_SCALAR_TYPES(X) \
+  X(kFloat32, "float32")        \
+  X(kFloat64, "float64")        \
+  X(kBFloat16, "bfloat16")      \
+  X(kFloat16, "float16")        \
+  X(kInt32, "int32")            \
+  X(kInt64, "int64")
 
+#define ZEXPERT_ENUMERATOR(enumerator, text) enumerator,
+#define ZEXPERT_NAME_CASE(enumerator, text) \
+  case ScalarType::enumerator: return text;
+
+enum class ScalarType : int8_t { ZEXPERT_SCALAR_TYPES(ZEXPERT_ENUMERATOR) };
+
+/// The type's name in Python; "unknown" for a value that is none of the enumerators.
 inline const char* name(ScalarType type) {
-  switch (type) {
-    case ScalarType::kFloat32: return "float32";
-    case ScalarType::kFloat64: return "float64";
-    case ScalarType::kBFloat16: return "bfloat16";
-    case ScalarType::kFloat16: return "float16";
-    case ScalarType::kInt32: return "int32";
-    case ScalarType::kInt64: return "int64";
-  }
+  switch (type) { ZEXPERT_SCALAR_TYPES(ZEXPERT_NAME_CASE) }
   return "unknown";
+}
+
+#undef ZEXPERT_ENUMERATOR
+#undef ZEXPERT_NAME_CASE
+
+/// Whether visit_floating has a C++ type for it.
+constexpr bool is_floating(ScalarType type) {
+  switch (type) {
+    case ScalarType::kFloat32:
+    case ScalarType::kFloat64:
+    case ScalarType::kBFloat16:
+    case ScalarType::kFloat16: return true;
+    case ScalarType::kInt32:
+    case ScalarType::kInt64: break;
+  }
+  return false;
 }
 
 namespace detail {
@@ -88,7 +111,7 @@ struct Half {
   explicit operator double() const { return static_cast<double>(static_cast<float>(*this)); }
 };
 
-/// The type values of T are computed in: float64 for float64, float32 for all else.
+/// The type in which values of T are computed: float64 for float64, float32 for every other.
 template <typename T>
 struct Accumulate {
   using type = float;
@@ -112,6 +135,20 @@ inline void visit_floating(ScalarType type, Fn&& fn) {
     case ScalarType::kInt64: break;
   }
   detail::throw_error("data must be of a floating type, got ", name(type));
+}
+
+/// Calls `fn` with a value of the C++ type of `type`. Throws Error unless that is int32 or int64.
+template <typename Fn>
+inline void visit_index(ScalarType type, Fn&& fn) {
+  switch (type) {
+    case ScalarType::kInt32: return fn(int32_t{});
+    case ScalarType::kInt64: return fn(int64_t{});
+    case ScalarType::kFloat32:
+    case ScalarType::kFloat64:
+    case ScalarType::kBFloat16:
+    case ScalarType::kFloat16: break;
+  }
+  detail::throw_error("ids must be int32 or int64, got ", name(type));
 }
 
 }  // namespace zexpert

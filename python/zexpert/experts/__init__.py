@@ -1,17 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Experts backends: how the chosen experts' feed-forward networks are computed."""
+"""Experts backends: how the feed-forward networks of the chosen experts are computed."""
 
-from zexpert.experts.auto import AutoExperts
-from zexpert.experts.cpu import CpuExperts
+from zexpert.experts.aliases import AutoExperts, CpuExperts, GroupedMMExperts, HopperExperts, TorchLoopExperts
 from zexpert.experts.factory import create_experts
-from zexpert.experts.grouped_mm import GroupedMMExperts
-from zexpert.experts.hopper import HopperExperts
+from zexpert.experts.fused_experts import FusedExperts
 from zexpert.experts.interface import MoEExperts
-from zexpert.experts.torch_loop import TorchLoopExperts
 
 __all__ = [
     "AutoExperts",
     "CpuExperts",
+    "FusedExperts",
     "GroupedMMExperts",
     "HopperExperts",
     "MoEExperts",

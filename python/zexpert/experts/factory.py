@@ -3,30 +3,23 @@
 
 from __future__ import annotations
 
-from zexpert.experts.auto import AutoExperts
-from zexpert.experts.cpu import CpuExperts
-from zexpert.experts.grouped_mm import GroupedMMExperts
-from zexpert.experts.hopper import HopperExperts
+from zexpert.experts.fused_experts import FusedExperts
 from zexpert.experts.interface import MoEExperts
-from zexpert.experts.torch_loop import TorchLoopExperts
+
+EXPERTS_BACKENDS = ("auto", "cpu", "grouped_mm", "hopper", "torch")
 
 
 def create_experts(backend: str = "auto") -> MoEExperts:
-    """Makes the backend called `backend`: "auto" chooses at every call, by the tokens' device and dtype; "cpu",
-    "grouped_mm", "hopper" and "torch" force CpuExperts, GroupedMMExperts, HopperExperts and TorchLoopExperts. Which
-    kernel a backend's operators run for given sizes and dtypes is zexpert.kernel_plan's to tell.
+    """Makes the experts backend `backend`.
+
+    "auto" chooses at every call. The other names force an implementation of fused_moe, which raises RuntimeError for
+    what it cannot compute: "cpu" (zexpert's CPU kernels), "grouped_mm" (PyTorch's grouped matrix product), "hopper"
+    (zexpert's kernels for GPUs of compute capability 9.0), "torch" (one expert after another, any device and dtype).
+    zexpert.kernel_plan prints which kernel runs for given sizes and dtypes.
 
     Raises:
         ValueError: for any other name.
     """
-    if backend == "auto":
-        return AutoExperts()
-    if backend == "cpu":
-        return CpuExperts()
-    if backend == "grouped_mm":
-        return GroupedMMExperts()
-    if backend == "hopper":
-        return HopperExperts()
-    if backend == "torch":
-        return TorchLoopExperts()
-    raise ValueError(f'experts_backend must be "auto", "cpu", "grouped_mm", "hopper" or "torch", got {backend!r}')
+    if backend not in EXPERTS_BACKENDS:
+        raise ValueError(f'experts_backend must be "auto", "cpu", "grouped_mm", "hopper" or "torch", got {backend!r}')
+    return FusedExperts(backend)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Experts of a routing that another library made."""
+"""Experts for a routing that another library computed."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from torch import Tensor
 
 from zexpert.experts.factory import create_experts
 from zexpert.ops.moe_plan import moe_plan
-from zexpert.ops.types import RoutingResult
+from zexpert.ops.types import ExpertWeights, RoutingResult
 from zexpert.router.fused_moe_router import FusedMoERouter
 from zexpert.runner.moe_runner_base import MoERunnerBase
 
 
 class GivenRoutingRunner(MoERunnerBase):
-    """The runner's path from the plan on."""
+    """A runner that starts at the plan."""
 
     def run(
         self, hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor, w13_weight: Tensor, w2_weight: Tensor
     ) -> Tensor:
-        """[T, H], the weighted sum of each token's experts, leaving out slots with id -1.
+        """[T, H], the weighted sum of each token's experts. Slots with id -1 are skipped.
 
         Args:
             hidden_states: [T, H], of the weights' dtype.
@@ -32,7 +32,7 @@ class GivenRoutingRunner(MoERunnerBase):
         num_tokens = hidden_states.size(0)
         routing = RoutingResult(weights, topk_ids, weights.new_zeros(num_tokens), weights.new_zeros(num_tokens, 0))
         plan = moe_plan(topk_ids, w13_weight.size(0))
-        return self._run(hidden_states, routing, plan, w13_weight, w2_weight, None, None)
+        return self._run(hidden_states, routing, plan, ExpertWeights(w13_weight, w2_weight))
 
 
 RUNNER = GivenRoutingRunner(FusedMoERouter(), create_experts())

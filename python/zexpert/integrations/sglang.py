@@ -3,14 +3,14 @@
 
 SGLang calls `register` in every process through the entry point "sglang.srt.plugins". It does nothing unless the
 environment says ZEXPERT_SGLANG=1. Then LongcatFlashMoE.forward takes its weights, ids and zero experts' output from
-biased_topk and zero_expert_accumulate. SGLang's experts stay. Their kernels take no negative ids, so a slot that chose
-a zero expert has id 0 and weight 0.
+biased_topk and zero_expert_accumulate. SGLang's experts stay. Their kernels do not accept negative ids, so a slot that
+chose a zero expert has id 0 and weight 0.
 
 Two results differ from SGLang's own:
 
 - The identity experts' part is multiplied by routed_scaling_factor, as in transformers and vLLM. SGLang 0.5.23 scales
-  the experts' part alone.
-- Every channel gets that part. SGLang's kernel leaves the last hidden_size % 256 channels of a token out.
+  only the experts' part.
+- Every channel gets that part. SGLang's kernel omits the last hidden_size % 256 channels of a token.
 
 Written for SGLang 0.5.23.
 """
@@ -28,7 +28,7 @@ _TARGET = "sglang.srt.models.longcat_flash.LongcatFlashMoE.forward"
 
 
 def register() -> None:
-    """Puts zexpert into this process's SGLang if ZEXPERT_SGLANG is "1". Repeats do nothing.
+    """Makes this process's SGLang use zexpert if ZEXPERT_SGLANG is "1". Further calls do nothing.
 
     Raises:
         ImportError: if SGLang is not installed or has no plugins.

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """zexpert in Hugging Face transformers (version 5).
 
-LongCat-Flash: `patch(model)` makes every LongcatFlashMoE of a loaded model run on zexpert, and `unpatch(model)` gives
-them back. Other mixtures of experts: importing this module registers the experts implementation "zexpert", for
+LongCat-Flash: `patch(model)` makes every LongcatFlashMoE of a loaded model run on zexpert, and `unpatch(model)` undoes
+that. Other mixtures of experts: importing this module registers the experts implementation "zexpert", for
 `from_pretrained(..., experts_implementation="zexpert")` and `model.set_experts_implementation("zexpert")`.
 
 Importing it needs transformers, the extra `zexpert[transformers]`.
@@ -10,6 +10,8 @@ Importing it needs transformers, the extra `zexpert[transformers]`.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from functools import partial
 from types import MethodType
 from typing import Any, cast
 
@@ -19,7 +21,8 @@ from torch import Tensor, nn
 from zexpert._autocast import autocast_dtype, full_precision_linear
 from zexpert.experts.factory import create_experts
 from zexpert.integrations.given_routing import RUNNER
-from zexpert.models.checkpoint import require_silu
+from zexpert.models.config import require_silu
+from zexpert.ops.types import ExpertWeights
 from zexpert.router.factory import create_fused_moe_router
 from zexpert.runner.chunking_moe_runner import ChunkingMoERunner
 from zexpert.runner.default_moe_runner import DefaultMoERunner
@@ -38,13 +41,13 @@ except ImportError as error:
         f"zexpert.integrations.transformers needs transformers 5 ({error}): pip install 'zexpert[transformers]'"
     ) from error
 
-#: What transformers knows zexpert's experts by.
+#: The name of zexpert's experts in transformers.
 EXPERTS_IMPLEMENTATION = "zexpert"
 
-#: Where accelerate, which spreads a model over devices, puts a forward of its own and keeps the one before.
+#: accelerate, which spreads a model over devices, replaces a module's forward and keeps the previous one.
 FORWARD_ATTRIBUTES = ("forward", "_old_forward")
 
-#: The modules that "silu" and "swish" are there.
+#: The modules of the activations "silu" and "swish" in transformers.
 SILU_MODULES = (nn.SiLU, type(ACT2FN["silu"]))
 
 
@@ -58,18 +61,21 @@ def patch(
 ) -> nn.Module:
     """Makes every LongcatFlashMoE in `model` run on zexpert, in place: routing, experts and epilogue.
 
-    Parameters and buffers stay the objects they are, under their names: optimisers, state dicts, save_pretrained and
-    recorded router logits go on as before. Each layer gets a submodule `runner` without weights, a zexpert MoERunner,
-    so zexpert.telemetry and the bias controllers of zexpert.training work on the model. Results differ from
-    transformers' by rounding: terms are summed in float32 and rounded once, and under autocast the router stays in
-    float32. Layers that are patched already are patched anew.
+    Parameters and buffers stay the same objects, under their names: optimisers, state dicts, save_pretrained and
+    recorded router logits work as before. Each layer gets a submodule `runner` without weights, a zexpert MoERunner, so
+    zexpert.telemetry and the bias controllers of zexpert.training work on the model. Results differ from transformers'
+    by rounding: terms are summed in float32 and rounded once, and under autocast the router stays in float32. A layer
+    that is patched already is patched again.
+
+    The experts are still called as a module, so what wraps them works: LoRA of PEFT (target_parameters, before or after
+    the patch), fully_shard of mlp.experts (after the patch), accelerate's offloading of mlp.experts.
 
     Args:
-        model: a LongCat-Flash model of transformers, or any module that holds LongcatFlashMoE layers.
-        free_unused_weights: give back the memory of gate_up_proj's rows for zero experts, zero_expert_num of
-            n_routed_experts + zero_expert_num, which transformers allocates and never reads. The parameter keeps its
-            identity and loses its gradient; state dicts have the rows, as zeros, all the same. Free them before an
-            optimiser takes its first step, whose state has the parameter's shape.
+        model: a LongCat-Flash model of transformers, or any module that contains LongcatFlashMoE layers.
+        free_unused_weights: free the memory of gate_up_proj's rows for zero experts, zero_expert_num of
+            n_routed_experts + zero_expert_num, which transformers allocates and never reads. The parameter stays the
+            same object and loses its gradient; state dicts have the rows, as zeros, all the same. Free them before an
+            optimiser's first step, because its state has the parameter's shape.
         chunk_size, recompute, experts_backend: see FusedMoE.
 
     Returns:
@@ -77,35 +83,38 @@ def patch(
 
     Raises:
         ValueError: if there is no such layer, or one that cannot be patched: another activation than silu, no real
-            experts, experts that are sharded or quantised, or a forward that something else has replaced; or if another
-            argument is not as FusedMoE takes it. Nothing is changed then.
+            experts, experts that transformers has sharded (tp_plan) or that are quantised, a router that accelerate
+            offloads, a module that fully_shard has changed or whose forward something else has replaced; if rows are to
+            be freed that something else holds too; or if another argument is not as in FusedMoE. Nothing is changed
+            then.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if not isinstance(cast(object, recompute), bool):
         raise ValueError(f"recompute must be True or False, got {recompute!r}")
-    layers = {name: module for name, module in model.named_modules() if type(module) in (LongcatFlashMoE, PatchedMoE)}
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LongcatFlashMoE)}
     if not layers:
         raise ValueError(
             f"model must have a LongcatFlashMoE layer, got {type(model).__name__} without one; other mixtures of "
             f'experts take model.set_experts_implementation("{EXPERTS_IMPLEMENTATION}")'
         )
     for name, layer in layers.items():
-        check_layer(name, layer)
+        check_layer(name, layer, free_unused_weights)
     runners = [make_runner(layer, chunk_size, experts_backend) for layer in layers.values()]
     for layer, runner in zip(layers.values(), runners, strict=True):
         runner.recompute = recompute
         layer.runner = runner.train(layer.training)
-        change_class(layer, PatchedMoE)
-        change_class(layer.router, PatchedRouter)
-        if free_unused_weights and type(layer.experts) is LongcatFlashExperts:
-            resize_gate_up(layer.experts, layer.experts.num_routed_experts)
-            layer.experts.__class__ = TrimmedExperts
+        for module in own_modules(layer):
+            if type(module) in PATCHED_CLASSES:
+                change_class(module, PATCHED_CLASSES[type(module)])
+            if free_unused_weights and type(module) is PatchedExperts:
+                resize_gate_up(module, module.num_routed_experts)
+                change_class(module, TrimmedExperts)
     return model
 
 
 def unpatch(model: nn.Module) -> nn.Module:
-    """Gives every layer that `patch` changed back to transformers, in place; other layers are left alone.
+    """Undoes `patch` in every layer, in place. Other layers do not change.
 
     Freed rows of gate_up_proj come back as zeros, which transformers never reads.
 
@@ -114,17 +123,19 @@ def unpatch(model: nn.Module) -> nn.Module:
     """
     for layer in [module for module in model.modules() if type(module) is PatchedMoE]:
         del layer.runner
-        change_class(layer, LongcatFlashMoE)
-        change_class(layer.router, LongcatFlashTopkRouter)
-        if type(layer.experts) is TrimmedExperts:
-            layer.experts.__class__ = LongcatFlashExperts
-            resize_gate_up(layer.experts, layer.experts.total_experts)
+        for module in list(own_modules(layer)):
+            if type(module) is TrimmedExperts:
+                change_class(module, PatchedExperts)
+                resize_gate_up(module, module.total_experts)
+            for original, patched in PATCHED_CLASSES.items():
+                if type(module) is patched:
+                    change_class(module, original)
     return model
 
 
 def change_class(module: nn.Module, new: type[nn.Module]) -> None:
     """Gives the module another forward, as torch.nn.utils.parametrize does: it stays the same object, with its
-    parameters and hooks. Where accelerate's hooks hold the forward of its class, they hold the new one then."""
+    parameters and hooks. If accelerate's hooks hold the forward of its class, they get the new one."""
     for name in FORWARD_ATTRIBUTES:
         if holds_own_forward(module, name):
             setattr(module, name, MethodType(new.forward, module))
@@ -135,36 +146,49 @@ def holds_own_forward(module: nn.Module, name: str) -> bool:
     return getattr(vars(module).get(name), "__func__", None) is type(module).forward
 
 
+def own_modules(layer: nn.Module) -> Iterator[Any]:
+    """The layer, its router and its experts, which PEFT may have wrapped or copied."""
+    for module in layer.modules():
+        if isinstance(module, (LongcatFlashMoE, LongcatFlashTopkRouter, LongcatFlashExperts)):
+            yield module
+
+
+def experts_of(layer: nn.Module) -> Any:
+    """The layer's experts without what wraps them."""
+    return next(module for module in layer.modules() if isinstance(module, LongcatFlashExperts))
+
+
 class PatchedRouter(LongcatFlashTopkRouter):  # type: ignore[misc]
     """transformers' router without its choice, which the layer's runner makes from the logits."""
 
-    def forward(self, hidden_states: Tensor) -> tuple[Tensor]:
-        """hidden_states [..., H] -> router_logits [T, N], float32, where transformers records them."""
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """hidden_states [..., H] -> router_logits [T, N], float32, which transformers records first of all outputs, and
+        the selection bias [N]."""
+        check_classifier(self)
         rows = hidden_states.reshape(-1, self.hidden_dim).float()
-        return (full_precision_linear(rows, self.classifier.weight.float()),)
+        return full_precision_linear(rows, self.classifier.weight.float()), self.e_score_correction_bias
 
 
-class PatchedMoE(LongcatFlashMoE):  # type: ignore[misc]
-    """transformers' layer with its weights, run by `runner`."""
+class PatchedExperts(LongcatFlashExperts):  # type: ignore[misc]
+    """transformers' experts, run by the layer's runner. The weights are read inside this call, where PEFT has added its
+    adapters, FSDP has gathered the weights and accelerate has loaded them."""
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """hidden_states [..., H] -> [..., H]."""
-        (router_logits,) = self.router(hidden_states)
-        # The bias is transformers' buffer, which moves and is loaded with the model; the runner refers to it. Set as an
-        # attribute, an nn.Buffer would enter the state dict a second time.
-        self.runner.router._buffers["e_score_correction_bias"] = self.router.e_score_correction_bias
-        experts = self.experts
+    def forward(self, hidden_states: Tensor, run: Callable[..., Tensor]) -> Tensor:
+        """The layer's output [T, H] from hidden_states [T, H].
+
+        Args:
+            hidden_states: the tokens.
+            run: the runner, called as run(hidden_states, weights=...). It holds the router's logits,
+                because FSDP's mixed precision rounds tensor arguments.
+        """
         rows, w13_weight, w2_weight = in_one_dtype(
-            hidden_states.reshape(-1, hidden_states.size(-1)),
-            experts.gate_up_proj[: experts.num_routed_experts],
-            experts.down_proj,
+            hidden_states, self.gate_up_proj[: self.num_routed_experts], self.down_proj
         )
-        out: Tensor = self.runner(rows, router_logits, w13_weight, w2_weight)
-        return out.view(hidden_states.shape).to(hidden_states.dtype)
+        return run(rows, weights=ExpertWeights(w13_weight, w2_weight)).to(hidden_states.dtype)
 
 
-class TrimmedExperts(LongcatFlashExperts):  # type: ignore[misc]
-    """transformers' experts without gate_up_proj's rows for zero experts, whose state dict has them."""
+class TrimmedExperts(PatchedExperts):
+    """PatchedExperts without gate_up_proj's rows for zero experts. State dicts have them."""
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -178,8 +202,39 @@ class TrimmedExperts(LongcatFlashExperts):  # type: ignore[misc]
         super()._load_from_state_dict(state_dict, prefix, *others)
 
 
+class PatchedMoE(LongcatFlashMoE):  # type: ignore[misc]
+    """transformers' layer with its weights, run by `runner`."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """hidden_states [..., H] -> [..., H]."""
+        router_logits, bias = self.router(hidden_states)
+        # The bias is transformers' buffer, which moves and is loaded with the model; the runner refers to it. Set as an
+        # attribute, an nn.Buffer would enter the state dict a second time.
+        self.runner.router._buffers["e_score_correction_bias"] = bias
+        rows = hidden_states.reshape(-1, hidden_states.size(-1))
+        out: Tensor = self.experts(rows, partial(self.runner, router_logits=router_logits))
+        return out.view(hidden_states.shape)
+
+
+#: transformers' classes and what `patch` makes of them.
+PATCHED_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
+    LongcatFlashMoE: PatchedMoE,
+    LongcatFlashTopkRouter: PatchedRouter,
+    LongcatFlashExperts: PatchedExperts,
+}
+
+
+def check_classifier(router: Any) -> None:
+    """Raises ValueError if accelerate offloads the classifier: transformers reads its weight without loading it, and
+    routes by whatever memory holds."""
+    if router.classifier.weight.is_meta and hasattr(router.classifier, "_hf_hook"):
+        raise ValueError(
+            "mlp.router must be on a device, got a classifier that accelerate offloads: offload mlp.experts alone"
+        )
+
+
 def with_rows(weight: Tensor, count: int) -> Tensor:
-    """`weight` with `count` first rows, of which new ones are zero; memory of its own."""
+    """A copy of `weight` with `count` first rows, of which new ones are zero."""
     resized = weight.new_zeros(count, *weight.shape[1:])
     kept = min(count, weight.size(0))
     resized[:kept] = weight[:kept]
@@ -193,38 +248,63 @@ def resize_gate_up(experts: nn.Module, count: int) -> None:
     weight.data = with_rows(weight.detach(), count)
 
 
-def check_layer(name: str, layer: Any) -> None:
-    """Raises ValueError unless the layer called `name` is one that zexpert computes."""
+def check_layer(name: str, layer: Any, free_unused_weights: bool) -> None:
+    """Raises ValueError unless `patch` can patch the layer called `name`."""
     require_silu(layer.config)
-    experts = layer.experts
+    experts = experts_of(layer)
     if experts.num_routed_experts < 1:
         raise ValueError(f"n_routed_experts must be at least 1, got {experts.num_routed_experts} in layer {name!r}")
-    for module in (layer, layer.router, experts):
+    weight = getattr(experts, "gate_up_proj", None)
+    is_sharded = hasattr(weight, "device_mesh")
+    check_classifier(layer.router)
+    for module in own_modules(layer):
+        if hasattr(module, "set_reshard_after_forward"):
+            raise ValueError(
+                f"layer {name!r} must be patched before fully_shard shards its modules, got a {type(module).__name__}"
+            )
         if "forward" in vars(module) and not any(
             holds_own_forward(module, attribute) for attribute in FORWARD_ATTRIBUTES
         ):
+            if is_sharded:
+                raise ValueError(
+                    f"layer {name!r} must have whole experts, got experts that transformers shards (tp_plan or "
+                    "distributed_config): load the model without, or leave it unpatched"
+                )
             raise ValueError(
                 f"layer {name!r} must have its own forward, got one that something else put in its place: patch the "
                 "model before that"
             )
     rows = (experts.num_routed_experts, experts.total_experts)
     sizes = [2 * experts.intermediate_size, experts.hidden_size]
-    weight = getattr(experts, "gate_up_proj", None)
     if not isinstance(weight, Tensor) or weight.size(0) not in rows or list(weight.shape[1:]) != sizes:
         shape = list(weight.shape) if isinstance(weight, Tensor) else "none"
         raise ValueError(
             f"gate_up_proj of layer {name!r} must be whole, with shape [{rows[0]} or {rows[1]}, {sizes[0]}, "
             f"{sizes[1]}], got {shape}"
         )
-    if weight.is_meta and hasattr(experts, "_hf_hook"):
-        raise ValueError(f"gate_up_proj of layer {name!r} must be on a device, got one that accelerate offloads")
     if not weight.is_floating_point() or weight.element_size() < 2:
         raise ValueError(f"gate_up_proj of layer {name!r} must not be quantised, got {weight.dtype}")
+    if free_unused_weights and weight.size(0) != rows[0]:
+        holder = weight_holder(layer, weight)
+        if holder is not None:
+            raise ValueError(
+                f"free_unused_weights must be False for layer {name!r}, got True, but {holder} has all rows of "
+                "gate_up_proj: free them before that"
+            )
+
+
+def weight_holder(layer: Any, weight: Tensor) -> str | None:
+    """What else than the layer has the rows of the weight, if anything."""
+    if hasattr(weight, "device_mesh"):
+        return "fully_shard"
+    if weight.is_meta:
+        return "accelerate's offloading" if hasattr(experts_of(layer), "_hf_hook") else None
+    return None if isinstance(layer.experts, LongcatFlashExperts) else type(layer.experts).__name__
 
 
 def make_runner(layer: Any, chunk_size: int | None, experts_backend: str) -> MoERunner:
-    """The runner of one layer. Its router has transformers' bias, which is no part of the runner's state dict."""
-    experts, bias = layer.experts, layer.router.e_score_correction_bias
+    """The runner of one layer. Its router has transformers' bias, which is not in the runner's state dict."""
+    experts, bias = experts_of(layer), layer.router.e_score_correction_bias
     router = create_fused_moe_router(
         layer.router.top_k,
         experts.num_routed_experts,
@@ -244,7 +324,7 @@ def make_runner(layer: Any, chunk_size: int | None, experts_backend: str) -> MoE
 
 
 def in_one_dtype(hidden_states: Tensor, w13_weight: Tensor, w2_weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """All in autocast's dtype, where it is on, else in the weights'."""
+    """All three in autocast's dtype if it is on, else in the weights'."""
     dtype = autocast_dtype(w13_weight) or w13_weight.dtype
     return hidden_states.to(dtype), w13_weight.to(dtype), w2_weight.to(dtype)
 
@@ -255,23 +335,21 @@ def in_one_dtype(hidden_states: Tensor, w13_weight: Tensor, w2_weight: Tensor) -
 def experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """The experts implementation "zexpert": out[t] = sum_k top_k_weights[t, k] * FFN_{top_k_index[t, k]}(x[t]).
 
-    Terms are summed in float32, in slot order, and rounded once. Which experts a token has, and with which weights, is
-    the model's.
+    Terms are summed in float32, in slot order, and rounded once. The model chooses the experts and their weights.
 
     Args:
         experts: a module that transformers' use_experts_implementation decorates, with gate_up_proj [E, 2F, H], gate
             rows first, down_proj [E, H, F] and silu.
         hidden_states: x, [T, H].
-        top_k_index: [T, K], integers; E or more for a slot of another device under expert parallelism, which is left
-            out.
+        top_k_index: [T, K], integers. Under expert parallelism E or more is a slot of another device, which is skipped.
         top_k_weights: [T, K], any floating dtype.
 
     Returns:
         [T, H], dtype of hidden_states.
 
     Raises:
-        ValueError: if the experts have biases, a norm, no gate or one of their own, transposed or interleaved weights,
-            or another activation.
+        ValueError: if the experts have biases, a norm, no gate or one of their own, another activation, or weights that
+            are transposed, interleaved or quantised.
     """
     check_experts(experts)
     rows, w13_weight, w2_weight = in_one_dtype(hidden_states, experts.gate_up_proj, experts.down_proj)
@@ -281,8 +359,14 @@ def experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, to
 
 
 def check_experts(experts: Any) -> None:
-    """Raises ValueError unless the experts are gated by silu and nothing else."""
+    """Raises ValueError unless the experts are gated by silu and nothing else, with weights that need no scale."""
     name = type(experts).__name__
+    for weight in (experts.gate_up_proj, experts.down_proj):
+        if not weight.is_floating_point() or weight.element_size() < 2:
+            raise ValueError(
+                f'experts_implementation "{EXPERTS_IMPLEMENTATION}" must have experts that are not quantised, got '
+                f"{weight.dtype} of {name}"
+            )
     for attribute, wanted in (
         ("has_gate", True),
         ("is_concatenated", True),

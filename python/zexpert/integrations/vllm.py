@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""zexpert in vLLM: one kernel routes zero experts, and their slots reach no expert's product.
+"""zexpert in vLLM: one kernel routes zero experts, and no matrix product computes their slots.
 
 vLLM calls `register` in every process through the entry point "vllm.general_plugins". It does nothing unless the
 environment says ZEXPERT_VLLM=1. Then, for models with zero experts (LongCat-Flash):
 
 - ZeroExpertRouter gets its weights, ids and zero experts' output from biased_topk and zero_expert_accumulate. vLLM's
   contract holds: a slot that chose a zero expert has weight 0 and id 0, and `zero_expert_output` is there once.
-- Its RoutedExperts run zexpert's experts where vLLM keeps plain weights for its Triton kernels, `--moe-backend triton`,
-  and without expert parallelism. For those such a slot has id -1: no expert computes it.
-- zero_experts_compute_triton is replaced. Its grid in vLLM 0.32 counts hidden_size // 256 blocks, so that the
-  last hidden_size % 256 channels of a token are left zero.
+- Its RoutedExperts run zexpert's experts if vLLM keeps plain weights for its Triton kernels (`--moe-backend triton`)
+  and there is no expert parallelism. For those, such a slot has id -1 and no expert computes it.
+- zero_experts_compute_triton is replaced. Its grid in vLLM 0.32 counts hidden_size // 256 blocks, so the last
+  hidden_size % 256 channels of a token stay zero.
 
 Written for vLLM 0.32.
 """
@@ -29,10 +29,10 @@ from zexpert.ops import biased_topk, zero_expert_accumulate
 
 
 def register() -> None:
-    """Puts zexpert into this process's vLLM if ZEXPERT_VLLM is "1". Repeats do nothing.
+    """Makes this process's vLLM use zexpert if ZEXPERT_VLLM is "1". Further calls do nothing.
 
     Raises:
-        ImportError: if vLLM is not installed, or lacks a class that zexpert replaces parts of.
+        ImportError: if vLLM is not installed, or lacks a class that zexpert changes.
     """
     if os.environ.get("ZEXPERT_VLLM") != "1":
         return
@@ -94,14 +94,13 @@ def _compute_routing(
     self._zero_expert_output = zero_expert_accumulate(hidden_states, routing.zero_weight)
     experts = getattr(self, "_zexpert_routed_experts", None)
     # A capture callback expects ids of experts.
-    skips_ids = experts is not None and _takes(experts) and self.capture_fn is None
+    skips_ids = experts is not None and _serves(experts) and self.capture_fn is None
     return routing.topk_weights, routing.topk_ids if skips_ids else routing.topk_ids.clamp_min(0)
 
 
-def _takes(experts: Any) -> bool:
-    """Whether zexpert's experts compute these RoutedExperts: of a layer with zero experts, SwiGLU without extras on
-    unquantized weights in vLLM's own layout, all experts on this rank. Slices of every expert (tensor parallelism) are
-    fine."""
+def _serves(experts: Any) -> bool:
+    """True if zexpert's experts compute these RoutedExperts: a layer with zero experts, SwiGLU without extras,
+    unquantized weights in vLLM's own layout, all experts on this rank. With tensor parallelism each may be a slice."""
     if not getattr(experts, "_zexpert_has_zero_experts", False):
         return False
     from vllm.model_executor.layers.fused_moe.activation import MoEActivation
@@ -129,7 +128,7 @@ def _forward_modular(
     shared_experts_input: Tensor | None = None,
 ) -> Any:
     """RoutedExperts.forward_modular: the weighted sum [T, H] over the slots with id >= 0."""
-    if not _takes(self):
+    if not _serves(self):
         return original(self, x, topk_weights, topk_ids, shared_experts, shared_experts_input)
     if shared_experts is not None:
         from vllm.model_executor.layers.fused_moe.runner.shared_experts import SharedExpertsOrder
@@ -145,7 +144,7 @@ def zero_experts_compute(
     zero_expert_type: str,
     hidden_states: Tensor,
 ) -> Tensor:
-    """vLLM's zero_experts_compute_triton for every hidden size: the identity experts' output [T, H].
+    """Replaces vLLM's zero_experts_compute_triton, for every hidden size: the identity experts' output [T, H].
 
     Args:
         expert_indices: [T, K]; those of zero experts, num_experts and above, become 0.

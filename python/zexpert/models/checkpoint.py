@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the expert tensors of public checkpoints to those of FusedMoE, as steps of load_state_dict."""
+"""Blocks that load the tensors of public checkpoints: renamed, and expert by expert, as a step of load_state_dict."""
 
 from __future__ import annotations
 
@@ -10,68 +10,57 @@ import torch
 from torch import Tensor, nn
 
 from zexpert.layer import FusedMoE, check_shapes_of_state_dict
-from zexpert.runner.sharded_moe_runner import EXPERT_WEIGHTS, whole_weight
+from zexpert.models.expert_tensors import ExpertLoader, ExpertTensor, module_list
+from zexpert.runner.placement import EXPERT_WEIGHTS
 
 Block = TypeVar("Block", bound="CheckpointBlock")
 
-#: The expert tensors of transformers' checkpoints, and a block's names for them.
-STACKED_EXPERTS = {"experts.gate_up_proj": "experts.w13_weight", "experts.down_proj": "experts.w2_weight"}
-
-#: Sentinel of config_value: the entry must be there.
-REQUIRED: Any = object()
-
-
-def config_value(config: object, name: str, default: Any = REQUIRED) -> Any:
-    """The entry `name` of a checkpoint's configuration: a mapping (config.json) or an object (transformers' config).
-
-    Raises:
-        ValueError: if it is missing, or None, and there is no default.
-    """
-    value = config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
-    if value is None:
-        if default is REQUIRED:
-            raise ValueError(f"config must have {name}, got none")
-        return default
-    return value
-
-
-def require_silu(config: object) -> None:
-    """Raises ValueError unless the experts' activation is the one FusedMoE has."""
-    hidden_act = config_value(config, "hidden_act", "silu")
-    if hidden_act != "silu":
-        raise ValueError(f'hidden_act must be "silu", got {hidden_act!r}')
-
 
 class CheckpointBlock(nn.Module):
-    """A block of a published model whose load_state_dict also takes the names of that model's checkpoints.
+    """A block of a published model. Its load_state_dict accepts the names of that model's checkpoints and its own.
 
-    Since renaming is a step of load_state_dict, a whole model with such blocks loads a whole checkpoint.
+    A checkpoint has all experts in one tensor ("experts.gate_up_proj") or a module list ("experts.3.up_proj.weight").
+    Each tensor of a module list is copied to its place in the layer's weights. So a checkpoint can be loaded shard by
+    shard with strict=False, wherever the shards are cut.
+
+    The names are changed inside load_state_dict, so a whole model that contains such blocks loads a whole checkpoint.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.load_prefix = ""  # what the block's names start with in the state dict that is being loaded
-        self.register_load_state_dict_pre_hook(rename_before_load)  # type: ignore[no-untyped-call]
-        self.register_load_state_dict_post_hook(tell_checkpoint_names)  # type: ignore[no-untyped-call]
+        self.load_prefix = ""  # the prefix of the block's names in the state dict that is being loaded
+        self.expert_loader = ExpertLoader()
+        self.register_load_state_dict_pre_hook(load_checkpoint_names)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_post_hook(report_checkpoint_names)  # type: ignore[no-untyped-call]
 
     def checkpoint_names(self) -> dict[str, str]:
-        """This block's name for each name of a checkpoint that differs; one that ends in "." is for all under it."""
-        return {}
+        """Maps the checkpoint's names to this block's where they differ. A name that ends in "." stands for all names
+        that start with it."""
+        experts, _ = experts_of(self)
+        return {
+            "experts.gate_up_proj": f"{experts}.w13_weight",  # transformers' tensors of all experts
+            "experts.down_proj": f"{experts}.w2_weight",
+        }
+
+    def expert_tensors(self) -> dict[str, ExpertTensor]:
+        """The entries of a checkpoint that has a module list of experts, by name."""
+        return module_list(experts_of(self)[1], "experts.{}.", gate_proj=True)
 
     def rename_checkpoint(self, state_dict: dict[str, Any], prefix: str) -> None:
-        """Gives the entries of a checkpoint under `prefix` this block's names, in place, and leaves those that have
-        them. Raises RuntimeError for what does not fit."""
-        rename_experts(state_dict, prefix, self.get_submodule("experts"))
+        """Gives the entries of a checkpoint under `prefix` this block's names, in place. Entries with the block's own
+        names stay, and so do those of expert_tensors. Raises RuntimeError for a tensor that does not fit."""
+        trim_stacked_experts(state_dict, prefix, experts_of(self)[1])
         rename(state_dict, prefix, self.checkpoint_names())
 
     def checkpoint_state_dict(self) -> dict[str, Tensor]:
-        """The weights of all experts under a checkpoint's names, in a layout that load_state_dict takes.
+        """The weights of all experts under a checkpoint's names, in a layout that load_state_dict accepts.
 
-        With an expert_parallel_group or a tensor_parallel_group all of its ranks call this, and each gets everything.
+        With an expert_parallel_group or a tensor_parallel_group, all of its ranks must call this; each gets everything.
         """
         weights: dict[str, Tensor] = dict(self.state_dict())
-        experts = self.get_submodule("experts")
-        weights |= {f"experts.{name}": whole_weight(experts, name) for name in EXPERT_WEIGHTS}
+        name, experts = experts_of(self)
+        for weight in EXPERT_WEIGHTS:
+            weights[f"{name}.{weight}"] = experts.placement.whole(weight, experts.get_parameter(weight).detach())
         rename(weights, "", {ours: theirs for theirs, ours in self.checkpoint_names().items()})
         return weights
 
@@ -88,16 +77,16 @@ class CheckpointBlock(nn.Module):
         """A block with the weights of a checkpoint.
 
         Args:
-            config: the constructor's.
-            state_dict: of a block, a layer or a whole model; what is not under `prefix` is not looked at.
-            prefix: what the block's names start with, such as "model.layers.0.mlp.".
-            assign: use the tensors of `state_dict` themselves, on their device and in their dtype, instead of copies:
-                a training step changes them then.
-            options: the constructor's, such as params_dtype.
+            config: as in the constructor.
+            state_dict: of a block, a layer or a whole model. Names that do not start with `prefix` are ignored.
+            prefix: the start of the block's names, such as "model.layers.0.mlp.".
+            assign: use the tensors of `state_dict` themselves, on their device and in their dtype, instead of copies.
+                A training step then changes them. The experts of a module list are copied all the same.
+            options: as in the constructor, such as params_dtype.
 
         Raises:
-            ValueError: if nothing is under `prefix`.
-            RuntimeError: if an entry is missing, unknown or of another shape.
+            ValueError: if no name starts with `prefix`.
+            RuntimeError: if an entry is missing, unknown, quantised or has another shape.
         """
         entries = {name.removeprefix(prefix): tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
         if not entries:
@@ -106,32 +95,81 @@ class CheckpointBlock(nn.Module):
             options["device"] = "meta"
         construct: Any = cls
         block: Block = construct(config, **options)
+        listed = block.expert_tensors()
+        missing = [name for name in listed if name not in entries]
+        if missing and len(missing) < len(listed):
+            raise RuntimeError(f"{missing[0]} must be in the checkpoint, got none")
         block.load_state_dict(entries, assign=assign)
         return block
 
 
-def require_config(config: object, kind: type) -> None:
-    """Raises ValueError unless `config` is a `kind`, which another library's configuration is not."""
-    if not isinstance(config, kind):
-        raise ValueError(
-            f"config must be a zexpert.models.{kind.__name__}, which its from_hf makes of a model's configuration, "
-            f"got {type(config).__module__}.{type(config).__qualname__}"
-        )
+class SelectionBiasBlock(CheckpointBlock):
+    """A CheckpointBlock with a selection bias, float32 and 0 at first."""
+
+    __jit_unused_properties__ = ["e_score_correction_bias"]  # noqa: RUF012
+    __jit_ignored_attributes__ = ["config", "e_score_correction_bias"]  # noqa: RUF012
+
+    @property
+    def e_score_correction_bias(self) -> Tensor:
+        """[N], the selection bias: the tensor that routing reads and a controller updates."""
+        # A copy that PEFT trains (modules_to_save) answers for itself; PEFT's LoRA does not.
+        bias = getattr(self.experts, "e_score_correction_bias", None)
+        if bias is None:
+            bias = experts_of(self)[1].e_score_correction_bias
+        assert isinstance(bias, Tensor)
+        return bias
+
+    def reset_parameters(self) -> None:
+        """Sets the selection bias to 0. The submodules' reset_parameters draw the weights."""
+        with torch.no_grad():
+            self.e_score_correction_bias.zero_()
 
 
-def rename_before_load(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object) -> None:
-    """Pre-hook of load_state_dict: renames, then checks the shapes of what was renamed."""
+def experts_of(block: nn.Module) -> tuple[str, FusedMoE]:
+    """The block's FusedMoE and its name: "experts", or longer if PEFT has wrapped it."""
+    return next((name, module) for name, module in block.named_modules() if isinstance(module, FusedMoE))
+
+
+def checkpoint_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict of a model, with every block's entries under the names of its published checkpoint.
+
+    transformers' save_pretrained(folder, state_dict=...) then writes files that other programs can read. With groups,
+    all of their ranks must call this.
+    """
+    weights: dict[str, Tensor] = dict(model.state_dict())
+    for name, block in model.named_modules():
+        if isinstance(block, CheckpointBlock):
+            prefix = f"{name}." if name else ""
+            for key in block.state_dict():
+                del weights[prefix + key]
+            weights |= {prefix + key: tensor for key, tensor in block.checkpoint_state_dict().items()}
+    return weights
+
+
+def load_checkpoint_names(
+    module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *_: object
+) -> None:
+    """Pre-hook of load_state_dict: renames, checks everything, then copies the tensors of a module list of experts."""
     assert isinstance(module, CheckpointBlock)
     module.load_prefix = prefix
     module.rename_checkpoint(state_dict, prefix)
+    loader = module.expert_loader
+    loader.take(module.expert_tensors(), state_dict, prefix)
     check_shapes_of_state_dict(module, state_dict, prefix, shown=lambda key: checkpoint_name(module, key))
+    assign = bool(local_metadata.get("assign_to_params_buffers", False))
+    experts_name, experts = experts_of(module)
+    for name, weight in loader.fill(experts, assign).items():
+        key = f"{prefix}{experts_name}.{name}"
+        if name in loader.complete or key in state_dict:
+            state_dict[key] = weight
 
 
-def tell_checkpoint_names(module: nn.Module, incompatible_keys: Any) -> None:
-    """Post-hook of load_state_dict: missing entries are told by the checkpoint's names."""
+def report_checkpoint_names(module: nn.Module, incompatible_keys: Any) -> None:
+    """Post-hook of load_state_dict: reports missing entries by the checkpoint's names."""
     assert isinstance(module, CheckpointBlock)
     missing = incompatible_keys.missing_keys
     missing[:] = [checkpoint_name(module, key) for key in missing]
+    missing += [module.load_prefix + name for name in module.expert_loader.missing]
 
 
 def checkpoint_name(block: CheckpointBlock, key: str) -> str:
@@ -144,8 +182,8 @@ def checkpoint_name(block: CheckpointBlock, key: str) -> str:
 
 
 def rename(state_dict: dict[str, Any], prefix: str, names: Mapping[str, str]) -> None:
-    """Gives the entries of `state_dict` that start with prefix + an old name the new name, in place. A name that ends
-    in "." stands for everything under it."""
+    """Renames the entries of `state_dict` under `prefix`, in place. A name that ends in "." stands for all names that
+    start with it."""
     for old, new in names.items():
         for key in [key for key in state_dict if matches(key, prefix + old)]:
             state_dict[prefix + new + key.removeprefix(prefix + old)] = state_dict.pop(key)
@@ -155,57 +193,38 @@ def matches(key: str, name: str) -> bool:
     return key.startswith(name) if name.endswith(".") else key == name
 
 
-def rename_experts(state_dict: dict[str, Any], prefix: str, experts: nn.Module) -> None:
-    """Turns the experts of a checkpoint under `prefix` into the w13_weight [R, 2F, H] and the w2_weight [R, H, F] of
-    `experts`, a FusedMoE of N experts, in place. Understood are
+def trim_stacked_experts(state_dict: dict[str, Any], prefix: str, experts: FusedMoE) -> None:
+    """Leaves the real experts of transformers' tensors under `prefix`, as views:
 
-        experts.gate_up_proj [E, 2F, H] and experts.down_proj [E, H, F], E being R or N: transformers' tensors. Rows
-            past the real experts belong to zero experts and mean nothing; they are left out without a copy.
-        experts.{i}.gate_proj.weight [F, H], .up_proj.weight [F, H] and .down_proj.weight [H, F]: a module list.
-        experts.{i}.up_proj.weight [2F, H], gate rows first, and .down_proj.weight: MoE++'s module list.
-
-    Names that are FusedMoE's already are left alone.
+        experts.gate_up_proj [E, 2F, H] and experts.down_proj [E, H, F], where E is R or N. Rows past the R real experts
+        belong to zero experts and have no meaning.
 
     Raises:
-        RuntimeError: if an entry has another shape, or one expert of a module list lacks one.
+        RuntimeError: if a tensor has another shape.
     """
-    assert isinstance(experts, FusedMoE)
-    # A rank of several may hold only a part of these: FusedMoE takes its own out of the whole.
+    # With groups a rank holds a part of these. FusedMoE selects it from the whole.
     num_real_experts = experts.num_experts
     hidden_size, intermediate_size = experts.hidden_size, experts.intermediate_size
-    whole_sizes = {
-        "experts.w13_weight": [2 * intermediate_size, hidden_size],
-        "experts.w2_weight": [hidden_size, intermediate_size],
-    }
     first_sizes = sorted({num_real_experts, experts.router.num_experts or num_real_experts})
-    for theirs, ours in STACKED_EXPERTS.items():
-        if prefix + theirs not in state_dict:
+    for name, sizes in (
+        ("experts.gate_up_proj", [2 * intermediate_size, hidden_size]),
+        ("experts.down_proj", [hidden_size, intermediate_size]),
+    ):
+        stacked = state_dict.get(prefix + name)
+        if stacked is None:
             continue
-        stacked = state_dict.pop(prefix + theirs)
-        sizes = whole_sizes[ours]
         if list(stacked.shape[1:]) != sizes or stacked.size(0) not in first_sizes:
             shape = ", ".join((" or ".join(map(str, first_sizes)), *map(str, sizes)))
-            raise RuntimeError(f"{prefix}{theirs} must have shape [{shape}], got {list(stacked.shape)}")
-        state_dict[prefix + ours] = stacked[:num_real_experts]
+            raise RuntimeError(f"{prefix}{name} must have shape [{shape}], got {list(stacked.shape)}")
+        state_dict[prefix + name] = first_rows(stacked, num_real_experts)
 
-    if not any(key.startswith(f"{prefix}experts.0.") for key in state_dict):
-        return
-    shapes = {"up_proj": [2 * intermediate_size, hidden_size], "down_proj": [hidden_size, intermediate_size]}
-    if f"{prefix}experts.0.gate_proj.weight" in state_dict:
-        one_projection = [intermediate_size, hidden_size]
-        shapes = {"gate_proj": one_projection, "up_proj": one_projection, "down_proj": shapes["down_proj"]}
-    w13, w2 = [], []
-    for expert in range(num_real_experts):
-        weights = []
-        for projection, expected in shapes.items():
-            name = f"{prefix}experts.{expert}.{projection}.weight"
-            if name not in state_dict:
-                raise RuntimeError(f"{name} must be in the checkpoint, got none")
-            weight = state_dict.pop(name)
-            if list(weight.shape) != expected:
-                raise RuntimeError(f"{name} must have shape {expected}, got {list(weight.shape)}")
-            weights.append(weight)
-        w13.append(torch.cat(weights[:-1]))
-        w2.append(weights[-1])
-    state_dict[prefix + "experts.w13_weight"] = torch.stack(w13)
-    state_dict[prefix + "experts.w2_weight"] = torch.stack(w2)
+
+def first_rows(tensor: Tensor, count: int) -> Tensor:
+    """tensor[:count] in the same memory, with a storage of its own if possible: torch.save writes the whole storage of
+    a view, and safetensors' save_model refuses one."""
+    rows = tensor[:count]
+    if type(tensor.data) is not Tensor or tensor.is_meta or not rows.is_contiguous() or rows.numel() == tensor.numel():
+        return rows
+    begin = tensor.storage_offset() * tensor.element_size()
+    storage: torch.UntypedStorage = tensor.untyped_storage()[begin : begin + rows.nbytes]
+    return rows.new_empty(0).set_(storage, 0, rows.shape, rows.stride())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The classifier of a router."""
+"""The linear map of a router, in float32."""
 
 import torch
 from torch import Tensor, nn
@@ -8,12 +8,12 @@ from zexpert._autocast import full_precision_linear
 
 
 class Float32Linear(nn.Linear):
-    """A linear map without bias that computes in float32 whatever the dtype of its input, and under torch.autocast, as
-    routers do: in a lower precision experts tie, and ties decide who is chosen. float64 stays float64.
+    """A linear map without bias that computes in float32 for any dtype of its input, under torch.autocast too. Routers
+    need that: in lower precision logits tie, and ties decide who is chosen. float64 stays float64.
 
     Args:
         in_features, out_features: sizes of input and output.
-        device: where the weight [out_features, in_features] is made, in float32.
+        device: of the weight [out_features, in_features], float32.
     """
 
     def __init__(self, in_features: int, out_features: int, device: torch.device | str | None = None) -> None:

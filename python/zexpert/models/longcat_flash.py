@@ -8,24 +8,24 @@ import torch
 from torch import Tensor, nn
 
 from zexpert.layer import FusedMoE
-from zexpert.models.checkpoint import STACKED_EXPERTS, CheckpointBlock, config_value, require_config, require_silu
+from zexpert.models.checkpoint import SelectionBiasBlock, experts_of
+from zexpert.models.config import LayerOptions, config_value, require_config, require_silu
 from zexpert.models.float32_linear import Float32Linear
 
 if TYPE_CHECKING:
-    import torch.distributed as dist
-    from torch.distributed.device_mesh import DeviceMesh
+    from typing_extensions import Unpack
 
 
 @dataclass(frozen=True)
 class LongcatFlashConfig:
-    """Sizes of one LongcatFlashMoE; names and defaults are those of the published configuration.
+    """Sizes of one LongcatFlashMoE. Names and defaults are those of the published configuration.
 
     Attributes:
         hidden_size: H.
         expert_ffn_hidden_size: F, of one expert.
         n_routed_experts: R, real experts.
         zero_expert_num: zero experts; 0 for none.
-        zero_expert_type: what they do, "identity" in all published models.
+        zero_expert_type: their kind, "identity" in all published models.
         moe_topk: K, experts per token, zero experts included.
         routed_scaling_factor: factor on every weight.
         norm_topk_prob: divide a token's weights by their sum.
@@ -50,7 +50,7 @@ class LongcatFlashConfig:
         """From transformers' LongcatFlashConfig, or a config.json as a mapping.
 
         Raises:
-            ValueError: if an entry is missing, or asks for what the block does not have.
+            ValueError: if an entry is missing, or the block does not support its value.
         """
         require_silu(config)
         if config_value(config, "router_bias", False):
@@ -68,9 +68,9 @@ class LongcatFlashConfig:
 
 
 class LongcatFlashRouter(nn.Module):
-    """The classifier: logits in float32 whatever the dtype of hidden_states (float64 for float64).
+    """The classifier. Logits are float32 for any dtype of hidden_states (float64 for float64).
 
-    The selection bias, "router.e_score_correction_bias" in checkpoints, belongs to the experts layer's router.
+    The selection bias, "router.e_score_correction_bias" in checkpoints, is in the router of the FusedMoE.
     """
 
     def __init__(self, hidden_size: int, num_experts: int, device: torch.device | str | None = None) -> None:
@@ -83,21 +83,21 @@ class LongcatFlashRouter(nn.Module):
         return router_logits
 
 
-class LongcatFlashMoE(CheckpointBlock):
-    """The MoE block of a LongCat-Flash decoder layer, in place of transformers' LongcatFlashMoE:
+class LongcatFlashMoE(SelectionBiasBlock):
+    """The MoE block of a LongCat-Flash decoder layer. It replaces transformers' LongcatFlashMoE:
 
         out = sum_k w_k * FFN_k(x) + (sum of the identity experts' w) * x,      w = scale * softmax(x @ classifier.T)
 
     for the K experts of largest softmax + bias. transformers adds the terms one by one in the dtype of x; here they are
     added in float32 and rounded once.
 
-    load_state_dict takes this block's own state dict and, under the same prefix, a checkpoint's names:
+    load_state_dict accepts this block's own state dict and, under the same prefix, a checkpoint's names:
 
         router.classifier.weight [N, H], router.e_score_correction_bias [N]
         experts.gate_up_proj [R or N, 2F, H] and experts.down_proj [R or N, H, F], or
         experts.{i}.gate_proj.weight, experts.{i}.up_proj.weight and experts.{i}.down_proj.weight
 
-    So a whole model whose `mlp` modules are this block loads a whole Hugging Face state dict.
+    So a whole model with this block as its `mlp` modules loads a whole Hugging Face state dict.
 
     Args:
         config: the sizes.
@@ -106,55 +106,28 @@ class LongcatFlashMoE(CheckpointBlock):
         chunk_size, recompute, experts_backend, expert_parallel_group, tensor_parallel_group, device: see FusedMoE.
 
     Raises:
-        ValueError: if config is no LongcatFlashConfig, or a size is out of range.
+        ValueError: if config is not a LongcatFlashConfig, or a size is out of range.
     """
 
-    __jit_unused_properties__ = ["e_score_correction_bias"]  # noqa: RUF012
-    __jit_ignored_attributes__ = ["config", "e_score_correction_bias"]  # noqa: RUF012
-
-    def __init__(
-        self,
-        config: LongcatFlashConfig,
-        *,
-        params_dtype: torch.dtype | None = None,
-        chunk_size: int | None = None,
-        recompute: bool = False,
-        experts_backend: str = "auto",
-        expert_parallel_group: "dist.ProcessGroup | DeviceMesh | None" = None,
-        tensor_parallel_group: "dist.ProcessGroup | DeviceMesh | None" = None,
-        device: torch.device | str | None = None,
-    ) -> None:
+    def __init__(self, config: LongcatFlashConfig, **options: "Unpack[LayerOptions]") -> None:
         super().__init__()
         require_config(config, LongcatFlashConfig)
         self.config = config
-        has_zero_experts = config.zero_expert_num > 0
+        device = options.get("device")
         self.router = LongcatFlashRouter(config.hidden_size, config.num_experts, device)
         self.experts = FusedMoE(
             config.n_routed_experts,
             config.moe_topk,
             config.hidden_size,
             config.expert_ffn_hidden_size,
-            zero_expert_type=config.zero_expert_type if has_zero_experts else None,
-            zero_expert_num=config.zero_expert_num if has_zero_experts else None,
+            zero_expert_type=config.zero_expert_type if config.zero_expert_num > 0 else None,
+            zero_expert_num=config.zero_expert_num or None,
             e_score_correction_bias=torch.zeros(config.num_experts, dtype=torch.float32, device=device),
             scoring_func="softmax",
             renormalize=config.norm_topk_prob,
             routed_scaling_factor=config.routed_scaling_factor,
-            params_dtype=params_dtype,
-            chunk_size=chunk_size,
-            recompute=recompute,
-            experts_backend=experts_backend,
-            expert_parallel_group=expert_parallel_group,
-            tensor_parallel_group=tensor_parallel_group,
-            device=device,
+            **options,
         )
-
-    @property
-    def e_score_correction_bias(self) -> Tensor:
-        """[N], the selection bias that routing reads: what a controller updates."""
-        bias = self.experts.e_score_correction_bias
-        assert bias is not None
-        return bias
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """hidden_states [..., H] of the experts' dtype -> [..., H]."""
@@ -162,14 +135,12 @@ class LongcatFlashMoE(CheckpointBlock):
         return out
 
     def checkpoint_names(self) -> dict[str, str]:
-        return {
-            "router.e_score_correction_bias": "experts.runner.router.e_score_correction_bias",
-            **STACKED_EXPERTS,
-        }
+        bias = f"{experts_of(self)[0]}.runner.router.e_score_correction_bias"
+        return {"router.e_score_correction_bias": bias, **super().checkpoint_names()}
 
     def checkpoint_state_dict(self) -> dict[str, Tensor]:
         """See CheckpointBlock. The layout is that of transformers' LongcatFlashMoE: experts.gate_up_proj has N expert
-        rows, of which those past the real experts are zero."""
+        rows, and those past the real experts are zero."""
         weights = super().checkpoint_state_dict()
         gate_up_proj = weights["experts.gate_up_proj"]
         zero_experts = gate_up_proj.new_zeros(self.config.zero_expert_num, *gate_up_proj.shape[1:])

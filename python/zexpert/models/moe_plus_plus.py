@@ -8,19 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from zexpert.layer import FusedMoE
-from zexpert.models.checkpoint import (
-    CheckpointBlock,
-    config_value,
-    rename,
-    rename_experts,
-    require_config,
-    require_silu,
-)
+from zexpert.models.checkpoint import CheckpointBlock, experts_of, rename
+from zexpert.models.config import LayerOptions, config_value, require_config, require_silu
+from zexpert.models.expert_tensors import ExpertTensor, module_list
 from zexpert.models.float32_linear import Float32Linear
 
 if TYPE_CHECKING:
-    import torch.distributed as dist
-    from torch.distributed.device_mesh import DeviceMesh
+    from typing_extensions import Unpack
 
 
 @dataclass(frozen=True)
@@ -35,10 +29,12 @@ class MoEPlusPlusConfig:
         num_copy_experts: experts that return x.
         num_zero_experts: experts that return 0.
         top_k: K.
-        gating_residual: add the previous layer's logits, through a matrix, to this layer's.
+        gating_residual: add the previous layer's logits, through a matrix, to this layer's. False for the first layer:
+            its matrix would get no gradient, for which DistributedDataParallel stops.
         two_layer_gate: logits from tanh(x @ W1.T) @ W2.T, W1 [8N, H], instead of x @ W.T.
-        logits_std: None, or: softmax takes each token's logits divided by their standard deviation over the experts
-            and times this. The residual takes them as they are.
+        logits_std: None, or: softmax gets each token's logits divided by their standard deviation over the experts and
+            multiplied by this. The next layer's residual gets them undivided. Logits that are all the same are not
+            divided.
         drop_before_renormalize: weights of zero experts become 0 before the K weights are divided by their sum.
         scale_input_by_top_k: the experts get K * x.
     """
@@ -63,11 +59,11 @@ class MoEPlusPlusConfig:
 
     @staticmethod
     def from_hf(config: object) -> "MoEPlusPlusConfig":
-        """From the configuration in the published code, or its config.json as a mapping. That code fixes two constant
-        experts, one copy and one zero expert, and two experts per token.
+        """From the configuration in the published code, or its config.json as a mapping. That code always has two
+        constant experts, one copy expert, one zero expert, and two experts per token.
 
         Raises:
-            ValueError: if an entry is missing, or asks for what the block does not have.
+            ValueError: if an entry is missing, or the block does not support its value.
         """
         require_silu(config)
         num_experts = config_value(config, "num_experts")[0]
@@ -88,7 +84,7 @@ class MoEPlusPlusConfig:
 class MoEPlusPlusGate(nn.Module):
     """Logits in float32 (float64 for float64 hidden_states): G(x) = wg(x) + gate_map(G of the previous layer).
 
-    Columns are ordered as FusedMoE's, [FFN | copy | constant | zero].
+    The columns are in FusedMoE's order, [FFN | copy | constant | zero].
     """
 
     def __init__(self, config: MoEPlusPlusConfig, device: torch.device | str | None = None) -> None:
@@ -108,7 +104,7 @@ class MoEPlusPlusGate(nn.Module):
             self.gate_map = Float32Linear(num_experts, num_experts, device)
 
     def forward(self, hidden_states: Tensor, previous_logits: Tensor | None = None) -> Tensor:
-        """hidden_states [..., H], previous_logits [..., N] or None in the first layer -> logits [..., N]."""
+        """hidden_states [..., H], previous_logits [..., N] or None -> logits [..., N]."""
         logits: Tensor = self.wg(hidden_states)
         if self.gate_map is not None:
             if previous_logits is not None:
@@ -122,15 +118,16 @@ class MoEPlusPlusBlock(CheckpointBlock):
         out = sum_k w_k * E_k(x),    w = p_k / sum of the chosen p, the zero experts' p counting 0,
         p = softmax(G(x)), the K largest; E is a feed-forward network, x, a1 * x + a2 * v, or 0.
 
-    forward gives the logits too, for the next layer's gating residual:
+    forward returns the logits too, for the next layer's gating residual. The first layer has none:
 
+        blocks = [MoEPlusPlusBlock(replace(config, gating_residual=layer > 0)) for layer in range(num_layers)]
         out, logits = blocks[0](x)
-        out, logits = blocks[1](x, logits)
+        out, logits = blocks[1](out, logits)
 
-    load_state_dict takes this block's own state dict and, under the same prefix, the published code's names
-    ("moe.gate.wg.weight" or "moe.gate.wg.{0,2}.weight", "moe.gate.gate_map.weight", "moe.experts.experts.{i}.*"). Its
-    experts are ordered [FFN | constant | copy | zero]: rows of the gate, and columns too of the residual's matrix, are
-    permuted to FusedMoE's order. Without gating_residual the first layer's unused "gate_map" is left out.
+    load_state_dict accepts this block's own state dict and, under the same prefix, the published code's names
+    ("moe.gate.wg.weight" or "moe.gate.wg.{0,2}.weight", "moe.gate.gate_map.weight", "moe.experts.experts.{i}.*"). That
+    code orders the experts [FFN | constant | copy | zero]: the rows of the gate, and rows and columns of the residual's
+    matrix, are permuted to FusedMoE's order. Without gating_residual the checkpoint's unused "gate_map" is ignored.
 
     Args:
         config: sizes and switches.
@@ -138,50 +135,34 @@ class MoEPlusPlusBlock(CheckpointBlock):
         chunk_size, recompute, experts_backend, expert_parallel_group, tensor_parallel_group, device: see FusedMoE.
 
     Raises:
-        ValueError: if config is no MoEPlusPlusConfig, or a size is out of range.
+        ValueError: if config is not a MoEPlusPlusConfig, or a size is out of range.
     """
 
     __jit_ignored_attributes__ = ["config"]  # noqa: RUF012
 
-    def __init__(
-        self,
-        config: MoEPlusPlusConfig,
-        *,
-        params_dtype: torch.dtype | None = None,
-        chunk_size: int | None = None,
-        recompute: bool = False,
-        experts_backend: str = "auto",
-        expert_parallel_group: "dist.ProcessGroup | DeviceMesh | None" = None,
-        tensor_parallel_group: "dist.ProcessGroup | DeviceMesh | None" = None,
-        device: torch.device | str | None = None,
-    ) -> None:
+    def __init__(self, config: MoEPlusPlusConfig, **options: "Unpack[LayerOptions]") -> None:
         super().__init__()
         require_config(config, MoEPlusPlusConfig)
         self.config = config
-        self.logits_std = config.logits_std
+        self.logits_std = config.logits_std if config.num_experts > 1 else None
         self.input_scale = float(config.top_k) if config.scale_input_by_top_k else 1.0
         zero_experts = {
             "identity": config.num_copy_experts,
             "constant": config.num_constant_experts,
             "drop": config.num_zero_experts,
         }
-        self.gate = MoEPlusPlusGate(config, device)
+        has_zero_experts = any(zero_experts.values())
+        self.gate = MoEPlusPlusGate(config, options.get("device"))
         self.experts = FusedMoE(
             config.num_ffn_experts,
             config.top_k,
             config.hidden_size,
             config.intermediate_size,
-            zero_expert_type=zero_experts if any(zero_experts.values()) else None,
+            zero_expert_type=zero_experts if has_zero_experts else None,
             scoring_func="softmax",
             renormalize=True,
-            drop_before_renormalize=config.drop_before_renormalize,
-            params_dtype=params_dtype,
-            chunk_size=chunk_size,
-            recompute=recompute,
-            experts_backend=experts_backend,
-            expert_parallel_group=expert_parallel_group,
-            tensor_parallel_group=tensor_parallel_group,
-            device=device,
+            drop_before_renormalize=config.drop_before_renormalize and has_zero_experts,
+            **options,
         )
 
     def forward(self, hidden_states: Tensor, previous_logits: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -189,7 +170,8 @@ class MoEPlusPlusBlock(CheckpointBlock):
 
         Args:
             hidden_states: [..., H], of the experts' dtype.
-            previous_logits: [..., N], what the previous MoE++ block returned; None in the first.
+            previous_logits: [..., N], the logits of the previous MoE++ block; None for the first. A block without
+                gating_residual ignores them.
 
         Returns:
             [..., H] in the dtype of hidden_states, and logits [..., N] in float32 (float64 for float64).
@@ -198,49 +180,55 @@ class MoEPlusPlusBlock(CheckpointBlock):
         routed_logits = logits
         logits_std = self.logits_std
         if logits_std is not None:
-            routed_logits = logits / (logits.std(dim=-1, keepdim=True) / logits_std)
+            routed_logits = logits / (spread(logits, logits_std) / logits_std)
         if self.input_scale != 1.0:
             hidden_states = hidden_states * self.input_scale
         return self.experts(hidden_states, routed_logits), logits
 
+    def checkpoint_names(self) -> dict[str, str]:
+        return {"moe.gate.": "gate."}
+
+    def expert_tensors(self) -> dict[str, ExpertTensor]:
+        config, name = self.config, "moe.experts.experts.{}."
+        places = module_list(experts_of(self)[1], name, gate_proj=False)
+        for index in range(config.num_constant_experts):
+            constant = name.format(config.num_ffn_experts + index)
+            places[f"{constant}wg.weight"] = ExpertTensor("constant_gate_weight", index, None, [2, config.hidden_size])
+            places[f"{constant}constant"] = ExpertTensor("constant_vectors", index, None, [config.hidden_size])
+        return places
+
     def rename_checkpoint(self, state_dict: dict[str, Any], prefix: str) -> None:
-        config = self.config
-        if not any(key.startswith(prefix + "moe.") for key in state_dict):
-            return
-        order = expert_order(config)
         gate = prefix + "moe.gate."
-        if not config.gating_residual:
+        if not self.config.gating_residual:
             state_dict.pop(gate + "gate_map.weight", None)
-        permute_gate(state_dict, gate, order)
-        rename(state_dict, prefix, {"moe.gate.": "gate.", "moe.experts.experts.": "experts."})
-        rename_experts(state_dict, prefix, self.experts)
-        indices = range(config.num_ffn_experts, config.num_ffn_experts + config.num_constant_experts)
-        for ours, theirs in (("constant_gate_weight", "wg.weight"), ("constant_vectors", "constant")):
-            names = [f"{prefix}experts.{index}.{theirs}" for index in indices]
-            if names and all(name in state_dict for name in names):
-                state_dict[f"{prefix}experts.{ours}"] = torch.stack([state_dict.pop(name) for name in names])
+        permute_gate(state_dict, gate, expert_order(self.config))
+        rename(state_dict, prefix, self.checkpoint_names())
 
     def checkpoint_state_dict(self) -> dict[str, Tensor]:
         """See CheckpointBlock. Names and order of experts are the published code's."""
         weights = super().checkpoint_state_dict()
-        num_ffn_experts = self.config.num_ffn_experts
+        experts, _ = experts_of(self)
         order = expert_order(self.config)
-        permute_gate(weights, "gate.", [order.index(expert) for expert in range(len(order))])
-        published = {f"moe.{name}": tensor for name, tensor in weights.items() if name.startswith("gate.")}
-        for ours, theirs, first in (
-            ("w13_weight", "up_proj.weight", 0),
-            ("w2_weight", "down_proj.weight", 0),
-            ("constant_gate_weight", "wg.weight", num_ffn_experts),
-            ("constant_vectors", "constant", num_ffn_experts),
-        ):
-            for expert, tensor in enumerate(weights.get(f"experts.{ours}", ()), first):
-                published[f"moe.experts.experts.{expert}.{theirs}"] = tensor
+        permute_gate(weights, "moe.gate.", [order.index(expert) for expert in range(len(order))])
+        published = {name: tensor for name, tensor in weights.items() if name.startswith("moe.gate.")}
+        for name, place in self.expert_tensors().items():
+            published[name] = weights[f"{experts}.{place.weight}"][place.expert]
         return published
 
 
+def spread(logits: Tensor, otherwise: float) -> Tensor:
+    """[..., 1], the standard deviation of each token's logits [..., N], or `otherwise` if they are all the same up to
+    rounding: for padding, and for every token if the gate is 0."""
+    std = logits.std(dim=-1, keepdim=True)
+    eps = 2.0**-52 if logits.dtype == torch.float64 else 2.0**-23
+    # Below 1e-12 the gradient of a division by it would overflow.
+    smallest = (eps * logits.detach().abs().amax(dim=-1, keepdim=True)).clamp(min=1e-12)
+    return torch.where(std > smallest, std, otherwise)
+
+
 def permute_gate(state_dict: dict[str, Any], prefix: str, order: list[int]) -> None:
-    """Puts the rows of the gate under `prefix`, and the columns too of the residual's matrix, in another order of
-    experts, in place. Raises RuntimeError for another shape."""
+    """Permutes the experts of the gate under `prefix`, in place: the rows of its weights, and the columns of the
+    residual's matrix too. Raises RuntimeError for another shape."""
     for name in ("wg.weight", "wg.2.weight", "gate_map.weight"):
         weight = state_dict.get(prefix + name)
         if weight is None:
@@ -253,7 +241,7 @@ def permute_gate(state_dict: dict[str, Any], prefix: str, order: list[int]) -> N
 
 
 def expert_order(config: MoEPlusPlusConfig) -> list[int]:
-    """For every column of FusedMoE's order, [FFN | copy | constant | zero], the expert of the published order,
+    """Maps each column in FusedMoE's order, [FFN | copy | constant | zero], to the expert in the published order,
     [FFN | constant | copy | zero]."""
     first_copy = config.num_ffn_experts + config.num_constant_experts
     first_zero = first_copy + config.num_copy_experts

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ZEDA (arXiv 2605.18643): experts with output zero, added to trained models of the Qwen3 and the GLM-4.7 kind."""
+"""ZEDA (arXiv 2605.18643): drop experts for trained models of the Qwen3 and GLM-4.7 families."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -9,17 +9,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zexpert.layer import FusedMoE
-from zexpert.models.checkpoint import STACKED_EXPERTS, CheckpointBlock, config_value, require_config, require_silu
+from zexpert.models.checkpoint import CheckpointBlock, SelectionBiasBlock, experts_of
+from zexpert.models.config import LayerOptions, config_value, require_config, require_silu
 from zexpert.models.float32_linear import Float32Linear
 
 if TYPE_CHECKING:
-    import torch.distributed as dist
-    from torch.distributed.device_mesh import DeviceMesh
+    from typing_extensions import Unpack
 
 
 @dataclass(frozen=True)
 class ZedaQwen3Config:
-    """Sizes of one ZedaQwen3MoE; names and defaults are those of Qwen3-30B-A3B with ZEDA's 64 zero experts.
+    """Sizes of one ZedaQwen3MoE. Names and defaults are those of Qwen3-30B-A3B with ZEDA's 64 zero experts.
 
     Attributes:
         hidden_size: H.
@@ -39,17 +39,17 @@ class ZedaQwen3Config:
 
     @staticmethod
     def from_hf(config: object) -> "ZedaQwen3Config":
-        """From the configuration of a Qwen3 MoE model, as an object or a mapping; ZEDA's "zce_nums" count the zero
-        experts, and without them there are none.
+        """From the configuration of a Qwen3 MoE model, as an object or a mapping. ZEDA's "zce_nums" count the zero
+        experts; without that entry there are none.
 
         Raises:
-            ValueError: if an entry is missing, or asks for what the block does not have.
+            ValueError: if an entry is missing, or the block does not support its value.
         """
         require_silu(config)
         return ZedaQwen3Config(
             hidden_size=config_value(config, "hidden_size"),
             moe_intermediate_size=config_value(config, "moe_intermediate_size"),
-            num_experts=config_value(config, "num_experts"),
+            num_experts=config_value(config, "num_experts", other_name="num_local_experts"),
             num_zero_experts=count_zero_experts(config),
             num_experts_per_tok=config_value(config, "num_experts_per_tok"),
             norm_topk_prob=bool(config_value(config, "norm_topk_prob", False)),
@@ -58,7 +58,7 @@ class ZedaQwen3Config:
 
 @dataclass(frozen=True)
 class ZedaGlm4Config:
-    """Sizes of one ZedaGlm4MoE; names and defaults are those of GLM-4.7-Flash with ZEDA's 32 zero experts.
+    """Sizes of one ZedaGlm4MoE. Names and defaults are those of GLM-4.7-Flash with ZEDA's 32 zero experts.
 
     Attributes:
         hidden_size: H.
@@ -67,7 +67,7 @@ class ZedaGlm4Config:
         num_zero_experts: experts with output 0.
         num_experts_per_tok: K.
         n_shared_experts: the shared expert's intermediate size is this times F; 0 for no shared expert.
-        n_group, topk_group: the real experts form n_group groups, of which a token chooses within the topk_group best.
+        n_group, topk_group: a token chooses within the best topk_group of n_group groups of real experts.
         routed_scaling_factor: factor on every weight.
         norm_topk_prob: divide a token's weights by their sum, zero experts' weights included.
     """
@@ -110,12 +110,12 @@ def count_zero_experts(config: object) -> int:
 
 
 class ZedaQwen3MoE(CheckpointBlock):
-    """Qwen3's MoE block with zero-output experts: softmax over all experts, no bias, the K weights divided by their
-    sum, zero experts' included. Logits are in the experts' dtype, as in the model.
+    """Qwen3's MoE block with drop experts: softmax over all experts, no bias, the K weights divided by their sum, zero
+    experts' included. Logits have the experts' dtype, as in the model.
 
         out = sum over the chosen real experts of p_k / (sum of the K chosen p) * FFN_k(x)
 
-    load_state_dict takes this block's own state dict and, under the same prefix, a checkpoint's names: "gate.weight"
+    load_state_dict accepts this block's own state dict and, under the same prefix, a checkpoint's names: "gate.weight"
     [N, H], and "experts.{i}.gate_proj.weight" ... or "experts.gate_up_proj" and "experts.down_proj".
 
     Args:
@@ -124,28 +124,18 @@ class ZedaQwen3MoE(CheckpointBlock):
         chunk_size, recompute, experts_backend, expert_parallel_group, tensor_parallel_group, device: see FusedMoE.
 
     Raises:
-        ValueError: if config is no ZedaQwen3Config, or a size is out of range.
+        ValueError: if config is not a ZedaQwen3Config, or a size is out of range.
     """
 
     __jit_ignored_attributes__ = ["config"]  # noqa: RUF012
 
-    def __init__(
-        self,
-        config: ZedaQwen3Config,
-        *,
-        params_dtype: torch.dtype | None = None,
-        chunk_size: int | None = None,
-        recompute: bool = False,
-        experts_backend: str = "auto",
-        expert_parallel_group: "dist.ProcessGroup | DeviceMesh | None" = None,
-        tensor_parallel_group: "dist.ProcessGroup | DeviceMesh | None" = None,
-        device: torch.device | str | None = None,
-    ) -> None:
+    def __init__(self, config: ZedaQwen3Config, **options: "Unpack[LayerOptions]") -> None:
         super().__init__()
         require_config(config, ZedaQwen3Config)
         self.config = config
         num_experts = config.num_experts + config.num_zero_experts
-        self.gate = nn.Linear(config.hidden_size, num_experts, bias=False, dtype=params_dtype, device=device)
+        dtype, device = options.get("params_dtype"), options.get("device")
+        self.gate = nn.Linear(config.hidden_size, num_experts, bias=False, dtype=dtype, device=device)
         self.experts = FusedMoE(
             config.num_experts,
             config.num_experts_per_tok,
@@ -155,22 +145,13 @@ class ZedaQwen3MoE(CheckpointBlock):
             zero_expert_num=config.num_zero_experts or None,
             scoring_func="softmax",
             renormalize=config.norm_topk_prob,
-            params_dtype=params_dtype,
-            chunk_size=chunk_size,
-            recompute=recompute,
-            experts_backend=experts_backend,
-            expert_parallel_group=expert_parallel_group,
-            tensor_parallel_group=tensor_parallel_group,
-            device=device,
+            **options,
         )
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """hidden_states [..., H] -> [..., H]."""
         out: Tensor = self.experts(hidden_states, self.gate(hidden_states))
         return out
-
-    def checkpoint_names(self) -> dict[str, str]:
-        return STACKED_EXPERTS
 
 
 class GatedMLP(nn.Module):
@@ -194,15 +175,15 @@ class GatedMLP(nn.Module):
         return out
 
 
-class ZedaGlm4MoE(CheckpointBlock):
-    """GLM-4's MoE block with zero-output experts: sigmoid scores, a selection bias, groups, a shared expert.
+class ZedaGlm4MoE(SelectionBiasBlock):
+    """GLM-4's MoE block with drop experts: sigmoid scores, a selection bias, groups, a shared expert.
 
         out = sum over the chosen real experts of scale * s_k / (sum of the K chosen s) * FFN_k(x) + shared(x)
 
-    The groups are of real experts, and zero experts are always eligible; ZEDA's code lets groups run over both kinds,
-    which is the same for the n_group = 1 of its model.
+    The groups contain real experts; zero experts are always eligible. In ZEDA's code the groups contain both kinds,
+    which is the same for its model's n_group = 1.
 
-    load_state_dict takes this block's own state dict and, under the same prefix, a checkpoint's names: "gate.weight"
+    load_state_dict accepts this block's own state dict and, under the same prefix, a checkpoint's names: "gate.weight"
     [N, H], "gate.e_score_correction_bias" [N], "shared_experts.*", and "experts.{i}.gate_proj.weight" ... or
     "experts.gate_up_proj" and "experts.down_proj".
 
@@ -213,33 +194,20 @@ class ZedaGlm4MoE(CheckpointBlock):
         chunk_size, recompute, experts_backend, expert_parallel_group, tensor_parallel_group, device: see FusedMoE.
 
     Raises:
-        ValueError: if config is no ZedaGlm4Config, or a size is out of range.
+        ValueError: if config is not a ZedaGlm4Config, or a size is out of range.
     """
 
-    __jit_unused_properties__ = ["e_score_correction_bias"]  # noqa: RUF012
-    __jit_ignored_attributes__ = ["config", "e_score_correction_bias"]  # noqa: RUF012
-
-    def __init__(
-        self,
-        config: ZedaGlm4Config,
-        *,
-        params_dtype: torch.dtype | None = None,
-        chunk_size: int | None = None,
-        recompute: bool = False,
-        experts_backend: str = "auto",
-        expert_parallel_group: "dist.ProcessGroup | DeviceMesh | None" = None,
-        tensor_parallel_group: "dist.ProcessGroup | DeviceMesh | None" = None,
-        device: torch.device | str | None = None,
-    ) -> None:
+    def __init__(self, config: ZedaGlm4Config, **options: "Unpack[LayerOptions]") -> None:
         super().__init__()
         require_config(config, ZedaGlm4Config)
         self.config = config
         num_experts = config.n_routed_experts + config.num_zero_experts
+        device = options.get("device")
         self.gate = Float32Linear(config.hidden_size, num_experts, device)
         shared_experts = None
         if config.n_shared_experts > 0:
             shared_size = config.n_shared_experts * config.moe_intermediate_size
-            shared_experts = GatedMLP(config.hidden_size, shared_size, params_dtype, device)
+            shared_experts = GatedMLP(config.hidden_size, shared_size, options.get("params_dtype"), device)
         self.experts = FusedMoE(
             config.n_routed_experts,
             config.num_experts_per_tok,
@@ -254,22 +222,9 @@ class ZedaGlm4MoE(CheckpointBlock):
             use_grouped_topk=config.n_group > 1,
             num_expert_group=config.n_group,
             topk_group=config.topk_group,
-            params_dtype=params_dtype,
             shared_experts=shared_experts,
-            chunk_size=chunk_size,
-            recompute=recompute,
-            experts_backend=experts_backend,
-            expert_parallel_group=expert_parallel_group,
-            tensor_parallel_group=tensor_parallel_group,
-            device=device,
+            **options,
         )
-
-    @property
-    def e_score_correction_bias(self) -> Tensor:
-        """[N], the selection bias that routing reads."""
-        bias = self.experts.e_score_correction_bias
-        assert bias is not None
-        return bias
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """hidden_states [..., H] -> [..., H]."""
@@ -277,17 +232,19 @@ class ZedaGlm4MoE(CheckpointBlock):
         return out
 
     def checkpoint_names(self) -> dict[str, str]:
-        names = {"gate.e_score_correction_bias": "experts.runner.router.e_score_correction_bias", **STACKED_EXPERTS}
+        experts, _ = experts_of(self)
+        names = super().checkpoint_names()
+        names["gate.e_score_correction_bias"] = f"{experts}.runner.router.e_score_correction_bias"
         if self.config.n_shared_experts > 0:
-            names["shared_experts."] = "experts.runner.shared_experts."
+            names["shared_experts."] = f"{experts}.runner.shared_experts."
         return names
 
 
 def extend_router(parameter: Tensor, num_zero_experts: int, generator: torch.Generator | None = None) -> Tensor:
-    """The router of a trained model with rows for zero experts, ready to be adapted: ZEDA's injection.
+    """Adds rows for zero experts to the router of a trained model, as ZEDA does.
 
-    New rows are drawn from a normal distribution with the mean and the standard deviation of the trained rows, entry by
-    entry, so that zero experts start as likely as any other.
+    Each entry of a new row is drawn from a normal distribution with the mean and the standard deviation of that entry
+    in the trained rows, so zero experts start as likely as any other.
 
     Args:
         parameter: [R, H] gate weight, or [R] selection bias; R at least 2.
@@ -295,7 +252,7 @@ def extend_router(parameter: Tensor, num_zero_experts: int, generator: torch.Gen
         generator: for the draw, on the device of `parameter`.
 
     Returns:
-        [R + num_zero_experts, H] or [R + num_zero_experts], a new tensor whose first R rows are `parameter`'s.
+        [R + num_zero_experts, H] or [R + num_zero_experts], a new tensor. Its first R rows are `parameter`'s.
 
     Raises:
         ValueError: if there are fewer than two trained rows, or num_zero_experts is negative.

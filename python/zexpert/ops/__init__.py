@@ -15,11 +15,13 @@ from zexpert.ops.moe_permute import moe_permute
 from zexpert.ops.moe_plan import moe_plan
 from zexpert.ops.router_logits import router_logits
 from zexpert.ops.silu_and_mul import silu_and_mul
-from zexpert.ops.types import DispatchPlan, RoutingResult
+from zexpert.ops.types import ConstantExperts, DispatchPlan, ExpertWeights, RoutingResult
 from zexpert.ops.zero_expert_accumulate import zero_expert_accumulate
 
 __all__ = [
+    "ConstantExperts",
     "DispatchPlan",
+    "ExpertWeights",
     "RoutingResult",
     "biased_topk",
     "biased_topk_and_plan",

@@ -34,5 +34,5 @@ def check_devices(like_name: str, like: Tensor, **others: Tensor | None) -> None
 
 
 def weight_dtype(data: torch.dtype) -> torch.dtype:
-    """The type of routing weights beside data of type ``data``: float32, float64 beside float64."""
+    """The type of routing weights for data of type ``data``: float64 for float64, else float32."""
     return torch.float64 if data == torch.float64 else torch.float32

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from zexpert.ops._autograd import Context, register_autograd, register_not_differentiable
 from zexpert.ops._library import check_devices, register_fake, weight_dtype
-from zexpert.ops.types import RoutingResult
+from zexpert.ops.types import RoutingArguments, RoutingResult
 
 
 def biased_topk(
@@ -69,27 +69,46 @@ def biased_topk(
     arXiv 2410.07348, and LongCat-Flash, arXiv 2509.01322.
     """
     check_indices_dtype(indices_dtype)
+    arguments = RoutingArguments(
+        top_k,
+        num_real_experts,
+        num_identity_experts,
+        num_constant_experts,
+        scoring_func,
+        renormalize,
+        drop_before_renormalize,
+        routed_scaling_factor,
+        num_expert_group,
+        topk_group,
+    )
+    return choose_experts(logits, bias, arguments, indices_dtype)
+
+
+def choose_experts(
+    logits: Tensor, bias: Tensor | None, arguments: RoutingArguments, indices_dtype: torch.dtype | None
+) -> RoutingResult:
+    """biased_topk with its routing arguments in one tuple; scriptable. No indices_dtype: int32."""
     topk_weights, topk_ids, zero_weight, constant_weight = torch.ops.zexpert.biased_topk(
         logits,
         bias,
-        top_k,
-        num_real_experts=num_real_experts,
-        num_identity_experts=num_identity_experts,
-        num_constant_experts=num_constant_experts,
-        scoring_func=scoring_func,
-        renormalize=renormalize,
-        drop_before_renormalize=drop_before_renormalize,
-        routed_scaling_factor=routed_scaling_factor,
-        num_expert_group=num_expert_group,
-        topk_group=topk_group,
+        arguments.top_k,
+        num_real_experts=arguments.num_real_experts,
+        num_identity_experts=arguments.num_identity_experts,
+        num_constant_experts=arguments.num_constant_experts,
+        scoring_func=arguments.scoring_func,
+        renormalize=arguments.renormalize,
+        drop_before_renormalize=arguments.drop_before_renormalize,
+        routed_scaling_factor=arguments.routed_scaling_factor,
+        num_expert_group=arguments.num_expert_group,
+        topk_group=arguments.topk_group,
         indices_dtype=indices_dtype,
     )
     return RoutingResult(topk_weights, topk_ids, zero_weight, constant_weight)
 
 
 def check_indices_dtype(indices_dtype: torch.dtype) -> None:
-    """Raises RuntimeError for what is no dtype. A number would go on as the dtype that it stands for in PyTorch's list,
-    and one past its end would end the process.
+    """Raises RuntimeError for anything but a dtype. PyTorch reads a number as the dtype with that number in its list,
+    and a number past the list's end ends the process.
     """
     if not isinstance(cast(object, indices_dtype), torch.dtype):
         raise RuntimeError(f"indices_dtype must be int32 or int64, got {indices_dtype!r}")
@@ -101,16 +120,9 @@ def biased_topk_fake(
     bias: Tensor | None,
     top_k: int,
     *,
-    num_real_experts: int,
-    num_identity_experts: int | None = None,
     num_constant_experts: int = 0,
-    scoring_func: str = "softmax",
-    renormalize: bool = False,
-    drop_before_renormalize: bool = False,
-    routed_scaling_factor: float = 1.0,
-    num_expert_group: int = 1,
-    topk_group: int = 1,
     indices_dtype: torch.dtype | None = None,
+    **_others: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     check_devices("logits", logits, bias=bias)
     num_tokens = logits.shape[0]

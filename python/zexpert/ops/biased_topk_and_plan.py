@@ -10,7 +10,7 @@ from zexpert.ops._autograd import register_autograd
 from zexpert.ops._library import register_fake
 from zexpert.ops.biased_topk import backward, biased_topk_fake, check_indices_dtype, setup_context
 from zexpert.ops.moe_plan import moe_plan_fake
-from zexpert.ops.types import DispatchPlan, RoutingResult
+from zexpert.ops.types import DispatchPlan, RoutingArguments, RoutingResult
 
 
 def biased_topk_and_plan(
@@ -31,7 +31,7 @@ def biased_topk_and_plan(
 ) -> tuple[RoutingResult, DispatchPlan]:
     """biased_topk, and moe_plan of its ids over the real experts: the same results bit for bit.
 
-    Up to 256 tokens take one launch instead of two on a GPU of compute capability 9 or 10, for at most 1024 experts, 32
+    Up to 256 tokens need one launch instead of two on a GPU of compute capability 9 or 10, for at most 1024 experts, 32
     choices per token and 4096 in all.
 
     Args:
@@ -47,20 +47,39 @@ def biased_topk_and_plan(
     Gradients flow as those of biased_topk do.
     """
     check_indices_dtype(indices_dtype)
+    arguments = RoutingArguments(
+        top_k,
+        num_real_experts,
+        num_identity_experts,
+        num_constant_experts,
+        scoring_func,
+        renormalize,
+        drop_before_renormalize,
+        routed_scaling_factor,
+        num_expert_group,
+        topk_group,
+    )
+    return choose_experts_and_plan(logits, bias, arguments, indices_dtype)
+
+
+def choose_experts_and_plan(
+    logits: Tensor, bias: Tensor | None, arguments: RoutingArguments, indices_dtype: torch.dtype | None
+) -> tuple[RoutingResult, DispatchPlan]:
+    """biased_topk_and_plan with its routing arguments in one tuple; scriptable. No indices_dtype: int32."""
     topk_weights, topk_ids, zero_weight, constant_weight, expert_offsets, row_slots, slot_rows = (
         torch.ops.zexpert.biased_topk_and_plan(
             logits,
             bias,
-            top_k,
-            num_real_experts=num_real_experts,
-            num_identity_experts=num_identity_experts,
-            num_constant_experts=num_constant_experts,
-            scoring_func=scoring_func,
-            renormalize=renormalize,
-            drop_before_renormalize=drop_before_renormalize,
-            routed_scaling_factor=routed_scaling_factor,
-            num_expert_group=num_expert_group,
-            topk_group=topk_group,
+            arguments.top_k,
+            num_real_experts=arguments.num_real_experts,
+            num_identity_experts=arguments.num_identity_experts,
+            num_constant_experts=arguments.num_constant_experts,
+            scoring_func=arguments.scoring_func,
+            renormalize=arguments.renormalize,
+            drop_before_renormalize=arguments.drop_before_renormalize,
+            routed_scaling_factor=arguments.routed_scaling_factor,
+            num_expert_group=arguments.num_expert_group,
+            topk_group=arguments.topk_group,
             indices_dtype=indices_dtype,
         )
     )

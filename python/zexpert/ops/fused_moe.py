@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Permutation, experts and epilogue in one, for training."""
+"""Permutation, experts and epilogue in one."""
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from zexpert.ops._autograd import Context, register_autograd, register_not_differentiable
 from zexpert.ops._library import check_devices, register_fake
+from zexpert.ops.grouped_mlp import check_has_gradients
 from zexpert.ops.moe_finalize import constant_gradients
 
 
@@ -21,32 +24,40 @@ def fused_moe(
     residual: Tensor | None = None,
     constant_weight: Tensor | None = None,
     constant_vectors: Tensor | None = None,
+    keep_gate_up: bool = True,
+    implementation: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """What moe_permute, grouped_mlp_with_gate_up and moe_finalize compute one after another, bit for bit.
+    """The layer after routing and plan: ``moe_finalize`` of what ``grouped_mlp`` computes from the tokens, in one
+    operator.
 
-    Its backward keeps less than theirs: the token rows and the experts' results, [T * K, H] each, are not kept. Tokens
-    are gathered again, and the gradient of a slot's weight, <grad_out, row>, is taken inside the expert, where it is
-    <grad_out @ w2, activation>.
+    Only hidden_states and gate_up are kept for the backward, not the token rows and the experts' results, [T * K, H]
+    each. The backward gathers the tokens again, and takes the gradient of a slot's weight, <grad_out, row>, inside the
+    expert, where it is <grad_out @ w2, activation>.
 
     Args:
         hidden_states: [T, H], any floating dtype, any strides: the layer's input.
         topk_weights: [T, K] float32, or float64 beside float64 hidden_states, of the RoutingResult.
         zero_weight: [T], type of topk_weights, of the RoutingResult.
         expert_offsets: [R + 1] int32, of the DispatchPlan.
-        row_slots: [T * K] int32, of the DispatchPlan.
+        row_slots: [T * K] int32, of the DispatchPlan, or cut behind its last offset.
         slot_rows: [T, K] int32, of the DispatchPlan.
         w13_weight: [R, 2F, H], type of hidden_states: gate rows first, then up.
         w2_weight: [R, H, F], type of hidden_states: down.
         residual: [T, H], type of hidden_states, or None.
         constant_weight: [T, C], type of topk_weights; with constant_vectors, or C = 0, or None.
         constant_vectors: [C, H], type of hidden_states, or None.
+        keep_gate_up: True for training: the backward reads gate_up. False for inference, which then allocates less and
+            may run faster kernels; gradients still work, and the backward computes gate_up again.
+        implementation: which kernels run the experts; see ``grouped_mlp``. "hopper" needs keep_gate_up=False and has no
+            gradients.
 
     Returns:
-        The layer's output, [T, H], and gate_up [T * K, 2F], through which no gradient flows; both of the type of
-        hidden_states. Rows of gate_up past the last offset hold anything.
+        The layer's output, [T, H], and gate_up, through which no gradient flows: [T * K, 2F], or [0, 2F] without
+        keep_gate_up; both of the type of hidden_states. Rows of gate_up past the last offset hold anything.
 
     Raises:
-        RuntimeError: an argument has a wrong device, dtype or shape; on the CPU, an index is out of range.
+        RuntimeError: an argument has a wrong device, dtype or shape; the implementation cannot serve; on the CPU, an
+            index is out of range.
     """
     out, gate_up = torch.ops.zexpert.fused_moe(
         hidden_states,
@@ -60,6 +71,8 @@ def fused_moe(
         residual,
         constant_weight,
         constant_vectors,
+        keep_gate_up=keep_gate_up,
+        implementation=implementation,
     )
     return out, gate_up
 
@@ -77,6 +90,9 @@ def _fused_moe_fake(
     residual: Tensor | None = None,
     constant_weight: Tensor | None = None,
     constant_vectors: Tensor | None = None,
+    *,
+    keep_gate_up: bool = True,
+    implementation: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     check_devices(
         "hidden_states",
@@ -94,11 +110,15 @@ def _fused_moe_fake(
     )
     return (
         hidden_states.new_empty(hidden_states.shape),
-        hidden_states.new_empty((row_slots.shape[0], w13_weight.shape[1])),
+        hidden_states.new_empty((row_slots.shape[0] if keep_gate_up else 0, w13_weight.shape[1])),
     )
 
 
-def _setup_context(ctx: Context, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+def _setup_context(
+    ctx: Context, inputs: tuple[Tensor, ...], keyword_only_inputs: dict[str, Any], output: tuple[Tensor, Tensor]
+) -> None:
+    ctx.implementation = keyword_only_inputs["implementation"]
+    check_has_gradients(ctx.implementation)
     *kept, _residual, constant_weight, constant_vectors = inputs
     gate_up = output[1]
     ctx.mark_non_differentiable(gate_up)
@@ -112,7 +132,12 @@ def _backward(ctx: Context, grad_out: Tensor | None, _grad_gate_up: None) -> tup
     needs = (*ctx.needs_input_grad, False, False, False)  # it stops where the caller left arguments away
     grad_hidden_states, grad_topk_weights, grad_zero_weight, grad_w13_weight, grad_w2_weight = (
         torch.ops.zexpert.fused_moe_backward(
-            grad_out, *kept, needs_hidden_states=needs[0], needs_w13_weight=needs[6], needs_w2_weight=needs[7]
+            grad_out,
+            *kept,
+            needs_hidden_states=needs[0],
+            needs_w13_weight=needs[6],
+            needs_w2_weight=needs[7],
+            implementation=ctx.implementation,
         )
     )
     grad_constant_weight, grad_constant_vectors = constant_gradients(
@@ -149,6 +174,7 @@ def _fused_moe_backward_fake(
     needs_hidden_states: bool = True,
     needs_w13_weight: bool = True,
     needs_w2_weight: bool = True,
+    implementation: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     check_devices(
         "hidden_states",

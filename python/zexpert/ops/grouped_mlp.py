@@ -17,11 +17,11 @@ def grouped_mlp(
     w2_weight: Tensor,
     row_slots: Tensor | None = None,
     top_k: int = 1,
+    implementation: str = "auto",
 ) -> Tensor:
     """``(silu(x @ gate.T) * (x @ up.T)) @ down.T`` for every row x, with the weights of the row's expert.
 
-    On the CPU an expert with few rows streams its weights through zexpert's own kernel; one with many goes through
-    torch's matrix product, which rounds gate, up and activation to the data's type in between.
+    Sums are float32 (float64 for float64). Gate, up and activation may be rounded to the data's type in between.
 
     Args:
         rows: [M, H], any floating dtype, any strides; in the order of a DispatchPlan; with row_slots, tokens, [T, H].
@@ -32,17 +32,34 @@ def grouped_mlp(
             ``moe_permute(rows, row_slots, expert_offsets, top_k)``, bit for bit: tokens are gathered expert by expert,
             and only the backward makes an [M, H] of them.
         top_k: K; only read with row_slots.
+        implementation: which kernels run the experts. "auto" chooses by device, GPU, dtype and sizes; kernel_plan
+            prints the choice. The other names force one:
+
+            "cpu": on the CPU. An expert with few rows streams its weights through zexpert's own kernel; one with many
+            goes through PyTorch's matrix product.
+
+            "hopper": zexpert's own kernels for GPUs of compute capability 9.0, in bfloat16 and float16, for hidden and
+            intermediate sizes that are multiples of 64 and at most 1024 experts. They have no gradients.
+
+            "grouped_mm": PyTorch's grouped matrix product on a GPU, in bfloat16, for sizes that are multiples of 8 and
+            fewer than 1024 experts. On compute capability 9 and 10 the host does not wait for the GPU.
+
+            "torch": PyTorch's matrix product, expert by expert, on any device in any dtype. On a GPU the host waits for
+            the offsets, which a CUDA graph cannot capture.
 
     Returns:
-        [M, H], type of rows. Rows past the last offset hold anything.
+        [M, H], type of rows. Rows past the last offset hold anything. Differentiable in rows and weights; the backward
+        of "auto" chooses again, without "hopper".
 
     Raises:
-        RuntimeError: an argument has a wrong device, dtype or shape; on the CPU, the offsets do not ascend from 0, or
-            an entry of row_slots is out of range.
+        RuntimeError: an argument has a wrong device, dtype or shape; the implementation cannot serve; where the host
+            reads the offsets, they do not ascend from 0; on the CPU, an entry of row_slots is out of range.
 
     Source: SwiGLU experts, arXiv 2002.05202; grouped computation, MegaBlocks, arXiv 2211.15841.
     """
-    out: Tensor = torch.ops.zexpert.grouped_mlp(rows, expert_offsets, w13_weight, w2_weight, row_slots, top_k)
+    out: Tensor = torch.ops.zexpert.grouped_mlp(
+        rows, expert_offsets, w13_weight, w2_weight, row_slots, top_k, implementation=implementation
+    )
     return out
 
 
@@ -54,6 +71,8 @@ def _grouped_mlp_fake(
     w2_weight: Tensor,
     row_slots: Tensor | None = None,
     top_k: int = 1,
+    *,
+    implementation: str = "auto",
 ) -> Tensor:
     check_devices(
         "rows", rows, expert_offsets=expert_offsets, w13_weight=w13_weight, w2_weight=w2_weight, row_slots=row_slots
@@ -64,10 +83,9 @@ def _grouped_mlp_fake(
 def grouped_mlp_with_gate_up(
     rows: Tensor, expert_offsets: Tensor, w13_weight: Tensor, w2_weight: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """grouped_mlp for training: its backward finds what the activation is taken of, which the backward of grouped_mlp
-    computes again.
+    """grouped_mlp that keeps gate_up for its backward; the backward of grouped_mlp computes it again.
 
-    Arguments and errors are grouped_mlp's.
+    An alias, for one release: use fused_moe, which keeps gate_up too. Arguments and errors are grouped_mlp's.
 
     Returns:
         The result of grouped_mlp, [M, H], and gate_up [M, 2F], through which no gradient flows; both of the type of
@@ -85,7 +103,17 @@ def _grouped_mlp_with_gate_up_fake(
     return rows.new_empty(rows.shape), rows.new_empty((rows.shape[0], w13_weight.shape[1]))
 
 
-def _setup_context(ctx: Context, inputs: tuple[Any, ...], output: Tensor) -> None:
+def check_has_gradients(implementation: str) -> None:
+    """Raises RuntimeError if an operator is asked for gradients that its implementation does not have."""
+    if implementation == "hopper":
+        raise RuntimeError(
+            'implementation must be "auto", "grouped_mm" or "torch" where gradients are wanted, got "hopper"'
+        )
+
+
+def _setup_context(ctx: Context, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Tensor) -> None:
+    ctx.implementation = keyword_only_inputs["implementation"]
+    check_has_gradients(ctx.implementation)
     rows, expert_offsets, w13_weight, w2_weight, row_slots, ctx.top_k = inputs
     ctx.save_for_backward(rows, expert_offsets, w13_weight, w2_weight, row_slots)
 
@@ -97,7 +125,8 @@ def _backward(ctx: Context, grad_out: Tensor | None) -> tuple[Tensor | None, ...
     num_tokens = rows.shape[0]
     if row_slots is not None:
         rows = torch.ops.zexpert.moe_permute(rows, row_slots, expert_offsets, ctx.top_k)
-    grad_rows, *others = _gradients(ctx, grad_out, rows, expert_offsets, w13_weight, w2_weight, None)
+    saved = (rows, expert_offsets, w13_weight, w2_weight, None)
+    grad_rows, *others = _gradients(ctx, grad_out, saved, ctx.implementation)
     if row_slots is not None and grad_rows is not None:
         grad_rows = torch.ops.zexpert.moe_permute_backward(grad_rows, row_slots, expert_offsets, num_tokens, ctx.top_k)
     return grad_rows, *others, None, None
@@ -110,10 +139,12 @@ def _setup_context_with_gate_up(ctx: Context, inputs: tuple[Tensor, ...], output
 
 
 def _backward_with_gate_up(ctx: Context, grad_out: Tensor | None, _grad_gate_up: None) -> tuple[Tensor | None, ...]:
-    return _gradients(ctx, grad_out, *ctx.saved_tensors)
+    return _gradients(ctx, grad_out, ctx.saved_tensors, "auto")
 
 
-def _gradients(ctx: Context, grad_out: Tensor | None, *saved: Tensor | None) -> tuple[Tensor | None, ...]:
+def _gradients(
+    ctx: Context, grad_out: Tensor | None, saved: tuple[Tensor | None, ...], implementation: str
+) -> tuple[Tensor | None, ...]:
     """Of rows, expert_offsets and both weights."""
     if grad_out is None:
         return None, None, None, None
@@ -124,6 +155,7 @@ def _gradients(ctx: Context, grad_out: Tensor | None, *saved: Tensor | None) -> 
         needs_rows=needs_rows,
         needs_w13_weight=needs_w13_weight,
         needs_w2_weight=needs_w2_weight,
+        implementation=implementation,
     )
     return (
         grad_rows if needs_rows else None,
@@ -145,6 +177,7 @@ def _grouped_mlp_backward_fake(
     needs_rows: bool = True,
     needs_w13_weight: bool = True,
     needs_w2_weight: bool = True,
+    implementation: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_devices(
         "rows",

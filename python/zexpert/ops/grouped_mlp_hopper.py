@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Each expert's feed-forward network over its segment of rows, on a Hopper GPU."""
+"""An alias of grouped_mlp, for one release."""
 
 import torch
 from torch import Tensor
@@ -11,9 +11,10 @@ from zexpert.ops._library import check_devices, register_fake
 def grouped_mlp_hopper(
     rows: Tensor, expert_offsets: Tensor, w13_weight: Tensor, w2_weight: Tensor, *, tile_rows: int = 0
 ) -> Tensor:
-    """What grouped_mlp computes, by two kernels for GPUs of compute capability 9.0; forward only.
+    """``grouped_mlp(..., implementation="hopper")`` without gradients.
 
-    Nothing waits for the host. The same bits in every run; a row's bits may depend on how many rows there are.
+    An alias, for one release. The host does not wait for the GPU. The same bits in every run; a row's bits may depend
+    on how many rows there are.
 
     Args:
         rows: [M, H], bfloat16 or float16, H a multiple of 64; in the order of a DispatchPlan.

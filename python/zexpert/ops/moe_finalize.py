@@ -27,7 +27,7 @@ def moe_finalize(
                + residual[t]
 
     Accumulated in float32 (float64 for float64 data) in that order and rounded once: bitwise repeatable. Routing
-    weights are float32, or float64 beside float64 hidden_states.
+    weights are float32, or float64 with float64 hidden_states.
 
     Args:
         rows: [M, H], type of hidden_states: the experts' results in the order of a DispatchPlan.
@@ -112,7 +112,7 @@ def _backward(ctx: Context, grad_out: Tensor | None) -> tuple[Tensor | None, ...
     if grad_out is None:
         return (None,) * 8
     *tensors, constant_weight, constant_vectors = ctx.saved_tensors
-    needs = (*ctx.needs_input_grad, False, False, False)  # it stops where the caller left arguments away
+    needs = (*ctx.needs_input_grad, False, False, False)  # without entries for arguments that were left out
     grad_rows = grad_topk_weights = grad_hidden_states = grad_zero_weight = None
     if needs[0] or needs[2] or needs[3] or needs[4]:
         grad_rows, grad_topk_weights, grad_hidden_states, grad_zero_weight = torch.ops.zexpert.moe_finalize_backward(

@@ -21,11 +21,11 @@ def moe_permute(
         expert_offsets: [R + 1] int32, of the DispatchPlan.
         top_k: K.
         slot_rows: [T, K] int32, of the same DispatchPlan, or None. With it a GPU reads every token once instead of once
-            for each of its rows.
+            for each of its rows, and the backward does not invert row_slots.
 
     Returns:
-        [T * K, H], or as many rows as row_slots has; type of hidden_states. Rows past the last offset hold anything; no
-        op reads them.
+        [T * K, H], or as many rows as row_slots has; type of hidden_states. Rows past the last offset are not written;
+        no op reads them.
 
     Raises:
         RuntimeError: an argument has a wrong device, dtype or shape; on the CPU, an index is out of range.
@@ -45,26 +45,31 @@ def _moe_permute_fake(
 
 
 def _setup_context(ctx: Context, inputs: tuple[Any, ...], output: Tensor) -> None:
-    hidden_states, row_slots, expert_offsets, ctx.top_k, _ = inputs
+    hidden_states, row_slots, expert_offsets, ctx.top_k, slot_rows = inputs
     ctx.num_tokens = hidden_states.shape[0]
-    ctx.save_for_backward(row_slots, expert_offsets)
+    ctx.save_for_backward(row_slots, expert_offsets, slot_rows)
 
 
 def _backward(ctx: Context, grad_rows: Tensor | None) -> tuple[Tensor | None, None, None, None, None]:
     if grad_rows is None:
         return None, None, None, None, None
-    row_slots, expert_offsets = ctx.saved_tensors
+    row_slots, expert_offsets, slot_rows = ctx.saved_tensors
     grad_hidden_states = torch.ops.zexpert.moe_permute_backward(
-        grad_rows, row_slots, expert_offsets, ctx.num_tokens, ctx.top_k
+        grad_rows, row_slots, expert_offsets, ctx.num_tokens, ctx.top_k, slot_rows
     )
     return grad_hidden_states, None, None, None, None
 
 
 @register_fake("moe_permute_backward")
 def _moe_permute_backward_fake(
-    grad_rows: Tensor, row_slots: Tensor, expert_offsets: Tensor, num_tokens: int, top_k: int
+    grad_rows: Tensor,
+    row_slots: Tensor,
+    expert_offsets: Tensor,
+    num_tokens: int,
+    top_k: int,
+    slot_rows: Tensor | None = None,
 ) -> Tensor:
-    check_devices("grad_rows", grad_rows, row_slots=row_slots, expert_offsets=expert_offsets)
+    check_devices("grad_rows", grad_rows, row_slots=row_slots, expert_offsets=expert_offsets, slot_rows=slot_rows)
     return grad_rows.new_empty((num_tokens, grad_rows.shape[1]))
 
 

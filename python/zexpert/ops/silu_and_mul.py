@@ -18,7 +18,7 @@ def silu_and_mul(gate_up: Tensor, expert_offsets: Tensor | None = None) -> Tenso
         expert_offsets: [R + 1] int32, of a DispatchPlan: only rows below its last offset are computed. None: all.
 
     Returns:
-        [M, F], type of gate_up. Rows past the last offset hold anything.
+        [M, F], type of gate_up. Rows past the last offset are not written.
 
     Raises:
         RuntimeError: an argument has a wrong device, dtype or shape; on the CPU, the last offset is out of range.

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the ops return: a routing, and the plan made from it."""
+"""The named tuples that operators, routers, runners and layers exchange."""
 
 from typing import NamedTuple
 
 from torch import Tensor
 from torch.utils._pytree import _register_namedtuple
+
+from zexpert._C import RoutingSpec, name
 
 
 class RoutingResult(NamedTuple):
@@ -15,7 +17,7 @@ class RoutingResult(NamedTuple):
     """
 
     topk_weights: Tensor
-    """[T, K] float32 (float64 for float64 logits): weight of the slot's real expert, 0 beside id -1."""
+    """[T, K] float32 (float64 for float64 logits): weight of the slot's real expert, 0 for id -1."""
     topk_ids: Tensor
     """[T, K] int32 or int64: the slot's real expert, or -1 for a slot that does no work."""
     zero_weight: Tensor
@@ -39,6 +41,62 @@ class DispatchPlan(NamedTuple):
     """[T, K] int32: the inverse, -1 for a slot that does no work."""
 
 
+class ConstantExperts(NamedTuple):
+    """Weights of the C constant experts (MoE++, arXiv 2410.07348): expert c gives a1 * x + a2 * vectors[c], with
+    [a1, a2] = softmax(x @ gate_weight[c].T)."""
+
+    gate_weight: Tensor
+    """[C, 2, H]."""
+    vectors: Tensor
+    """[C, H]."""
+
+
+class ExpertWeights(NamedTuple):
+    """Weights of a layer's R real experts and, if it has some, of its constant experts."""
+
+    w13: Tensor
+    """[R, 2F, H]: gate rows first, then up rows, of each expert."""
+    w2: Tensor
+    """[R, H, F]: down projection of each expert."""
+    w13_scale_inv: Tensor | None = None
+    """Scales of quantised ``w13``. No operator accepts them: a runner that is given some raises ValueError."""
+    w2_scale_inv: Tensor | None = None
+    """Scales of quantised ``w2``, likewise."""
+    constants: ConstantExperts | None = None
+    """None without constant experts."""
+
+
+class RoutingArguments(NamedTuple):
+    """A RoutingSpec as the routing operators accept it, in plain values that scripts and graphs can read."""
+
+    top_k: int
+    num_real_experts: int
+    num_identity_experts: int | None
+    num_constant_experts: int
+    scoring_func: str
+    renormalize: bool
+    drop_before_renormalize: bool
+    routed_scaling_factor: float
+    num_expert_group: int
+    topk_group: int
+
+    @classmethod
+    def of(cls, spec: RoutingSpec) -> "RoutingArguments":
+        """The arguments that a validated spec stands for."""
+        values = {field: getattr(spec, field) for field in cls._fields}
+        return cls(**{**values, "scoring_func": name(spec.scoring_func)})
+
+    def keywords(self) -> dict[str, object]:
+        """The operators' keyword arguments, without those that have the operators' defaults: PyTorch spends half a
+        microsecond on each."""
+        plain = RoutingArguments(self.top_k, self.num_real_experts, None, 0, "softmax", False, False, 1.0, 1, 1)
+        return {
+            field: value
+            for field, value, default in zip(self._fields, self, plain, strict=True)
+            if field == "num_real_experts" or value != default
+        }
+
+
 # So that an exported program that returns them can be saved.
-_register_namedtuple(RoutingResult, serialized_type_name="zexpert.RoutingResult")
-_register_namedtuple(DispatchPlan, serialized_type_name="zexpert.DispatchPlan")
+for exported in (RoutingResult, DispatchPlan, ConstantExperts, ExpertWeights):
+    _register_namedtuple(exported, serialized_type_name=f"zexpert.{exported.__name__}")

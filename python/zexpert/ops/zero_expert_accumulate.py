@@ -4,21 +4,21 @@
 import torch
 from torch import Tensor
 
-from zexpert.ops._autograd import Context, register_autograd, register_not_differentiable
+from zexpert.ops._autograd import Context, refuse_tangents, register_autograd, register_not_differentiable
 from zexpert.ops._library import check_devices, register_fake
 
 
 def zero_expert_accumulate(hidden_states: Tensor, zero_weight: Tensor, out: Tensor | None = None) -> Tensor:
     """``zero_weight[:, None] * hidden_states``, added into ``out`` if that is given.
 
-    Computed in float32 (float64 for float64 data) and rounded once. For experts whose rows are already summed;
-    elsewhere ``moe_finalize`` adds this part on its way.
+    Computed in float32 (float64 for float64 data) and rounded once. Use it if the experts' rows are already summed.
+    Otherwise ``moe_finalize`` adds this part in the same pass as the rows.
 
     Args:
         hidden_states: [T, H], any floating dtype, any strides.
-        zero_weight: [T] float32, or float64 beside float64 hidden_states.
-        out: [T, H], type of hidden_states, inner stride 1, rows that do not overlap; may be hidden_states itself. None
-            where a gradient is wanted.
+        zero_weight: [T] float32, or float64 with float64 hidden_states.
+        out: [T, H], type of hidden_states, inner stride 1, rows that do not overlap; may be hidden_states itself. Must
+            be None if a gradient is wanted.
 
     Returns:
         ``out`` if given, else a new tensor [T, H].
@@ -49,13 +49,14 @@ def _zero_expert_accumulate_out_fake(hidden_states: Tensor, zero_weight: Tensor,
 
 
 def _count_write(keyset: torch.DispatchKeySet, hidden_states: Tensor, zero_weight: Tensor, *, out: Tensor) -> None:
+    refuse_tangents("zero_expert_accumulate.out", (hidden_states, zero_weight, out))
     below = keyset & torch._C._after_ADInplaceOrView_keyset
     torch.ops.zexpert.zero_expert_accumulate.out.redispatch(below, hidden_states, zero_weight, out=out)
     if not out.is_inference():
         torch.autograd.graph.increment_version(out)
 
 
-# Autograd learns that `out` was written to, and refuses a backward that would read what was there before.
+# Counts the write to `out`, so that autograd refuses a backward that would read the values from before.
 _library = torch.library.Library("zexpert", "IMPL")
 _library.impl("zero_expert_accumulate.out", _count_write, "ADInplaceOrView", with_keyset=True)
 

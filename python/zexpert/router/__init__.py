@@ -8,6 +8,7 @@ from zexpert.router.fused_moe_router import FusedMoERouter
 from zexpert.router.fused_topk_bias_router import FusedTopKBiasRouter
 from zexpert.router.fused_topk_router import FusedTopKRouter
 from zexpert.router.grouped_topk_router import GroupedTopKRouter
+from zexpert.router.routing_method_type import RoutingMethodType
 from zexpert.router.routing_simulator_router import RoutingSimulatorRouter
 from zexpert.router.zero_expert_router import ZeroExpertRouter
 
@@ -18,6 +19,7 @@ __all__ = [
     "FusedTopKBiasRouter",
     "FusedTopKRouter",
     "GroupedTopKRouter",
+    "RoutingMethodType",
     "RoutingSimulatorRouter",
     "ZeroExpertRouter",
     "create_fused_moe_router",

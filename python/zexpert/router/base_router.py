@@ -6,9 +6,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from zexpert._C import RoutingSpec, name
+from zexpert._C import RoutingSpec
+from zexpert._values import values_kept
 from zexpert.ops.moe_plan import moe_plan
-from zexpert.ops.types import DispatchPlan, RoutingResult
+from zexpert.ops.types import DispatchPlan, RoutingArguments, RoutingResult
 from zexpert.router.fused_moe_router import FusedMoERouter
 
 INDICES_DTYPES = (torch.int32, torch.int64)
@@ -21,22 +22,28 @@ class BaseRouter(FusedMoERouter):
     Args:
         spec: the validated description of the routing.
         e_score_correction_bias: [N], any floating dtype, added to the scores for selection only. Kept by reference,
-            as a parameter if it is one, else as a buffer: what a controller writes into it, the next call sees.
+            as a parameter if it is one, else as a buffer: the next call sees what a controller writes into it.
         indices_dtype: dtype of topk_ids, torch.int32 or torch.int64.
 
     Raises:
-        ValueError: if the bias has another length than the spec has experts, or is no floating vector, or if
+        ValueError: if the bias has another length than the spec has experts, or is not a floating vector, or if
             indices_dtype is neither of the two.
     """
 
     e_score_correction_bias: Tensor | None
     logical_to_physical_map: Tensor | None
     expert_load: Tensor | None
-    num_experts: int | None
-    num_identity_experts: int | None
+    arguments: RoutingArguments
+    top_k: int
+    num_real_experts: int
+    num_experts: int | None  # None: the logits' width decides
+    num_identity_experts: int | None  # None: all that are neither real nor constant
+    num_constant_experts: int
+    renormalize: bool
+    routed_scaling_factor: float
 
     # What torch.jit.script leaves out of a scripted router.
-    __jit_ignored_attributes__ = ["_capture_fn", "spec"]  # noqa: RUF012
+    __jit_ignored_attributes__ = ["_capture_fn", "_keywords", "spec"]  # noqa: RUF012
 
     def __init__(
         self,
@@ -52,18 +59,10 @@ class BaseRouter(FusedMoERouter):
         self.spec = spec
         self.indices_dtype = indices_dtype
 
-        # The spec's fields as plain values, which scripts and graphs can read.
-        self.top_k: int = spec.top_k
-        self.num_real_experts: int = spec.num_real_experts
-        self.num_experts = spec.num_experts  # None: the logits' width decides
-        self.num_identity_experts = spec.num_identity_experts  # None: all that are neither real nor constant
-        self.num_constant_experts: int = spec.num_constant_experts
-        self.scoring_func: str = name(spec.scoring_func)
-        self.renormalize: bool = spec.renormalize
-        self.drop_before_renormalize: bool = spec.drop_before_renormalize
-        self.routed_scaling_factor: float = spec.routed_scaling_factor
-        self.num_expert_group: int = spec.num_expert_group
-        self.topk_group: int = spec.topk_group
+        self.arguments = RoutingArguments.of(spec)
+        for field, value in self.arguments._asdict().items():
+            setattr(self, field, value)
+        self.num_experts = spec.num_experts
         self.has_zero_experts = self.num_identity_experts != 0 or self.num_constant_experts > 0
 
         if isinstance(e_score_correction_bias, nn.Parameter):
@@ -74,6 +73,14 @@ class BaseRouter(FusedMoERouter):
         self.register_buffer("expert_load", None, persistent=False)
         self._num_mapped_experts: int = 0  # physical ones, as the map had it when it was set
         self._capture_fn: Callable[[RoutingResult], None] | None = None
+
+    def reset_parameters(self) -> None:
+        """Nothing: the bias belongs to the caller. FSDP calls this for every module that has tensors."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "BaseRouter":
+        with values_kept(self):
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def set_capture_fn(self, capture_fn: Callable[[RoutingResult], None] | None) -> None:
         """Calls `capture_fn` with every later choice of this router, or stops doing so for None.
@@ -113,18 +120,14 @@ class BaseRouter(FusedMoERouter):
         """See FusedMoERouter.select_experts; topk_ids are physical experts where an expert map is set.
 
         Raises:
-            ValueError: if hidden_states or router_logits is no tensor or not two-dimensional, they differ in tokens or
+            ValueError: if hidden_states or router_logits is not a tensor of two dimensions, they differ in tokens or
                 device, the logits are not floating point or not as wide as the router has experts, or the bias is on
                 another device.
         """
         self._check_inputs(hidden_states, router_logits)
         routing = self._compute_routing(hidden_states, router_logits)
-        topk_weights, topk_ids, zero_weight, constant_weight = routing
-        if topk_ids.dtype != self.indices_dtype:
-            if topk_ids.dtype == torch.int64:
-                # An id out of range stays one, where it would wrap to another. In scripts 2**31 would be a float.
-                topk_ids = topk_ids.clamp(-2, 0x7FFFFFFF)
-            routing = RoutingResult(topk_weights, topk_ids.to(self.indices_dtype), zero_weight, constant_weight)
+        if routing.topk_ids.dtype != self.indices_dtype:
+            routing = self._with_indices_dtype(routing)
         self._observe(hidden_states, routing)
         expert_map = self.logical_to_physical_map
         if expert_map is not None:
@@ -148,8 +151,15 @@ class BaseRouter(FusedMoERouter):
         """The choice itself, in logical experts; topk_ids may be of any integer dtype. Inputs are checked."""
         raise NotImplementedError
 
+    def _with_indices_dtype(self, routing: RoutingResult) -> RoutingResult:
+        topk_weights, topk_ids, zero_weight, constant_weight = routing
+        if topk_ids.dtype == torch.int64:
+            # An id out of range stays out of range instead of wrapping. In a script 2**31 would be a float.
+            topk_ids = topk_ids.clamp(-2, 0x7FFFFFFF)
+        return RoutingResult(topk_weights, topk_ids.to(self.indices_dtype), zero_weight, constant_weight)
+
     def _observe(self, hidden_states: Tensor, routing: RoutingResult) -> None:
-        """Shows a choice, in logical experts, to whoever looks on."""
+        """Shows a choice, in logical experts, to the capture callback."""
         if not torch.jit.is_scripting():
             if self._capture_fn is not None:
                 self._capture_fn(routing)

@@ -1,103 +1,84 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What routers that choose by biased_topk have in common."""
+"""The base of routers that choose by the operator biased_topk."""
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from zexpert._C import RoutingSpec
+from zexpert.ops.biased_topk import choose_experts
+from zexpert.ops.biased_topk_and_plan import choose_experts_and_plan
 from zexpert.ops.moe_plan import moe_plan
 from zexpert.ops.types import DispatchPlan, RoutingResult
 from zexpert.router.base_router import BaseRouter
 
 
 class BiasedTopKRouter(BaseRouter):
-    """A router whose choice is biased_topk's, so that one operator makes it and the plan of its slots.
+    """A router that chooses by biased_topk, so that one operator makes the choice and its plan.
+
+    A subclass or an instance that replaces `select_experts` or `_compute_routing` is asked for its choice, and moe_plan
+    makes the plan.
 
     Args:
         See BaseRouter.
     """
 
-    def __init__(
-        self,
-        spec: RoutingSpec,
-        *,
-        e_score_correction_bias: Tensor | None = None,
-        indices_dtype: torch.dtype = torch.int32,
-    ) -> None:
-        super().__init__(spec, e_score_correction_bias=e_score_correction_bias, indices_dtype=indices_dtype)
-        self._is_biased_topk = self._chooses_by_biased_topk()  # what a script knows
+    def __init__(self, spec: RoutingSpec, **options: Any) -> None:
+        super().__init__(spec, **options)
+        self._keywords = self.arguments.keywords()
+        own = type(self)
+        self._is_biased_topk: bool = (
+            own.select_experts is BaseRouter.select_experts
+            and own._compute_routing is BiasedTopKRouter._compute_routing
+        )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in ("select_experts", "_compute_routing"):
+            self._is_biased_topk = False
 
     def select_experts_and_plan(
         self, hidden_states: Tensor, router_logits: Tensor, num_experts: int
     ) -> tuple[RoutingResult, DispatchPlan]:
         """See BaseRouter.select_experts_and_plan."""
-        self._check_num_experts(num_experts)
-        is_biased_topk = self._is_biased_topk
-        if not torch.jit.is_scripting():
-            is_biased_topk = self._chooses_by_biased_topk()
-        has_map = self.logical_to_physical_map is not None
-        if not is_biased_topk or has_map or num_experts != self.num_real_experts:
+        has_map = self._num_mapped_experts > 0
+        if has_map or num_experts != self.num_real_experts or not self._is_biased_topk:
+            self._check_num_experts(num_experts)
             routing = self.select_experts(hidden_states, router_logits)
             return routing, moe_plan(routing.topk_ids, num_experts)
         self._check_inputs(hidden_states, router_logits)
-        topk_weights, topk_ids, zero_weight, constant_weight, expert_offsets, row_slots, slot_rows = (
-            torch.ops.zexpert.biased_topk_and_plan(
-                router_logits,
-                self.e_score_correction_bias,
-                self.top_k,
-                num_real_experts=self.num_real_experts,
-                num_identity_experts=self.num_identity_experts,
-                num_constant_experts=self.num_constant_experts,
-                scoring_func=self.scoring_func,
-                renormalize=self.renormalize,
-                drop_before_renormalize=self.drop_before_renormalize,
-                routed_scaling_factor=self.routed_scaling_factor,
-                num_expert_group=self.num_expert_group,
-                topk_group=self.topk_group,
-                indices_dtype=self._operator_indices_dtype(),
-            )
-        )
-        if topk_ids.dtype != self.indices_dtype:
-            topk_ids = topk_ids.to(self.indices_dtype)
-        routing = RoutingResult(topk_weights, topk_ids, zero_weight, constant_weight)
+        routing, plan = self._choose_and_plan(router_logits)
+        if routing.topk_ids.dtype != self.indices_dtype:
+            routing = self._with_indices_dtype(routing)
         self._observe(hidden_states, routing)
-        return routing, DispatchPlan(expert_offsets, row_slots, slot_rows)
+        return routing, plan
+
+    def _choose_and_plan(self, router_logits: Tensor) -> tuple[RoutingResult, DispatchPlan]:
+        bias, indices_dtype = self.e_score_correction_bias, self._operator_indices_dtype()
+        if not torch.jit.is_scripting():
+            if indices_dtype is None:
+                return self._choose_and_plan_with_few_keywords(router_logits, bias)
+        return choose_experts_and_plan(router_logits, bias, self.arguments, indices_dtype)
 
     @torch.jit.unused
-    def _chooses_by_biased_topk(self) -> bool:
-        """Not where a subclass, or somebody for this router alone, gave it another way to choose."""
-        of_class, own = type(self), self.__dict__
-        return (
-            of_class.select_experts is BaseRouter.select_experts
-            and of_class._compute_routing is BiasedTopKRouter._compute_routing
-            and "select_experts" not in own
-            and "_compute_routing" not in own
-        )
+    def _choose_and_plan_with_few_keywords(
+        self, router_logits: Tensor, bias: Tensor | None
+    ) -> tuple[RoutingResult, DispatchPlan]:
+        results = torch.ops.zexpert.biased_topk_and_plan(router_logits, bias, self.top_k, **self._keywords)
+        return RoutingResult(*results[:4]), DispatchPlan(*results[4:])
 
     def _compute_routing(self, hidden_states: Tensor, router_logits: Tensor) -> RoutingResult:
-        topk_weights, topk_ids, zero_weight, constant_weight = torch.ops.zexpert.biased_topk(
-            router_logits,
-            self.e_score_correction_bias,
-            self.top_k,
-            num_real_experts=self.num_real_experts,
-            num_identity_experts=self.num_identity_experts,
-            num_constant_experts=self.num_constant_experts,
-            scoring_func=self.scoring_func,
-            renormalize=self.renormalize,
-            drop_before_renormalize=self.drop_before_renormalize,
-            routed_scaling_factor=self.routed_scaling_factor,
-            num_expert_group=self.num_expert_group,
-            topk_group=self.topk_group,
-            indices_dtype=self._operator_indices_dtype(),
+        return choose_experts(
+            router_logits, self.e_score_correction_bias, self.arguments, self._operator_indices_dtype()
         )
-        return RoutingResult(topk_weights, topk_ids, zero_weight, constant_weight)
 
     def _operator_indices_dtype(self) -> torch.dtype | None:
-        """What the operators are asked for; None: int32."""
+        """The dtype of the ids that the operators are asked for; None for int32."""
         if self.indices_dtype == torch.int32:
             return None
         if not torch.jit.is_scripting():
-            # Before PyTorch 2.12, AOTInductor hands over a dtype as another one: exported programs convert the indices.
+            # Before PyTorch 2.12, AOTInductor replaces a dtype by another one: exported programs convert the ids.
             if torch.compiler.is_exporting():
                 return None
         return self.indices_dtype

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Routing by a function of the user's."""
+"""Routing by a user's function."""
 
 from collections.abc import Callable
 from typing import NoReturn
@@ -7,9 +7,10 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from zexpert._C import RoutingMethodType, RoutingSpec, ScoringFunc
+from zexpert._C import RoutingSpec, ScoringFunc
 from zexpert.ops.types import RoutingResult
 from zexpert.router.base_router import BaseRouter
+from zexpert.router.routing_method_type import RoutingMethodType
 
 #: Called with the keywords hidden_states [T, H], gating_output [T, N], topk and renormalize; returns topk_weights
 #: [T, K] and topk_ids [T, K].
@@ -17,21 +18,21 @@ CustomRoutingFunction = Callable[..., tuple[Tensor, Tensor]]
 
 
 class CustomRoutingRouter(BaseRouter):
-    """Leaves the choice to `custom_routing_function`, whose signature is vLLM's:
+    """Leaves the choice to `custom_routing_function`. Its signature is vLLM's:
 
         custom_routing_function(hidden_states=..., gating_output=..., topk=..., renormalize=...)
             -> (topk_weights, topk_ids)
 
     The ids are experts in [0, num_real_experts), or -1 for a slot that does no work. The weights are multiplied by
     routed_scaling_factor and given in float32 (float64 for float64 logits). torch.compile traces the function like
-    any code; torch.jit.script cannot take this router.
+    any code; torch.jit.script cannot compile this router.
 
     Args:
         top_k: experts per token.
         num_real_experts: experts.
         custom_routing_function: see above.
-        renormalize: handed to the function.
-        scoring_func, e_score_correction_bias: kept for the function's author to read from the router; not used here.
+        renormalize: passed to the function.
+        scoring_func, e_score_correction_bias: kept for the function to read from the router; not used here.
         routed_scaling_factor: factor on every weight.
         indices_dtype: torch.int32 or torch.int64.
 

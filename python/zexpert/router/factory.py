@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,9 +50,9 @@ def create_fused_moe_router(
     """Makes the router that the arguments ask for; names and order are vLLM's. The first that applies:
 
         RoutingSimulatorRouter  routing_simulation, or ZEXPERT_ROUTING_SIMULATION in the environment
-        ZeroExpertRouter        zero_expert_type; takes the grouped arguments and the bias too
-        GroupedTopKRouter       use_grouped_topk; takes the bias too
-        CustomRoutingRouter     custom_routing_function
+        ZeroExpertRouter        zero_expert_type; accepts the grouped arguments and the bias too
+        GroupedTopKRouter       use_grouped_topk; accepts the bias too
+        CustomRoutingRouter     custom_routing_function; without zero_expert_type and use_grouped_topk
         FusedTopKBiasRouter     e_score_correction_bias
         FusedTopKRouter
 
@@ -75,7 +76,7 @@ def create_fused_moe_router(
         capture_fn: see BaseRouter.set_capture_fn.
 
     Raises:
-        ValueError: if an argument is out of range, is missing beside another, or contradicts another.
+        ValueError: if an argument is out of range, is missing with another, or contradicts another.
     """
     if zero_expert_type is not None and num_logical_experts is None:
         raise ValueError("num_logical_experts is required when zero_expert_type is set")
@@ -99,81 +100,35 @@ def create_fused_moe_router(
         )
     if logical_to_physical_map is not None and num_logical_experts is None:
         num_real_experts = logical_to_physical_map.size(0)
-    groups = num_expert_group if use_grouped_topk and num_expert_group is not None else 1
-    eligible_groups = topk_group if use_grouped_topk and topk_group is not None else 1
+    groups: dict[str, Any] = (
+        {"num_expert_group": num_expert_group, "topk_group": topk_group} if use_grouped_topk else {}
+    )
     simulation = routing_simulation or os.environ.get(ROUTING_SIMULATION_VARIABLE)
+    if not simulation:
+        check_used(custom_routing_function, zero_expert_type, use_grouped_topk, drop_before_renormalize)
+    common: dict[str, Any] = {
+        "scoring_func": scoring_func,
+        "renormalize": renormalize,
+        "routed_scaling_factor": routed_scaling_factor,
+        "indices_dtype": indices_dtype,
+    }
+    with_bias: dict[str, Any] = {**common, "e_score_correction_bias": e_score_correction_bias}
+    zero_experts: dict[str, Any] = {"zero_expert_type": zero_expert_type, "zero_expert_num": zero_expert_num}
 
     router: BaseRouter
     if simulation:
-        router = RoutingSimulatorRouter(
-            top_k,
-            num_real_experts,
-            simulation,
-            zero_expert_type=zero_expert_type,
-            zero_expert_num=zero_expert_num,
-            e_score_correction_bias=e_score_correction_bias,
-            scoring_func=scoring_func,
-            renormalize=renormalize,
-            routed_scaling_factor=routed_scaling_factor,
-            indices_dtype=indices_dtype,
-        )
+        router = RoutingSimulatorRouter(top_k, num_real_experts, simulation, **zero_experts, **with_bias)
     elif zero_expert_type is not None:
-        router = ZeroExpertRouter(
-            top_k,
-            num_real_experts,
-            zero_expert_type,
-            zero_expert_num,
-            e_score_correction_bias=e_score_correction_bias,
-            scoring_func=scoring_func,
-            renormalize=renormalize,
-            drop_before_renormalize=drop_before_renormalize,
-            routed_scaling_factor=routed_scaling_factor,
-            num_expert_group=groups,
-            topk_group=eligible_groups,
-            indices_dtype=indices_dtype,
-        )
+        drop: dict[str, Any] = {"drop_before_renormalize": drop_before_renormalize}
+        router = ZeroExpertRouter(top_k, num_real_experts, **zero_experts, **with_bias, **drop, **groups)
     elif use_grouped_topk:
-        router = GroupedTopKRouter(
-            top_k,
-            num_real_experts,
-            groups,
-            eligible_groups,
-            e_score_correction_bias=e_score_correction_bias,
-            scoring_func=scoring_func,
-            renormalize=renormalize,
-            routed_scaling_factor=routed_scaling_factor,
-            indices_dtype=indices_dtype,
-        )
+        router = GroupedTopKRouter(top_k, num_real_experts, **with_bias, **groups)
     elif custom_routing_function is not None:
-        router = CustomRoutingRouter(
-            top_k,
-            num_real_experts,
-            custom_routing_function,
-            e_score_correction_bias=e_score_correction_bias,
-            scoring_func=scoring_func,
-            renormalize=renormalize,
-            routed_scaling_factor=routed_scaling_factor,
-            indices_dtype=indices_dtype,
-        )
+        router = CustomRoutingRouter(top_k, num_real_experts, custom_routing_function, **with_bias)
     elif e_score_correction_bias is not None:
-        router = FusedTopKBiasRouter(
-            top_k,
-            num_real_experts,
-            e_score_correction_bias,
-            scoring_func=scoring_func,
-            renormalize=renormalize,
-            routed_scaling_factor=routed_scaling_factor,
-            indices_dtype=indices_dtype,
-        )
+        router = FusedTopKBiasRouter(top_k, num_real_experts, **with_bias)
     else:
-        router = FusedTopKRouter(
-            top_k,
-            num_real_experts,
-            scoring_func=scoring_func,
-            renormalize=renormalize,
-            routed_scaling_factor=routed_scaling_factor,
-            indices_dtype=indices_dtype,
-        )
+        router = FusedTopKRouter(top_k, num_real_experts, **common)
 
     router.set_expert_map(logical_to_physical_map, expert_load)
     if logical_to_physical_map is not None and int(logical_to_physical_map.max()) >= global_num_experts:
@@ -183,3 +138,20 @@ def create_fused_moe_router(
         )
     router.set_capture_fn(capture_fn)
     return router
+
+
+def check_used(
+    custom_routing_function: CustomRoutingFunction | None,
+    zero_expert_type: ZeroExperts | None,
+    use_grouped_topk: bool,
+    drop_before_renormalize: bool,
+) -> None:
+    """Raises ValueError for an argument that the router of the others would not use."""
+    if custom_routing_function is not None and (zero_expert_type is not None or use_grouped_topk):
+        other = "use_grouped_topk" if zero_expert_type is None else "zero_expert_type"
+        raise ValueError(
+            f"custom_routing_function must be None when {other} is set, which makes the choice, got "
+            f"{custom_routing_function!r}"
+        )
+    if drop_before_renormalize and zero_expert_type is None:
+        raise ValueError("drop_before_renormalize needs zero_expert_type, got None")

@@ -3,15 +3,15 @@
 
 from torch import Tensor, nn
 
-from zexpert._C import RoutingMethodType
 from zexpert.ops.moe_plan import moe_plan
 from zexpert.ops.types import DispatchPlan, RoutingResult
+from zexpert.router.routing_method_type import RoutingMethodType
 
 
 class FusedMoERouter(nn.Module):
     """Chooses experts for tokens.
 
-    A router is an nn.Module that torch.jit.script takes as it is, unless its class says otherwise, and that
+    A router is an nn.Module that torch.jit.script compiles as it is, unless its class says otherwise, and that
     torch.compile traces without a break. Subclasses implement `select_experts`; most derive from BaseRouter instead.
     The name and the shape of the interface are vLLM's.
 
@@ -46,7 +46,7 @@ class FusedMoERouter(nn.Module):
 
         Args:
             hidden_states, router_logits: as in select_experts.
-            num_experts: R, the experts that there are weights for.
+            num_experts: R, the experts that have weights.
 
         Returns:
             What select_experts returns; expert_offsets [R + 1], row_slots [T * K] and slot_rows [T, K], all int32.
@@ -55,8 +55,8 @@ class FusedMoERouter(nn.Module):
         return routing, moe_plan(routing.topk_ids, num_experts)
 
     def forget_routing(self) -> None:
-        """Drops what a router keeps of its last choice: ZeroExpertRouter.zero_expert_output. A runner calls it, which
-        adds the zero part itself."""
+        """Drops what a router keeps of its last choice: ZeroExpertRouter.zero_expert_output. A runner calls it, because
+        it adds the zero part itself."""
 
     def forward(self, hidden_states: Tensor, router_logits: Tensor) -> RoutingResult:
         """The same as select_experts."""

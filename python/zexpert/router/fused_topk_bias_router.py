@@ -4,8 +4,9 @@
 import torch
 from torch import Tensor
 
-from zexpert._C import RoutingMethodType, RoutingSpec, ScoringFunc
+from zexpert._C import RoutingSpec, ScoringFunc
 from zexpert.router.biased_topk_router import BiasedTopKRouter
+from zexpert.router.routing_method_type import RoutingMethodType
 
 
 class FusedTopKBiasRouter(BiasedTopKRouter):

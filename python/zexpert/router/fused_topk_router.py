@@ -3,8 +3,9 @@
 
 import torch
 
-from zexpert._C import RoutingMethodType, RoutingSpec, ScoringFunc
+from zexpert._C import RoutingSpec, ScoringFunc
 from zexpert.router.biased_topk_router import BiasedTopKRouter
+from zexpert.router.routing_method_type import RoutingMethodType
 
 
 class FusedTopKRouter(BiasedTopKRouter):

@@ -4,13 +4,14 @@
 import torch
 from torch import Tensor
 
-from zexpert._C import RoutingMethodType, RoutingSpec, ScoringFunc
+from zexpert._C import RoutingSpec, ScoringFunc
 from zexpert.router.biased_topk_router import BiasedTopKRouter
+from zexpert.router.routing_method_type import RoutingMethodType
 
 
 class GroupedTopKRouter(BiasedTopKRouter):
     """Chooses among the experts of the best groups: a group's score is the sum of its two largest keys, and only the
-    topk_group best groups are eligible. DeepSeek-V3 (arXiv 2412.19437) routes so. There are no zero experts.
+    topk_group best groups are eligible. DeepSeek-V3 (arXiv 2412.19437) routes this way. There are no zero experts.
 
     Args:
         top_k: experts per token.

@@ -4,9 +4,10 @@
 import torch
 from torch import Tensor
 
-from zexpert._C import RoutingMethodType, ScoringFunc
+from zexpert._C import ScoringFunc
 from zexpert.ops.types import RoutingResult
 from zexpert.router.base_router import BaseRouter
+from zexpert.router.routing_method_type import RoutingMethodType
 from zexpert.router.zero_expert_spec import ZeroExperts, zero_expert_spec
 
 ROUTING_SIMULATIONS = ("uniform_random", "round_robin", "normal")

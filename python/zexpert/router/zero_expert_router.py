@@ -6,17 +6,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zexpert._C import RoutingMethodType, ScoringFunc
+from zexpert._C import ScoringFunc
 from zexpert.ops.types import RoutingResult
 from zexpert.router.biased_topk_router import BiasedTopKRouter
+from zexpert.router.routing_method_type import RoutingMethodType
 from zexpert.router.zero_expert_spec import ZeroExperts, zero_expert_spec
 
 
 class ZeroExpertRouter(BiasedTopKRouter):
     """Chooses among real experts and zero experts, which have no feed-forward network.
 
-    A slot that chose a zero expert has id -1 and weight 0, so no expert computes for it; what its weight does is in
-    zero_weight (identity: times the token itself) and constant_weight (constant), or nowhere (drop).
+    A slot that chose a zero expert has id -1 and weight 0, so no expert computes for it. Its weight is in zero_weight
+    (identity: times the token itself), in constant_weight (constant), or nowhere (drop).
     LongCat-Flash (arXiv 2509.01322) uses identity experts, MoE++ (arXiv 2410.07348) all three kinds.
 
     Args:
@@ -37,7 +38,7 @@ class ZeroExpertRouter(BiasedTopKRouter):
 
     routing_method_type = RoutingMethodType.ZERO_EXPERT
 
-    __jit_ignored_attributes__ = ["_capture_fn", "_last_routing", "spec", "zero_expert_output"]  # noqa: RUF012
+    __jit_ignored_attributes__ = ["_capture_fn", "_keywords", "_last_routing", "spec", "zero_expert_output"]  # noqa: RUF012
     __jit_unused_properties__ = ["zero_expert_output"]  # noqa: RUF012
 
     def __init__(
@@ -77,7 +78,7 @@ class ZeroExpertRouter(BiasedTopKRouter):
     def _observe(self, hidden_states: Tensor, routing: RoutingResult) -> None:
         if not torch.jit.is_scripting():
             if not torch.compiler.is_compiling():
-                # Not through nn.Module, which would look for parameters: this is done at every call.
+                # Not through nn.Module.__setattr__, which looks for parameters: every call does this.
                 self.__dict__["_last_routing"] = (hidden_states, routing.zero_weight)
             if self._capture_fn is not None:
                 self._capture_fn(routing)
@@ -93,8 +94,8 @@ class ZeroExpertRouter(BiasedTopKRouter):
         part of the layer's output. Computed here, once: reading it again gives None until the next routing.
 
         For engines that add the part themselves, with vLLM's name. Until it is read, the router keeps the tensors of
-        the last eager call, hidden_states as it is by then. After a runner of zexpert there is nothing to read: it adds
-        the part in its epilogue. Scripts and compiled graphs keep no state.
+        the last eager call, and reads hidden_states as it is then. After a zexpert runner there is nothing to read: the
+        runner adds the part in its epilogue. Scripts and compiled graphs keep no state.
         """
         last_routing = self._last_routing
         self._last_routing = None

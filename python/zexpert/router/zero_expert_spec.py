@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the ways to name zero experts to the counts of a RoutingSpec."""
+"""RoutingSpecs from the names and counts of zero experts."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def zero_expert_spec(
     num_expert_group: int = 1,
     topk_group: int = 1,
 ) -> RoutingSpec:
-    """The spec of a routing whose zero experts are named by kind.
+    """The spec of a routing with zero experts that are named by kind.
 
     Args:
         zero_expert_type: "identity" (or "copy"), "constant", "drop" (or "zero"), or the ZeroExpertType; or a mapping
             from these to counts, such as {"identity": 1, "constant": 2, "drop": 1}; or None for no zero experts.
             Whatever the mapping's order, the logits' is [real | identity | constant | drop].
-        zero_expert_num: how many zero experts there are. None with a name: what the bias' length leaves beside the
+        zero_expert_num: how many zero experts there are. None with a name: what the bias' length leaves besides the
             real experts; without a bias, what each call's logits leave.
         The others are RoutingSpec's.
 

@@ -5,4 +5,4 @@ from zexpert.runner.moe_runner_base import MoERunnerBase
 
 
 class DefaultMoERunner(MoERunnerBase):
-    """Takes all tokens through the experts at once. See MoERunner for arguments and formula."""
+    """Runs the experts on all tokens at once. See MoERunner for arguments and formula."""

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class ExpertGroup:
-    """A process group, as what takes part in it sees it. Copies of a module share it.
+    """A process group. Copies of a module share it.
 
     Args:
         argument: what messages call `group`.
@@ -52,6 +52,7 @@ class ExpertGroup:
             raise ValueError(
                 f"{argument} must be a process group that this process is in, or a DeviceMesh, got {group!r}"
             )
+        self._argument = argument
         self._name = group.group_name
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
@@ -73,13 +74,26 @@ class ExpertGroup:
             mesh = self._meshes[shard.device.type] = DeviceMesh.from_group(self.process_group, shard.device.type)
         return DTensor.from_local(shard, mesh, [Shard(dim)], run_check=False)
 
+    def require_agreement(self, **settings: object) -> None:
+        """Raises ValueError on every rank unless all ranks call this with the same values. The host waits."""
+        of_ranks: list[dict[str, object]] = [{}] * self.size
+        with self.exchanging():
+            dist.all_gather_object(of_ranks, settings, group=self.process_group)
+        for name, first in of_ranks[0].items():
+            for rank, others in enumerate(of_ranks):
+                if others.get(name) != first:
+                    raise ValueError(
+                        f"{name} must be the same on all ranks of {self._argument}, got {first} on rank 0 and "
+                        f"{others.get(name)} on rank {rank}"
+                    )
+
     @contextmanager
     def exchanging(self) -> Iterator[None]:
-        """Tells of what a collective inside of it could not do by the group's rank."""
+        """Adds the group's rank to errors of collectives inside it."""
         try:
             yield
         except RuntimeError as error:
-            # Gloo has no class of its own; others, such as torch.OutOfMemoryError, are no other rank's doing.
+            # Gloo has no class of its own. Other classes, such as torch.OutOfMemoryError, are this rank's own errors.
             if type(error) is not RuntimeError and not isinstance(error, dist.DistError):
                 raise
             raise RuntimeError(

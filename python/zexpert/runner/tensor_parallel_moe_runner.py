@@ -9,16 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from zexpert.experts.interface import MoEExperts
-from zexpert.ops.types import DispatchPlan, RoutingResult
+from zexpert.ops.types import ExpertWeights, RoutingResult
 from zexpert.router.fused_moe_router import FusedMoERouter
-from zexpert.runner.collectives import Works, all_reduce, replicated, wait
+from zexpert.runner.collectives import Collectives, Works, wait
 from zexpert.runner.expert_group import ExpertGroup
+from zexpert.runner.placement import TensorParallelPlacement
 from zexpert.runner.sharded_moe_runner import ShardedMoERunner
 
 if TYPE_CHECKING:
     import torch.distributed as dist
     from torch.distributed.device_mesh import DeviceMesh
-    from torch.distributed.tensor import DTensor
 
 
 class TensorParallelMoERunner(ShardedMoERunner):
@@ -26,9 +26,9 @@ class TensorParallelMoERunner(ShardedMoERunner):
     down. The experts' weighted sums are parts of the output; an all-reduce in the dtype of hidden_states adds them up.
     The epilogue after it adds the zero part, constants and shared experts, once, on every rank alike.
 
-    Gradients, too, are the same on every rank but for the slices' own, given the same gradient of the output. Shared
-    experts are whole on every rank and run during the all-reduce. torch.compile leaves this runner to eager mode and
-    torch.jit.script refuses it.
+    Gradients are the same on every rank, given the same gradient of the output, except those of the slices. In grad
+    mode the output requires gradients on every rank, so that all ranks run the same backward. Shared experts are whole
+    on every rank and run during the all-reduce. torch.compile runs this runner eagerly and torch.jit.script refuses it.
 
     Args:
         intermediate_size: F, of whole experts.
@@ -36,7 +36,8 @@ class TensorParallelMoERunner(ShardedMoERunner):
         The others are MoERunner's.
 
     Raises:
-        ValueError: if F is no multiple of the ranks, or the group is none that this process is in.
+        ValueError: if F is not a multiple of the ranks, or this process is not in the group; from the first forward, if
+            ranks disagree on dtype, sizes or top_k.
         RuntimeError: from forward, if another rank failed or did not come in time.
     """
 
@@ -57,59 +58,28 @@ class TensorParallelMoERunner(ShardedMoERunner):
                 f"got {intermediate_size}"
             )
         self.local_intermediate_size = intermediate_size // self.group.size
+        self.placement = TensorParallelPlacement(self.group, self.local_intermediate_size)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def forward(
-        self,
-        hidden_states: Tensor,
-        router_logits: Tensor,
-        w13_weight: Tensor,
-        w2_weight: Tensor,
-        constant_gate_weight: Tensor | None = None,
-        constant_vectors: Tensor | None = None,
-    ) -> Tensor:
-        routing = self._route(hidden_states, router_logits, w13_weight)
-        routing = self._mix_constants(hidden_states, routing, constant_gate_weight, constant_vectors)
-        plan = DispatchPlan(*torch.ops.zexpert.moe_plan(routing.topk_ids, w13_weight.size(0)))
-        if self.routing_stats is not None:
-            self.routing_stats(routing.topk_ids, plan.expert_offsets)
+    def forward(self, hidden_states: Tensor, router_logits: Tensor, weights: ExpertWeights) -> Tensor:
+        routing, plan = self._route_and_plan(hidden_states, router_logits, weights)
+        routing = self._mix_constants(hidden_states, routing, weights.constants)
+        self._require_agreement(hidden_states, routing, num_experts=weights.w13.size(0))
 
-        tokens, weights = replicated(self.group, hidden_states, routing.topk_weights)
+        works: Works = []
+        collectives = Collectives(self.group, hidden_states.device)
+        tokens, topk_weights = collectives.replicate(works, hidden_states, routing.topk_weights)
         num_tokens = tokens.size(0)
         experts_only = RoutingResult(
-            weights, routing.topk_ids, weights.new_zeros(num_tokens), weights.new_zeros(num_tokens, 0)
+            topk_weights, routing.topk_ids, topk_weights.new_zeros(num_tokens), topk_weights.new_zeros(num_tokens, 0)
         )
-        part = self._experts_and_epilogue(tokens, experts_only, plan, w13_weight, w2_weight, None, None)
-        works: Works = []
-        summed = all_reduce(self.group, works, part)
+        part = self._experts_and_epilogue(tokens, experts_only, plan, ExpertWeights(weights.w13, weights.w2), None)
+        summed = collectives.all_reduce(works, part)
         residual = self._shared_experts_output(hidden_states)
         wait(self.group, works)
         slot_rows = torch.arange(num_tokens, dtype=torch.int32, device=tokens.device).unsqueeze(1)
-        ones = torch.ones_like(slot_rows, dtype=weights.dtype)
-        return self._finalize(summed, slot_rows, ones, hidden_states, routing, residual, constant_vectors)
-
-    def own_experts(self) -> Tensor:
-        return torch.arange(int(self.router.num_real_experts))  # type: ignore[arg-type]
-
-    def own_slice(self, name: str, experts: Tensor) -> Tensor:
-        begin = self.group.rank * self.local_intermediate_size
-        if name == "w2_weight":
-            return experts.narrow(-1, begin, self.local_intermediate_size)
-        gate_up = experts.unflatten(-2, (2, -1)).narrow(-2, begin, self.local_intermediate_size)
-        own: Tensor = gate_up.flatten(-3, -2)
-        return own
-
-    def saved_shape(self, name: str, shard: Tensor) -> list[int]:
-        num_experts, _, last = shard.shape
-        if name == "w2_weight":
-            return [num_experts, shard.size(1), last * self.group.size]
-        return [num_experts, 2, self.local_intermediate_size * self.group.size, last]
-
-    def sharded(self, name: str, shard: Tensor) -> DTensor:
-        """w2_weight as [R, H, F], w13_weight as [R, 2, F, H], gate and up: what is cut is whole in these."""
-        if name == "w2_weight":
-            return self.group.as_sharded(shard, dim=2)
-        return self.group.as_sharded(shard.unflatten(1, (2, -1)), dim=2)
+        ones = torch.ones_like(slot_rows, dtype=topk_weights.dtype)
+        return self._finalize(summed, slot_rows, ones, hidden_states, routing, residual, weights.constants)
 
     def extra_repr(self) -> str:
         return f"{self.group}, intermediate size {self.local_intermediate_size} here"

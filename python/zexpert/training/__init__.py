@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What training with zero experts needs beside gradients: controllers of the selection bias, and auxiliary losses."""
+"""Tools for training with zero experts: controllers of the selection bias, and auxiliary losses."""
 
 from zexpert.training.bias_controllers import BiasController, LongCatBiasController, SignBiasController
 from zexpert.training.losses import group_loss, switch_loss

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Controllers of the selection bias: they hold load and compute where they are wanted, without a loss term.
+"""Controllers of the selection bias: they steer load and compute without a loss term.
 
-A controller reads how many slots each real expert got, and moves e_score_correction_bias, which decides selection
-only. The bias itself is the memory: it is in the layer's state dict, and a controller's own state is its settings.
+A controller reads how many slots each real expert got and moves e_score_correction_bias, which affects the choice, not
+the weights. The bias is in the layer's state dict; a controller's own state is its settings.
 """
 
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import torch
@@ -19,15 +20,15 @@ from zexpert.telemetry import RoutingStats, is_distributed, moe_runners
 
 
 class BiasController:
-    """What the controllers share. Subclasses say by how much the biases of real experts move.
+    """The base of the controllers. Subclasses define bias_change, by which the biases of real experts move.
 
-    Zero experts' biases stay, so a real expert's bias is its advantage over them.
+    Zero experts' biases do not move, so a real expert's bias is its advantage over them.
 
     Args:
-        update_rate: mu, the step size; may be changed between updates, as a decay schedule does.
+        update_rate: mu, the step size. It can be changed between updates, for a decay schedule.
 
     Attributes:
-        num_updates: updates of models so far.
+        num_updates: calls of update so far.
 
     Raises:
         ValueError: if update_rate is negative or not finite.
@@ -49,11 +50,11 @@ class BiasController:
         self._update_rate = float(value)
 
     def bias_change(self, expert_load: Tensor, num_tokens: Tensor, top_k: int) -> Tensor:
-        """[R], what one update adds to the biases of the real experts, update_rate included.
+        """[R], the change of the real experts' biases, update_rate included.
 
         Args:
             expert_load: [R] float64, slots per real expert.
-            num_tokens: float64 scalar, tokens the load is of; at least 1.
+            num_tokens: float64 scalar, the number of tokens that expert_load counts; at least 1.
             top_k: K.
         """
         raise NotImplementedError
@@ -77,16 +78,17 @@ class BiasController:
     def update_bias(
         self, e_score_correction_bias: Tensor, expert_load: Tensor, num_tokens: Tensor | int, top_k: int
     ) -> None:
-        """Moves one layer's bias in place. Without tokens nothing moves. No reduction over ranks, no host sync.
+        """Moves one layer's bias in place. Without tokens nothing moves. It does not reduce over ranks or wait for the
+        device.
 
         Args:
             e_score_correction_bias: [N], float32 or float64; the first R entries belong to real experts.
             expert_load: [R], any dtype, slots per real expert: the differences of moe_plan's expert_offsets.
-            num_tokens: tokens that the load is of.
+            num_tokens: the number of tokens that expert_load counts.
             top_k: K, slots per token.
 
         Raises:
-            ValueError: if the bias is of a dtype that rounds small steps away, or shorter than the load.
+            ValueError: if the bias has a dtype that rounds small steps away, or is shorter than the load.
         """
         self.check_layer(e_score_correction_bias, expert_load, top_k)
         tokens = torch.as_tensor(num_tokens, dtype=torch.float64, device=expert_load.device)
@@ -98,25 +100,33 @@ class BiasController:
     def update(
         self, model: nn.Module, *, process_group: dist.ProcessGroup | None = None, reset_stats: bool = True
     ) -> None:
-        """Moves the bias of every tracked layer in `model` by what the layer did since its stats were reset.
+        """Moves the bias of every tracked layer in `model` by the layer's counts since the last reset.
 
-        Where torch.distributed is initialised, the counts are summed over the ranks first, all layers in one
-        all_reduce, so that every rank makes the same update; every rank calls this. With an expert map, an expert's
-        load is that of its replicas together.
+        Only forwards in training mode count: put the model into train() for steps and into eval() for validation.
+        Tracked layers without a bias are left alone, with their counts.
+
+        If torch.distributed is initialised, every rank must call this. One all_reduce sums the counts of all layers
+        over the ranks, so that every rank makes the same update. With an expert map, an expert's load is the sum over
+        its replicas.
 
         Args:
             model: a module whose layers zexpert.telemetry.track_routing tracks.
             process_group: the data-parallel ranks; None: all ranks.
-            reset_stats: start the stats of the layers again, so that the next update sees new tokens only.
+            reset_stats: set the layers' counts to 0, so that the next update uses new tokens only.
 
         Raises:
-            ValueError: if no layer is tracked, a tracked layer has no bias, or its bias does not fit (update_bias).
+            ValueError: if no layer is tracked, no tracked layer has a bias, or a bias does not fit (update_bias).
         """
         layers = controlled_layers(model)
         for bias, load, stats in layers:
             self.check_layer(bias, load, stats.top_k)
+        if not any(stats.training for _, _, stats in layers):
+            warnings.warn(
+                "the model is in eval mode, and only forwards in training mode count: call model.train() for training",
+                stacklevel=3,  # past torch.no_grad's wrapper
+            )
         device = layers[0][0].device
-        counts = torch.cat([torch.cat((load, stats.num_tokens[None])).to(device) for _, load, stats in layers])
+        counts = torch.cat([torch.cat((load, stats.num_training_tokens[None])).to(device) for _, load, stats in layers])
         if is_distributed():
             dist.all_reduce(counts, group=process_group)
         sizes = [load.numel() + 1 for _, load, _ in layers]
@@ -127,11 +137,11 @@ class BiasController:
         self.num_updates += 1
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs beside the model's state dict, which holds the biases."""
+        """The settings that a resumed run needs. The biases are in the model's state dict."""
         return {"update_rate": self.update_rate, "num_updates": self.num_updates}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continues from `state_dict`.
+        """Restores the settings of `state_dict`.
 
         Raises:
             KeyError: if an entry is missing.
@@ -146,16 +156,16 @@ class BiasController:
 
 
 class LongCatBiasController(BiasController):
-    """LongCat-Flash's controller (arXiv 2509.01322, section 2.1): holds the mean number of real experts per token at
-    K_e and the load on them even, both at once. Per real expert i
+    """LongCat-Flash's controller (arXiv 2509.01322, section 2.1). It keeps the mean number of real experts per token at
+    K_e and the load on them even. For real expert i, which got T_i slots from T_all tokens,
 
-        b_i += mu * (K_e / (K * R) - T_i / (K * T_all)),
+        b_i += mu * (K_e / (K * R) - T_i / (K * T_all)).
 
-    T_i the slots it got from T_all tokens. The step shrinks with the error, unlike the sign rule's.
+    The step is proportional to the error, unlike the sign rule's.
 
     Args:
         update_rate: mu. The paper uses a decay schedule.
-        target_ffn_experts: K_e, wanted mean number of real experts per token; above 0 and at most K.
+        target_ffn_experts: K_e, the target for the mean number of real experts per token; above 0 and at most K.
 
     Raises:
         ValueError: if a value is out of range.
@@ -195,13 +205,13 @@ class LongCatBiasController(BiasController):
 
 
 class SignBiasController(BiasController):
-    """DeepSeek-V3's rule (arXiv 2412.19437, section 2.1.2; arXiv 2408.15664): every real expert's bias takes a step of
-    one size towards even load,
+    """DeepSeek-V3's rule (arXiv 2412.19437, section 2.1.2; arXiv 2408.15664). Every real expert's bias moves by mu
+    towards even load,
 
         b_i += mu * sign(mean_j T_j - T_i),
 
-    T_i the slots that real expert i got. It evens the load among real experts; how many slots go to zero experts it
-    leaves to the router.
+    where T_i is the number of slots of real expert i. It evens the load of the real experts. The router alone decides
+    how many slots go to zero experts.
     """
 
     def bias_change(self, expert_load: Tensor, num_tokens: Tensor, top_k: int) -> Tensor:
@@ -209,17 +219,21 @@ class SignBiasController(BiasController):
 
 
 def controlled_layers(model: nn.Module) -> list[tuple[Tensor, Tensor, RoutingStats]]:
-    """Selection bias, load [R] of logical experts and stats of the tracked layers of `model`; ValueError if there is
-    none, or one whose router has no bias or whose stats count physical experts of a map it no longer has."""
-    layers = []
+    """Selection bias, training load [R] of logical experts and stats of the tracked layers of `model` that have a bias.
+
+    Raises:
+        ValueError: if there is none, or the stats of one count the physical experts of a map that it no longer has.
+    """
+    layers, without_bias = [], []
     for name, runner in moe_runners(model).items():
         stats = runner.routing_stats
         if not isinstance(stats, RoutingStats):
             continue
         router: Any = runner.router
         if router.e_score_correction_bias is None:
-            raise ValueError(f"layer {name!r} must have an e_score_correction_bias to be controlled, got None")
-        load, expert_map = stats.expert_load, router.logical_to_physical_map
+            without_bias.append(name)
+            continue
+        load, expert_map = stats.training_load, router.logical_to_physical_map
         if expert_map is not None:
             load = torch.where(expert_map >= 0, load[expert_map], 0).sum(dim=1)
         elif stats.num_experts != router.num_real_experts:
@@ -228,6 +242,11 @@ def controlled_layers(model: nn.Module) -> list[tuple[Tensor, Tensor, RoutingSta
                 f"{stats.num_experts} physical ones of an expert map"
             )
         layers.append((router.e_score_correction_bias, load, stats))
+    if not layers and without_bias:
+        raise ValueError(
+            f"layer {without_bias[0]!r} must have an e_score_correction_bias to be controlled, got None, and no other "
+            "tracked layer has one: give the layers a bias, or use a loss (group_loss, switch_loss)"
+        )
     if not layers:
         raise ValueError("model must have a layer with routing stats (zexpert.telemetry.track_routing), got none")
     return layers

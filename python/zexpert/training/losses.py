@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Auxiliary losses that balance the routing, from a layer's router logits and the counts of its plan.
+"""Auxiliary losses that balance the routing, from a layer's router logits and the counts of its dispatch plan.
 
-The counts carry no gradient; the probabilities do. Counts come from RoutingStats, or from the differences of
-moe_plan's expert_offsets, so no loss looks at the choice itself.
+Gradients flow through the probabilities, not through the counts. Take the counts from RoutingStats, or from the
+differences of moe_plan's expert_offsets.
 """
 
 from __future__ import annotations
@@ -29,32 +29,33 @@ def group_loss(
     process_group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     """LongCat-Flash's load-balance loss over groups of experts (arXiv 2509.01322, section 2.1), without its factor
-    alpha: the R real experts form D groups of neighbours, and all zero experts are one group more.
+    alpha. The R real experts form D groups of neighbours, and all zero experts form one more group.
 
         L   = sum_{j=1}^{D+1} f_j * P_j
         P_j = 1/T * sum_t sum_{i in group j} p_{t,i}                 probabilities over all N experts, from T tokens
         f_j = D / (K_e * T') * slots of group j,          j <= D     slots from T' tokens (num_tokens)
         f_{D+1} = 1 / ((K - K_e) * T') * slots of the zero experts
 
-    Every f is 1 where each real group gets K_e / D slots per token and the zero experts the rest; so the loss pulls
-    the mean number of real experts per token to K_e, and leaves the balance inside a group alone.
+    Every f is 1 if each real group gets K_e / D slots per token and the zero experts get the rest. So the loss pulls
+    the mean number of real experts per token to K_e. It does not balance the experts inside a group.
 
     With D = 1 and K_e = K * R / (R + w * Z) it is ZEDA's group loss (arXiv 2605.18643) with zero-expert weight w.
 
     Args:
         router_logits: [T, N] or [..., N], floating; the first R columns are the real experts'. N > R.
         expert_load: [R], slots per real expert. T' * K minus its sum are the zero experts' slots.
-        num_tokens: T', tokens that the load is of. It need not be T: a load over many micro-batches is steadier.
+        num_tokens: T', the number of tokens that expert_load counts. It can differ from T: counts over several
+            micro-batches vary less.
         top_k: K.
         target_ffn_experts: K_e, between 0 and K, both excluded.
-        num_groups: D, divides R. LongCat-Flash takes one group per device.
+        num_groups: D, divides R. LongCat-Flash has one group per device.
         scoring_func: "softmax"; "sigmoid" and "sqrtsoftplus" scores are divided by their sum over the experts.
-        all_reduce: sum the counts over ranks where torch.distributed is initialised, so that f is the global
-            batch's. Every rank calls then. P stays the rank's own: averaging gradients averages it.
+        all_reduce: sum the counts over ranks if torch.distributed is initialised, so that f is that of the global
+            batch. Every rank must then call this. P is the rank's own: averaging gradients averages it.
         process_group: ranks to sum over; None: all.
 
     Returns:
-        Scalar, float32 (float64 for float64 logits); 1 * sum of P = 1 at the target. 0 without tokens.
+        Scalar, float32 (float64 for float64 logits): 1 at the target, 0 without tokens.
 
     Raises:
         ValueError: if an argument is out of range or the sizes do not fit.
@@ -96,10 +97,10 @@ def switch_loss(
         f_i = slots of expert i / (K * T')        share of the slots
         P_i = 1/T * sum_t p_{t,i}                 mean probability
 
-    It is 1 where slots and probabilities are even over all N experts. With K = 1 it is the paper's; dividing by K keeps
-    it comparable for others. Zero experts are interchangeable, so their slots count as shared evenly among them.
+    It is 1 if slots and probabilities are even over all N experts. With K = 1 it is the paper's; dividing by K keeps it
+    comparable for other K. Zero experts are interchangeable, so their slots count as evenly shared among them.
 
-    Args, returns and raises are group_loss's; N may equal R here.
+    Arguments, result and errors are as in group_loss, but N may equal R.
     """
     num_experts, num_real_experts = check_sizes(router_logits, expert_load, top_k)
     load, tokens = reduced_counts(expert_load, num_tokens, all_reduce, process_group)
@@ -115,7 +116,7 @@ def switch_loss(
 
 
 def check_sizes(router_logits: Tensor, expert_load: Tensor, top_k: int) -> tuple[int, int]:
-    """(N, R); ValueError unless the tensors fit each other."""
+    """(N, R). Raises ValueError unless the tensors fit each other."""
     check_tensor("router_logits", router_logits)
     check_tensor("expert_load", expert_load)
     if router_logits.dim() < 2 or not router_logits.is_floating_point():
@@ -138,7 +139,7 @@ def check_sizes(router_logits: Tensor, expert_load: Tensor, top_k: int) -> tuple
 def reduced_counts(
     expert_load: Tensor, num_tokens: Tensor | int, all_reduce: bool, process_group: dist.ProcessGroup | None
 ) -> tuple[Tensor, Tensor]:
-    """(load [R], tokens), float64, summed over ranks if asked for."""
+    """(load [R], tokens), float64, summed over ranks if all_reduce."""
     tokens = torch.as_tensor(num_tokens, dtype=torch.float64, device=expert_load.device)
     counts = torch.cat((expert_load.double(), tokens.reshape(1)))
     if all_reduce and is_distributed():
@@ -147,13 +148,15 @@ def reduced_counts(
 
 
 def mean_probabilities(router_logits: Tensor, scoring_func: str) -> Tensor:
-    """[N], the tokens' mean probability of every expert, float32 or float64; 0 without tokens."""
+    """[N], the mean probability of every expert over the tokens, float32 or float64; 0 without tokens."""
     logits = router_logits.flatten(0, -2)
     logits = logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
     if scoring_func == "softmax":
         probabilities = torch.softmax(logits, dim=-1)
     elif scoring_func in ("sigmoid", "sqrtsoftplus"):
-        scores = torch.sigmoid(logits) if scoring_func == "sigmoid" else F.softplus(logits).sqrt()
+        tiny = torch.finfo(logits.dtype).tiny
+        # A root of 0 has no finite derivative.
+        scores = torch.sigmoid(logits) if scoring_func == "sigmoid" else F.softplus(logits).clamp(min=tiny).sqrt()
         probabilities = scores / scores.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).tiny)
     else:
         raise ValueError(f'scoring_func must be "softmax", "sigmoid" or "sqrtsoftplus", got {scoring_func!r}')

@@ -1,4 +1,0 @@
-// SPDX-License-Identifier: Apache-2.0
-#include "cuda/biased_topk_widths.cuh"
-
-ZEXPERT_DEFINE_BIASED_TOPK_WIDTH(768)

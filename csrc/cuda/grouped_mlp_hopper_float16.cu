@@ -1,8 +1,0 @@
-// SPDX-License-Identifier: Apache-2.0
-#include "cuda/grouped_mlp_hopper_launch.cuh"
-
-namespace zexpert::cuda {
-
-template void launch_grouped_product<__half>(Product, const ProductArguments&, int, cudaStream_t);
-
-}  // namespace zexpert::cuda

@@ -1,2 +1,0 @@
-# SPDX-License-Identifier: Apache-2.0
-"""What `zexpert bench` and the scripts of benchmarks/ measure with: timing in turns, outputs checked, floors."""
