@@ -149,7 +149,7 @@ ActivationGradients differentiate_activation(const Tensor& grad_activation, cons
   return results;
 }
 
-/// Gradients by products that take all experts at a time. No size may be 0.
+/// Gradients by products of all experts together. No size may be 0.
 ExpertGradients differentiate_products(const ExpertInputs& inputs, const ExpertGradientInputs& given,
                                        GroupedMlpImplementation implementation) {
   const SegmentProducts multiply(implementation, inputs.expert_offsets, inputs.num_rows());
@@ -225,8 +225,8 @@ void run_hopper_kernels(const ExpertInputs& inputs, const Tensor& out, int64_t t
   params.out = out.mutable_data_ptr();
   params.out_row_stride = out.stride(0);
   params.tile_rows = tile_rows;
-  const Tensor workspace = empty({grouped_mlp_cuda_workspace_bytes(params)}, DType::Byte, out);
-  params.workspace = workspace.mutable_data_ptr();
+  const std::optional<Tensor> workspace = empty_workspace(ZEXPERT_WORKSPACE_BYTES(grouped_mlp, params), out);
+  params.workspace = workspace ? workspace->mutable_data_ptr() : nullptr;
   grouped_mlp_cuda(params, device.stream());
 }
 #endif

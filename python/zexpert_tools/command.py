@@ -28,7 +28,7 @@ def main() -> None:
 
 def run() -> None:
     if sys.argv[1:] == ["doctor"]:
-        sys.exit(doctor.main())  # needs neither zexpert nor PyTorch, whose import may crash the process
+        sys.exit(doctor.main())  # needs neither zexpert nor PyTorch: their import may crash the process
     if sys.argv[1:2] != ["bench"]:  # which measures PyTorch with its defaults
         # Waiting threads sleep. By default they spin, which slows a busy machine down.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
