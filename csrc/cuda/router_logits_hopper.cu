@@ -161,10 +161,8 @@ void multiply_on_hopper(const RouterLogitsParams& params, Mode mode, const Hoppe
     launch("router_logits", &find_scales, params.num_experts, 256, 0, stream, static_cast<const float*>(params.weight),
            params.weight_row_stride, params.hidden_size, workspace.scales);
     multiply<__half, 2>(params, mode, arguments, stream);
-  } else if (num_weight_parts(params.hidden_size) == 2) {
-    multiply<__nv_bfloat16, 2>(params, mode, arguments, stream);
   } else {
-    multiply<__nv_bfloat16, 3>(params, mode, arguments, stream);
+    multiply<__nv_bfloat16, kWeightParts>(params, mode, arguments, stream);
   }
 }
 

@@ -37,10 +37,9 @@ ZEXPERT_HOST_DEVICE constexpr int first_step(int group, int num_steps) {
   return static_cast<int>(static_cast<int64_t>(group) * num_steps / kGroups);
 }
 
-/// How many bfloat16 numbers a weight is split into. Two leave errors of up to 2^-18 of a weight, which cost a logit
-/// about 2.5e-6 of the logits' deviation. The rounding errors of a float32 sum grow with its length: at this depth they
-/// are about 1.3e-6. A smaller depth needs three.
-ZEXPERT_HOST_DEVICE constexpr int num_weight_parts(int64_t /*hidden_size*/) { return 3; }
+/// How many bfloat16 numbers a weight is split into. Three hold all of a float32's digits. Two leave errors of up to
+/// 2^-18 of a weight, five times the error of a float32 product.
+inline constexpr int kWeightParts = 3;
 
 // Weights in shared memory: [halves of depth][experts][kLineBytes], as the copy engine swizzles them. A thread's
 // operand of an instruction is, for h = 0, 1 and d = 0, 1: weights of fragment row l / 4 + 8 * h, depth 2 * (l % 4) + 8
@@ -122,13 +121,12 @@ inline Mode choose_mode(int64_t num_tokens, int64_t num_experts, int64_t hidden_
   constexpr double kSecondKernel = 4000;
   constexpr double kStart = 1500;  // of a unit: until its first stage is there
   const int64_t num_pairs = num_multiprocessors < kPair ? 1 : num_multiprocessors / kPair;
-  const double cycles_per_step =
-      kInstructionsPerStep * num_weight_parts(hidden_size) * kManyWarpgroups * kManyTokens / 2.0;
+  constexpr double kCyclesPerStep = kInstructionsPerStep * kWeightParts * kManyWarpgroups * kManyTokens / 2.0;
   const auto product_cycles = [&](Mode mode) {
     const Units units = units_of(mode, num_tokens, num_experts);
     const auto rounds = static_cast<double>(divide_up(units.count(), num_pairs));
     const double steps = static_cast<double>(divide_up(hidden_size, kStepDepth) * units.groups_per_unit) / kGroups;
-    return rounds * (steps * cycles_per_step + kStart);
+    return rounds * (steps * kCyclesPerStep + kStart);
   };
   const auto partial_bytes = static_cast<double>(2 * kGroups * 4 * num_tokens * num_experts);
   const double some_cycles = product_cycles(Mode::kSome) + kSecondKernel + partial_bytes / kBytesPerCycle;
