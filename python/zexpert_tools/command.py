@@ -5,8 +5,11 @@ from __future__ import annotations
 
 import os
 import signal
+import statistics
 import sys
+import time
 from io import TextIOWrapper
+from pathlib import Path
 
 from zexpert_tools.cli import doctor
 
@@ -26,12 +29,34 @@ def main() -> None:
         sys.exit(f"error: the output cannot be written: {error.strerror or error}")
 
 
+def choose_wait_policy() -> None:
+    """Chooses how PyTorch's threads wait for each other, unless the environment says so; OpenMP reads it when it loads.
+
+    By default they spin for milliseconds. On a busy machine that takes the processors from the threads that work, and
+    a step of the demo takes ten times as long: there they sleep. Else they spin for microseconds, which is as fast.
+    """
+    if not os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}:
+        name, value = ("OMP_WAIT_POLICY", "PASSIVE") if is_busy() else ("GOMP_SPINCOUNT", "10000")
+        os.environ[name] = value
+
+
+def is_busy(samples: int = 10) -> bool:
+    """Whether other processes than this one are running, most of the time."""
+    try:
+        running = []
+        for _ in range(samples):
+            time.sleep(0.005)
+            running.append(int(Path("/proc/loadavg").read_text().split()[3].partition("/")[0]))
+    except OSError:
+        return False
+    return statistics.median(running) > 1
+
+
 def run() -> None:
     if sys.argv[1:] == ["doctor"]:
         sys.exit(doctor.main())  # needs neither zexpert nor PyTorch: their import may crash the process
     if sys.argv[1:2] != ["bench"]:  # which measures PyTorch with its defaults
-        # Waiting threads sleep. By default they spin, which slows a busy machine down.
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        choose_wait_policy()
     try:
         from zexpert_tools.cli.app import app
     except ImportError as error:

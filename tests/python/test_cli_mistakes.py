@@ -24,6 +24,7 @@ from typer.testing import CliRunner
 
 from test_cli import ENVIRONMENT
 from zexpert_tools import checkpoint as checkpoints
+from zexpert_tools import command as zexpert_command
 from zexpert_tools import files
 from zexpert_tools.benchmark import layer, rates, torch_routing
 from zexpert_tools.byte_decoder import ByteDecoder, ByteDecoderConfig
@@ -356,16 +357,25 @@ def test_output_that_cannot_be_written(arguments: list[str]) -> None:
     assert "No space left on device" in done.stderr.decode()
 
 
-def test_threads_sleep_while_they_wait() -> None:
-    """OpenMP reads the variable when PyTorch is loaded."""
+@pytest.mark.parametrize("busy", [False, True])
+def test_how_threads_wait_is_chosen_before_pytorch_is_loaded(busy: bool) -> None:
     script = (
         "import sys, os, zexpert_tools.command as command; assert 'torch' not in sys.modules\n"
+        f"command.is_busy = lambda: {busy}\n"
         "try: command.main()\n"
-        "except SystemExit: print(os.environ.get('OMP_WAIT_POLICY'), 'torch' in sys.modules)"
+        "except SystemExit: print(os.environ.get('OMP_WAIT_POLICY'), os.environ.get('GOMP_SPINCOUNT'))"
     )
-    environment = {name: value for name, value in ENVIRONMENT.items() if name != "OMP_WAIT_POLICY"}
-    for arguments, policy in (["info", "--help"], "PASSIVE"), (["bench", "--help"], "None"):
+    names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    environment = {name: value for name, value in ENVIRONMENT.items() if name not in names}
+    chosen = "PASSIVE None" if busy else "None 10000"
+    cases: list[tuple[list[str], dict[str, str], str]] = [
+        (["info", "--help"], {}, chosen),
+        (["bench", "--help"], {}, "None None"),
+        (["info", "--help"], {"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE None"),
+    ]
+    for arguments, given, expected in cases:
         command = [sys.executable, "-c", script, *arguments]
+<<<<<<< HEAD
         done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
         assert done.stdout.splitlines()[-1] == f"{policy} True", done.stderr
 
@@ -375,3 +385,13 @@ def test_no_folder_is_left_where_nothing_fits(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(ValueError, match="MiB free"):
         files.prepare_folder(tmp_path / "new", 1 << 20)
     assert not (tmp_path / "new").exists()
+=======
+        done = subprocess.run(command, capture_output=True, text=True, env=environment | given, timeout=300)
+        assert done.stdout.splitlines()[-1] == expected, done.stderr
+
+
+@pytest.mark.parametrize(("running", "busy"), [("1", False), ("3", True)])
+def test_a_machine_is_busy_if_others_run(running: str, busy: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "read_text", lambda _: f"0.5 0.6 0.7 {running}/345 6789\n")
+    assert zexpert_command.is_busy() is busy
+>>>>>>> w-tools
