@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from zexpert.ops import router_logits
 from zexpert_tools.benchmark import harness
 from zexpert_tools.benchmark.cuda import head, require_gpu
-from zexpert.ops import router_logits
 
 SUBJECT = "zexpert"
 CHECKED_TOKENS = 1024

@@ -375,17 +375,6 @@ def test_how_threads_wait_is_chosen_before_pytorch_is_loaded(busy: bool) -> None
     ]
     for arguments, given, expected in cases:
         command = [sys.executable, "-c", script, *arguments]
-<<<<<<< HEAD
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-        assert done.stdout.splitlines()[-1] == f"{policy} True", done.stderr
-
-
-def test_no_folder_is_left_where_nothing_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1 << 30, 1 << 30, 1000))  # type: ignore[attr-defined]
-    with pytest.raises(ValueError, match="MiB free"):
-        files.prepare_folder(tmp_path / "new", 1 << 20)
-    assert not (tmp_path / "new").exists()
-=======
         done = subprocess.run(command, capture_output=True, text=True, env=environment | given, timeout=300)
         assert done.stdout.splitlines()[-1] == expected, done.stderr
 
@@ -394,4 +383,10 @@ def test_no_folder_is_left_where_nothing_fits(tmp_path: Path, monkeypatch: pytes
 def test_a_machine_is_busy_if_others_run(running: str, busy: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "read_text", lambda _: f"0.5 0.6 0.7 {running}/345 6789\n")
     assert zexpert_command.is_busy() is busy
->>>>>>> w-tools
+
+
+def test_no_folder_is_left_where_nothing_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1 << 30, 1 << 30, 1000))  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match="MiB free"):
+        files.prepare_folder(tmp_path / "new", 1 << 20)
+    assert not (tmp_path / "new").exists()
