@@ -212,7 +212,7 @@ def cuda_library() -> Extension:
         nvcc_flags.append("--compress-mode=size")  # a fifth of the size; every driver for CUDA 13 can unpack it
     return Extension(
         "zexpert.lib.libzexpert_cuda",
-        [*sources("csrc/cuda/**/*.cu", "csrc/torch/cuda/*.cpp"), *operator_sources()],
+        [*sources("csrc/cuda/**/*.cu"), *operator_sources()],
         depends=[*HEADERS, EXPORTS],
         include_dirs=list(INCLUDE_DIRS),
         library_dirs=library_paths(device_type="cuda"),

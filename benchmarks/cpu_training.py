@@ -42,8 +42,7 @@ TARGET = harness.Target(over="transformers", at_least=1.8)
 
 
 class TransformersLayer(nn.Module):
-    """transformers' LongcatFlashMoE in the place of FusedMoE: it has a classifier of its own, so the logits given to
-    it are not used."""
+    """transformers' LongcatFlashMoE with FusedMoE's interface. It has its own classifier and ignores the logits."""
 
     def __init__(self, moe: zexpert.FusedMoE, classifier: nn.Parameter) -> None:
         from transformers.models.longcat_flash.configuration_longcat_flash import LongcatFlashConfig

@@ -2,7 +2,8 @@
 // The scoring functions: for each one, the score of a logit on both devices and the derivative of the score.
 //
 // To add one, add a line to ZEXPERT_SCORING_FUNCS (zexpert/enums.h) and a struct here. Without the struct, or with a
-// struct that lacks a function, neither the CPU kernels nor the CUDA kernels compile.
+// struct that lacks a function, neither the CPU kernels nor the CUDA kernels compile. Scores must not be negative. On
+// the CPU the score of NaN must be NaN: NaN marks a masked expert. V::max returns its second argument for NaN.
 //
 // This file includes nothing. The CPU kernels include it inside the namespace of an instruction set, where Vec is that
 // set's vector (vec.h); the CUDA kernels include it inside zexpert::cuda.

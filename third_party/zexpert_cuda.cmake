@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Decides whether the CUDA kernels are built; by default as setup.py does. Never asks for a GPU.
+# Decides whether the CUDA kernels are built; by default as setup.py does. Needs no GPU.
 
 # Sets ZEXPERT_WITH_CUDA, ZEXPERT_CUDA_SUMMARY and ZEXPERT_CUDA_ARCHS.
 macro(zexpert_find_cuda)

@@ -98,7 +98,7 @@ function(zexpert_write_build_config)
   if(Git_FOUND)
     execute_process(COMMAND ${GIT_EXECUTABLE} rev-parse --show-toplevel WORKING_DIRECTORY ${PROJECT_SOURCE_DIR}
                     OUTPUT_VARIABLE top_level OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET)
-    # An unpacked source archive may lie inside somebody else's repository.
+    # An unpacked source archive may be inside another repository.
     if(top_level STREQUAL PROJECT_SOURCE_DIR)
       execute_process(COMMAND ${GIT_EXECUTABLE} rev-parse --short=12 HEAD WORKING_DIRECTORY ${PROJECT_SOURCE_DIR}
                       OUTPUT_VARIABLE revision OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET RESULT_VARIABLE failed)

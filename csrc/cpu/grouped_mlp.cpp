@@ -13,7 +13,7 @@
 namespace zexpert {
 namespace {
 
-/// An expert whose rows are computed here.
+/// An expert that grouped_mlp_cpu computes.
 struct Segment {
   int64_t expert;
   int64_t first_row;

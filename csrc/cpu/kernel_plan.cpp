@@ -17,15 +17,10 @@
 namespace zexpert {
 namespace {
 
-constexpr std::array<std::string_view, 9> kOps = {"biased_topk",
-                                                  "biased_topk_and_plan",
-                                                  "zero_expert_accumulate",
-                                                  "moe_plan",
-                                                  "moe_permute",
-                                                  "silu_and_mul",
-                                                  "grouped_mlp",
-                                                  "fused_moe",
-                                                  "moe_finalize"};
+constexpr std::array<std::string_view, 10> kOps = {
+    "biased_topk", "biased_topk_and_plan", "router_logits", "zero_expert_accumulate",
+    "moe_plan",    "moe_permute",          "silu_and_mul",  "grouped_mlp",
+    "fused_moe",   "moe_finalize"};
 constexpr std::array<std::string_view, 2> kDevices = {"cpu", "cuda"};
 constexpr std::array<std::string_view, 4> kFloatingTypes = {"float32", "float64", "bfloat16", "float16"};
 constexpr std::array<std::string_view, 2> kIndexTypes = {"int32", "int64"};
@@ -215,7 +210,22 @@ KernelPlan plan_moe_plan_on_cuda(const KernelQuery& query) {
   return {query.op, "cuda", "counting_sort", "The slots are counted and placed on the device" + blocks + "."};
 }
 
+KernelPlan plan_router_logits_on_cuda(const KernelQuery& query) {
+  const bool is_16_bit = query.dtype == "bfloat16" || query.dtype == "float16";
+  if (query.compute_capability == 9 && is_16_bit && query.hidden_size.value_or(8) % 8 == 0) {
+    return {query.op, "cuda", "router_logits_wgmma",
+            "Compute capability 9.0 multiplies 16-bit hidden states by parts of the weights on its matrix units."};
+  }
+  return {
+      query.op, "cuda", "router_logits",
+      "The matrix units of compute capability 9.0 need compute_capability=9, 16-bit hidden states and a hidden size "
+      "that is a multiple of 8; all else is float32 arithmetic."};
+}
+
 KernelPlan plan_on_cuda(const KernelQuery& query) {
+  if (query.op == "router_logits") {
+    return plan_router_logits_on_cuda(query);
+  }
   if (query.op == "moe_plan") {
     return plan_moe_plan_on_cuda(query);
   }

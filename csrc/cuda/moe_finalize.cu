@@ -19,9 +19,9 @@ namespace {
 
 constexpr int kThreads = 128;
 
-/// How many rows' loads a thread has in flight, and so how many blocks' registers a multiprocessor holds. Where all
-/// blocks run at once, latency counts: more rows of few blocks, so that most tokens take one round. Else throughput
-/// does: fewer rows of more blocks.
+/// Rows that a thread loads at a time, and blocks whose registers then fit a multiprocessor. If all blocks run at once,
+/// latency limits: many rows at a time, so that one round loads most tokens. Otherwise throughput limits: more blocks
+/// with fewer rows each.
 template <bool kAllAtOnce>
 struct InFlight {
   static constexpr int kRows = kAllAtOnce ? 12 : 8;

@@ -20,7 +20,7 @@
 
 HIDDEN_NAMESPACE_BEGIN(zexpert, ops)
 
-/// Takes an operator's arguments off the stack, in the order of the schema.
+/// Reads an operator's arguments from the stack, in the order of the schema.
 class ArgumentReader {
  public:
   explicit ArgumentReader(const StableIValue* stack) : next_(stack) {}
@@ -28,7 +28,7 @@ class ArgumentReader {
   template <typename T>
   T read();
 
-  /// The next argument. Whoever calls this owns it.
+  /// The next argument. The caller owns it.
   StableIValue next() { return *next_++; }
 
  private:

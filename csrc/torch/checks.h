@@ -87,14 +87,6 @@ inline void check_row_slots_size(const Tensor& row_slots, int64_t num_tokens, in
                 " elements for each of the ", num_tokens, " tokens, got shape ", text(row_slots.sizes()));
 }
 
-/// The number of rows that do work, read from contiguous int32 offsets in host memory.
-inline int64_t last_offset(const Tensor& expert_offsets, int64_t num_rows) {
-  const int64_t last = expert_offsets.const_data_ptr<int32_t>()[expert_offsets.size(0) - 1];
-  ZEXPERT_CHECK(last >= 0 && last <= num_rows, "expert_offsets must end between 0 and the number of rows (", num_rows,
-                "), got ", last);
-  return last;
-}
-
 /// The address of the last offset, the number of rows that do work, in memory of the offsets' device.
 class LastOffset {
  public:

@@ -20,12 +20,18 @@ Tensor rows_of(const Tensor& rows_or_tokens, const ExpertInputs& inputs) {
   return inputs.row_slots ? gather_rows(rows_or_tokens, inputs) : rows_or_tokens;
 }
 
-/// `rows`, or a dense copy if GPUs cannot read them 16 bytes at a time.
+/// `rows`, or a dense copy if rows overlap, or GPUs cannot read them 16 bytes at a time.
 Tensor with_aligned_rows(const Tensor& rows) {
   constexpr int64_t kBytes = 16;
   const auto misaligned =
       reinterpret_cast<intptr_t>(rows.const_data_ptr()) | (rows.stride(0) * static_cast<int64_t>(rows.element_size()));
-  return misaligned % kBytes == 0 ? rows : dense_copy(rows);
+  return misaligned % kBytes == 0 && rows.stride(0) >= rows.size(1) ? rows : dense_copy(rows);
+}
+
+/// The rows that an implementation multiplies, in the plan's order.
+Tensor rows_for(GroupedMlpImplementation implementation, const Tensor& rows_or_tokens, const ExpertInputs& inputs) {
+  const Tensor rows = rows_of(rows_or_tokens, inputs);
+  return implementation == GroupedMlpImplementation::kTorch ? rows : with_aligned_rows(rows);
 }
 
 // zexpert's own kernels, those that need no segment products of PyTorch's
@@ -35,7 +41,7 @@ Tensor with_aligned_rows(const Tensor& rows) {
 GroupedMlpDevice current_device() { return grouped_mlp_cuda_device(); }
 
 void run_own_kernels(const ExpertInputs& inputs, const ExpertResults& results, bool /*keeps_gate_up*/) {
-  const Tensor rows = with_aligned_rows(rows_of(inputs.rows, inputs));
+  const Tensor rows = rows_for(GroupedMlpImplementation::kHopper, inputs.rows, inputs);
   const ExpertRows gathered{rows, inputs.expert_offsets, std::nullopt, std::nullopt, 1};
   run_hopper_kernels(ExpertInputs(gathered, inputs.weights), results.out, 0);
 }
@@ -93,7 +99,7 @@ Tensor activate(const Tensor& gate_up, const ExpertInputs& inputs) {
 /// Gate and up product, activation, down product, each for all experts. No size may be 0.
 ExpertResults run_products(const ExpertInputs& inputs, GroupedMlpImplementation implementation, bool keeps_gate_up) {
   const SegmentProducts multiply(implementation, inputs.expert_offsets, inputs.num_rows());
-  Tensor gate_up = multiply.with_transposed(with_aligned_rows(rows_of(inputs.rows, inputs)), inputs.weights.w13);
+  Tensor gate_up = multiply.with_transposed(rows_for(implementation, inputs.rows, inputs), inputs.weights.w13);
   const Tensor activation = activate(gate_up, inputs);
   if (!keeps_gate_up) {
     gate_up = empty({0, gate_up.size(1)}, gate_up.scalar_type(), gate_up);  // gives its memory back
@@ -143,7 +149,7 @@ ActivationGradients differentiate_activation(const Tensor& grad_activation, cons
   return results;
 }
 
-/// Gradients by products that take all experts at a time. No size may be 0.
+/// Gradients by products of all experts together. No size may be 0.
 ExpertGradients differentiate_products(const ExpertInputs& inputs, const ExpertGradientInputs& given,
                                        GroupedMlpImplementation implementation) {
   const SegmentProducts multiply(implementation, inputs.expert_offsets, inputs.num_rows());
@@ -151,7 +157,7 @@ ExpertGradients differentiate_products(const ExpertInputs& inputs, const ExpertG
   ExpertGradients gradients{none, none, none, none};
   std::optional<Tensor> rows;
   const auto gathered_rows = [&] {
-    rows = rows ? *rows : with_aligned_rows(rows_of(inputs.rows, inputs));
+    rows = rows ? *rows : rows_for(implementation, inputs.rows, inputs);
     return *rows;
   };
 
@@ -160,7 +166,7 @@ ExpertGradients differentiate_products(const ExpertInputs& inputs, const ExpertG
   {
     const Tensor gate_up =
         given.gate_up ? *given.gate_up : multiply.with_transposed(gathered_rows(), inputs.weights.w13);
-    const Tensor grad_out = with_aligned_rows(rows_of(given.grad_out, inputs));
+    const Tensor grad_out = rows_for(implementation, given.grad_out, inputs);
     const Tensor grad_activation = multiply.with_matrices(grad_out, inputs.weights.w2);
     activation = differentiate_activation(grad_activation, gate_up, inputs, given);
     if (given.needs.w2_weight) {
@@ -219,8 +225,8 @@ void run_hopper_kernels(const ExpertInputs& inputs, const Tensor& out, int64_t t
   params.out = out.mutable_data_ptr();
   params.out_row_stride = out.stride(0);
   params.tile_rows = tile_rows;
-  const Tensor workspace = empty({grouped_mlp_cuda_workspace_bytes(params)}, DType::Byte, out);
-  params.workspace = workspace.mutable_data_ptr();
+  const std::optional<Tensor> workspace = empty_workspace(ZEXPERT_WORKSPACE_BYTES(grouped_mlp, params), out);
+  params.workspace = workspace ? workspace->mutable_data_ptr() : nullptr;
   grouped_mlp_cuda(params, device.stream());
 }
 #endif

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// fused_moe: tokens through the experts and the epilogue, and its gradients. The backward gathers tokens again, and
-// takes a routing weight's gradient inside the expert, where <grad_out, row> is <grad_out @ w2, activation>: it needs
-// no row of the forward.
+// fused_moe: tokens through the experts and the epilogue, and its gradients. The backward gathers tokens again. It
+// computes a routing weight's gradient inside the expert, where <grad_out, row> is <grad_out @ w2, activation>, and so
+// needs no row of the forward.
 #include <optional>
 #include <string>
 #include <tuple>
@@ -55,14 +55,18 @@ void check_fused_moe(const FusedMoeTensors& args) {
   check_shape(args.slot_rows, "slot_rows", {num_tokens, top_k}, "[tokens, top_k]");
 }
 
-/// The rows that the epilogue may read. The host reads how many on the CPU alone: a slot that names a row past the last
-/// offset is an error there.
+/// The rows that the epilogue may read. On the CPU these are the rows up to the last offset, so that a slot that names
+/// another row is an error. On CUDA, where the host does not read the offsets, these are all rows.
 Tensor working_rows(const Tensor& rows, const Tensor& expert_offsets) {
   if (kIsCuda) {
     return rows;
   }
+  const int64_t num_rows = rows.size(0);
+  const int64_t last_offset = *LastOffset(expert_offsets).pointer();
+  ZEXPERT_CHECK(last_offset >= 0 && last_offset <= num_rows,
+                "expert_offsets must end between 0 and the number of rows (", num_rows, "), got ", last_offset);
   Tensor all = rows;
-  return torch::stable::narrow(all, 0, 0, last_offset(as_contiguous(expert_offsets), rows.size(0)));
+  return torch::stable::narrow(all, 0, 0, last_offset);
 }
 
 std::tuple<Tensor, Tensor> fused_moe(const Tensor& hidden_states, const Tensor& topk_weights, const Tensor& zero_weight,

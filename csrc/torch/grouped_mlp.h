@@ -106,7 +106,7 @@ struct ExpertNeeds {
   bool w2_weight;
 };
 
-/// What the gradients are computed from, besides the forward's inputs.
+/// Inputs of the backward in addition to the forward's.
 struct ExpertGradientInputs {
   Tensor grad_out;                ///< [rows, hidden_size]; with topk_weights [tokens, hidden_size]; unit inner stride
   std::optional<Tensor> gate_up;  ///< [rows, 2 * intermediate_size], unit inner stride; nullopt: computed again

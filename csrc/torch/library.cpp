@@ -25,6 +25,7 @@ STABLE_TORCH_LIBRARY(zexpert, m) {
         ", ScalarType? indices_dtype=None) "
         "-> (Tensor topk_weights, Tensor topk_ids, Tensor zero_weight, Tensor constant_weight, "
         "Tensor expert_offsets, Tensor row_slots, Tensor slot_rows)");
+  m.def("router_logits(Tensor hidden_states, Tensor weight) -> Tensor");
   m.def("zero_expert_accumulate(Tensor hidden_states, Tensor zero_weight) -> Tensor");
   m.def("zero_expert_accumulate.out(Tensor hidden_states, Tensor zero_weight, *, Tensor(a!) out) -> ()");
   m.def(
@@ -37,11 +38,6 @@ STABLE_TORCH_LIBRARY(zexpert, m) {
   m.def(
       "grouped_mlp(Tensor rows, Tensor expert_offsets, Tensor w13_weight, Tensor w2_weight, Tensor? row_slots=None, "
       "int top_k=1, *, str implementation=\"auto\") -> Tensor");
-  m.def(
-      "grouped_mlp_hopper(Tensor rows, Tensor expert_offsets, Tensor w13_weight, Tensor w2_weight, *, "
-      "int tile_rows=0) -> Tensor");
-  // For scripted modules: whether the tensor is on a GPU that implementation "hopper" runs on.
-  m.def("is_hopper(Tensor tensor) -> bool");
   m.def(
       "moe_finalize(Tensor rows, Tensor slot_rows, Tensor topk_weights, Tensor hidden_states, Tensor zero_weight, "
       "Tensor? residual=None, Tensor? constant_weight=None, Tensor? constant_vectors=None) -> Tensor");
@@ -57,9 +53,6 @@ STABLE_TORCH_LIBRARY(zexpert, m) {
       "moe_permute_backward(Tensor grad_rows, Tensor row_slots, Tensor expert_offsets, SymInt num_tokens, int top_k, "
       "Tensor? slot_rows=None) -> Tensor grad_hidden_states");
   m.def("silu_and_mul_backward(Tensor grad_out, Tensor gate_up, Tensor? expert_offsets=None) -> Tensor grad_gate_up");
-  m.def(
-      "grouped_mlp_with_gate_up(Tensor rows, Tensor expert_offsets, Tensor w13_weight, Tensor w2_weight) "
-      "-> (Tensor out, Tensor gate_up)");
   m.def(
       "grouped_mlp_backward(Tensor grad_out, Tensor rows, Tensor expert_offsets, Tensor w13_weight, "
       "Tensor w2_weight, Tensor? gate_up, *, bool needs_rows=True, bool needs_w13_weight=True, "
@@ -80,4 +73,13 @@ STABLE_TORCH_LIBRARY(zexpert, m) {
       "Tensor gate_up, *, bool needs_hidden_states=True, bool needs_w13_weight=True, bool needs_w2_weight=True, "
       "str implementation=\"auto\") -> (Tensor grad_hidden_states, Tensor grad_topk_weights, Tensor grad_zero_weight, "
       "Tensor grad_w13_weight, Tensor grad_w2_weight)");
+
+  // Older names, kept for one release
+  m.def(
+      "grouped_mlp_hopper(Tensor rows, Tensor expert_offsets, Tensor w13_weight, Tensor w2_weight, *, "
+      "int tile_rows=0) -> Tensor");
+  m.def(
+      "grouped_mlp_with_gate_up(Tensor rows, Tensor expert_offsets, Tensor w13_weight, Tensor w2_weight) "
+      "-> (Tensor out, Tensor gate_up)");
+  m.def("is_hopper(Tensor tensor) -> bool");
 }

@@ -156,8 +156,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> moe_finalize_backward(const Tensor& g
   params.grad_out_row_stride = gradients.stride(0);
   params.rows_row_stride = expert_rows.stride(0);
   params.hidden_row_stride = tokens.stride(0);
-  const Tensor workspace = empty({moe_finalize_backward_workspace_bytes(params)}, DType::Byte, hidden_states);
-  params.workspace = workspace.mutable_data_ptr();
+  const std::optional<Tensor> workspace =
+      empty_workspace(ZEXPERT_WORKSPACE_BYTES(moe_finalize_backward, params), hidden_states);
+  params.workspace = workspace ? workspace->mutable_data_ptr() : nullptr;
   ZEXPERT_LAUNCH(moe_finalize_backward, params, device);
   return {grad_rows, grad_topk_weights, grad_hidden_states, grad_zero_weight};
 }

@@ -97,8 +97,9 @@ Tensor moe_permute_backward(const Tensor& grad_rows, const Tensor& row_slots, co
   params.hidden_size = hidden_size;
   params.grad_rows_row_stride = rows.stride(0);
   params.last_offset = last_offset.pointer();
-  const Tensor workspace = empty({moe_permute_backward_workspace_bytes(params)}, DType::Byte, grad_rows);
-  params.workspace = workspace.mutable_data_ptr();
+  const std::optional<Tensor> workspace =
+      empty_workspace(ZEXPERT_WORKSPACE_BYTES(moe_permute_backward, params), grad_rows);
+  params.workspace = workspace ? workspace->mutable_data_ptr() : nullptr;
   ZEXPERT_LAUNCH(moe_permute_backward, params, device);
   return grad_hidden_states;
 }

@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "torch/segment_products.h"
 
-#include <initializer_list>
-
 #include "cpu/expert_offsets.h"
 #include "torch/device.h"
 #include "zexpert/zero_idle.h"
@@ -10,34 +8,33 @@
 ZEXPERT_DEVICE_NAMESPACE_BEGIN
 namespace {
 
-/// The matrices of a tensor [a, b, c], or their transposes, for PyTorch to see: memory of `tensor`, outside any
-/// autograd graph.
-Tensor view_of(const Tensor& tensor, bool transposed) {
-  std::array<int64_t, 3> sizes{};
-  std::array<int64_t, 3> strides{};
-  const auto num_dims = static_cast<size_t>(tensor.dim());
-  for (size_t dim = 0; dim < num_dims; ++dim) {
-    sizes[dim] = tensor.size(static_cast<int64_t>(dim));
-    strides[dim] = tensor.stride(static_cast<int64_t>(dim));
-  }
-  if (transposed) {
-    std::swap(sizes[num_dims - 2], sizes[num_dims - 1]);
-    std::swap(strides[num_dims - 2], strides[num_dims - 1]);
-  }
-  return torch::stable::from_blob(const_cast<void*>(tensor.const_data_ptr()), Sizes(sizes.data(), num_dims),
-                                  Sizes(strides.data(), num_dims), tensor.device(), tensor.scalar_type());
+/// The matrices, or their transposes.
+Tensor view_of(const Tensor& matrices, bool transposed) {
+  const Tensor view = detached(matrices);
+  return transposed ? torch::stable::transpose(view, -2, -1) : view;
 }
 
 /// Where the experts' segments end.
 Tensor segment_ends(const Tensor& expert_offsets) {
-  const std::array<int64_t, 1> sizes{expert_offsets.size(0) - 1};
-  const std::array<int64_t, 1> strides{1};
-  return torch::stable::from_blob(const_cast<int32_t*>(expert_offsets.const_data_ptr<int32_t>()) + 1, sizes, strides,
-                                  expert_offsets.device(), DType::Int);
+  Tensor offsets = expert_offsets;
+  return torch::stable::narrow(offsets, 0, 1, offsets.size(0) - 1);
 }
 
 Matrix matrix_of(const MatrixProduct& multiply, const Tensor& tensor, int64_t first, int64_t num_rows) {
   return multiply.matrix(tensor.const_data_ptr(), first * tensor.stride(0), num_rows, tensor.size(1), tensor.stride(0));
+}
+
+/// The offsets for the host to read. From a GPU, it waits for them.
+Tensor in_host_memory(const Tensor& expert_offsets) {
+#ifdef ZEXPERT_FOR_CUDA
+  ZEXPERT_CHECK(
+      !is_capturing(CurrentDevice(expert_offsets).stream()),
+      "implementation must be \"hopper\" or \"grouped_mm\" while a CUDA graph is captured, got \"torch\", which "
+      "waits for the device");
+  return torch::stable::to(expert_offsets, torch::stable::Device(torch::headeronly::DeviceType::CPU));
+#else
+  return expert_offsets;
+#endif
 }
 
 /// Calls fn(expert, first_row, num_rows) for the experts that have rows.
@@ -59,9 +56,7 @@ SegmentProducts::SegmentProducts(GroupedMlpImplementation implementation, const 
   if (implementation != GroupedMlpImplementation::kTorch) {
     return;
   }
-  // Waits for the device. PyTorch refuses it while a CUDA graph is captured.
-  host_offsets_ = kIsCuda ? torch::stable::to(expert_offsets, torch::stable::Device(torch::headeronly::DeviceType::CPU))
-                          : expert_offsets;
+  host_offsets_ = in_host_memory(expert_offsets);
   check_expert_offsets(host_offsets_->const_data_ptr<int32_t>(), num_experts(), num_rows);
 }
 

@@ -96,14 +96,29 @@ inline std::string text(const torch::stable::Device& device) {
 
 // Layout
 
-/// A dense copy of `tensor`, detached from autograd.
-inline Tensor dense_copy(const Tensor& tensor) {
+/// A view of `tensor`, detached from autograd.
+inline Tensor detached(const Tensor& tensor) {
   using torch::stable::detail::from;
   std::array<StableIValue, 1> stack{from(tensor)};
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::detach", "", stack.data(), TORCH_ABI_VERSION));
-  const auto detached = torch::stable::detail::to<Tensor>(stack[0]);
-  Tensor copy = torch::stable::new_empty(detached, detached.sizes());
-  torch::stable::copy_(copy, detached);
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+/// An uninitialised dense tensor on the device of `like`.
+inline Tensor allocate(Sizes sizes, DType dtype, const Tensor& like) {
+  try {
+    return torch::stable::new_empty(like, sizes, dtype);
+  } catch (const std::exception&) {  // its text names a function inside torch
+    zexpert::detail::throw_error("could not allocate a tensor of shape ", text(sizes), " of ", text(dtype), " on ",
+                                 text(like.device()));
+  }
+}
+
+/// A dense copy of `tensor`, detached from autograd.
+inline Tensor dense_copy(const Tensor& tensor) {
+  const Tensor source = detached(tensor);
+  Tensor copy = allocate(source.sizes(), source.scalar_type(), source);
+  torch::stable::copy_(copy, source);
   return copy;
 }
 
@@ -153,15 +168,7 @@ inline Tensor unaliased(const Tensor& input, const Tensor& out) {
 
 /// An uninitialised dense tensor on the device of `like`; on the CPU, a large one in huge pages.
 inline Tensor empty(std::initializer_list<int64_t> sizes, DType dtype, const Tensor& like) {
-  const auto allocate = [&] {
-    try {
-      return torch::stable::new_empty(like, sizes, dtype);
-    } catch (const std::exception&) {  // its text names a function inside torch
-      zexpert::detail::throw_error("could not allocate a tensor of shape ", text(Sizes(sizes)), " of ", text(dtype),
-                                   " on ", text(like.device()));
-    }
-  };
-  const Tensor tensor = allocate();
+  const Tensor tensor = allocate(Sizes(sizes), dtype, like);
   if (tensor.device().type() == torch::headeronly::DeviceType::CPU) {
     advise_huge_pages(tensor.mutable_data_ptr(), tensor.numel() * static_cast<int64_t>(tensor.element_size()));
   }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Rows of tokens in the plan's order, weights of slots in the plan's order, and both ways back.
+// Rows of tokens and weights of slots, gathered in the plan's order and scattered back.
 #pragma once
 
 #include "torch/device.h"

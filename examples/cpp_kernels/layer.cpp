@@ -77,7 +77,7 @@ void run_layer(const std::vector<float>& hidden_states, const std::vector<float>
   zexpert::moe_plan_cpu(plan);
   const int64_t num_rows = buffers.expert_offsets.back();
 
-  // Experts: each token's row beside the others of its expert, then every expert's network over its rows.
+  // Experts: gather the rows of each expert's tokens, then run each expert's network over its rows.
   zexpert::MoePermuteParams permute;
   permute.hidden_states = hidden_states.data();
   permute.row_slots = buffers.row_slots.data();

@@ -151,7 +151,7 @@ class ByteDecoder(nn.Module):
             if temperature > 0:
                 # In float64, the largest at 0: the smallest temperature gives no NaN.
                 scaled = (logits.double() - logits.max()) / temperature
-                # Sampled on the CPU, whose generator gives the same bytes whatever the device.
+                # Sample on the CPU: its generator gives the same bytes on every device.
                 probabilities = torch.softmax(scaled, dim=-1).float().cpu()
                 following = torch.multinomial(probabilities, 1, generator=generator).to(text.device)
             else:

@@ -74,7 +74,7 @@ def load_model(path: Path, device: torch.device | str = "cpu") -> ByteDecoder:
 
 
 def model_of(path: Path, state: dict[str, Any]) -> ByteDecoder:
-    """The model whose state `path` holds. Its sizes and the weights are compared before memory is used."""
+    """Loads the model from `path`. Checks its sizes against the weights before it allocates memory."""
     with reading_checkpoint(path):
         config, weights = ByteDecoderConfig(**state["model_config"]), state["model"]
         if config.num_layers > len(weights) or config.context_length > MAX_CONTEXT_LENGTH:

@@ -43,7 +43,7 @@ def is_busy(samples: int = 10) -> bool:
 
 def run() -> None:
     if sys.argv[1:] == ["doctor"]:
-        sys.exit(doctor.main())  # needs neither zexpert nor PyTorch, whose import may crash the process
+        sys.exit(doctor.main())  # needs neither zexpert nor PyTorch: their import may crash the process
     # Where others run, PyTorch's waiting threads must sleep: by default they spin, which takes the processors from the
     # threads that work. On a quiet machine spinning is faster. OpenMP reads the variable when it is loaded.
     if sys.argv[1:2] != ["bench"] and "OMP_WAIT_POLICY" not in os.environ and is_busy():

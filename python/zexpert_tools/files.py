@@ -23,7 +23,9 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def prepare_folder(folder: Path, num_bytes: int) -> None:
-    """Makes the folder. Raises ValueError if no file can be written there, or `num_bytes` do not fit."""
+    """Makes the folder. Raises ValueError if no file can be written there, or `num_bytes` do not fit. If
+    they do not fit, it removes a folder that it made."""
+    is_new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
@@ -32,4 +34,6 @@ def prepare_folder(folder: Path, num_bytes: int) -> None:
     except OSError as error:
         raise ValueError(f"cannot write to {folder}: {error.strerror or error}") from error
     if free < num_bytes:
+        if is_new:
+            folder.rmdir()
         raise ValueError(f"{folder} must have {num_bytes / 2**20:.0f} MiB free, got {free / 2**20:.0f}")

@@ -60,7 +60,7 @@ struct Call {
     params.grad_out_row_stride = grad_out.stride();
     params.rows_row_stride = rows.stride();
     params.hidden_row_stride = hidden_states.stride();
-    EXPECT_EQ(moe_finalize_backward_workspace_bytes(params), static_cast<int64_t>(workspace.size()));
+    EXPECT_EQ(moe_finalize_backward_cpu_workspace_bytes(params), static_cast<int64_t>(workspace.size()));
     params.workspace = workspace.data();
     return params;
   }

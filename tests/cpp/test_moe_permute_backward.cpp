@@ -26,7 +26,8 @@ class MoePermuteBackward : public ::testing::Test {
     params.hidden_size = hidden_size;
     params.grad_rows_row_stride = grad_rows.stride();
     params.slot_rows = slot_rows;
-    workspace_.assign(static_cast<size_t>(moe_permute_backward_workspace_bytes(params)) / sizeof(int32_t), 0x5a5a5a5a);
+    workspace_.assign(static_cast<size_t>(moe_permute_backward_cpu_workspace_bytes(params)) / sizeof(int32_t),
+                      0x5a5a5a5a);
     params.workspace = workspace_.data();
     return params;
   }
@@ -101,7 +102,7 @@ TYPED_TEST(MoePermuteBackward, GivenSlotRowsAreReadInPlaceOfRowSlots) {
   Rows<T> given(kTokens, kHidden, kHidden);
   params = this->params_for(grad_rows, row_slots, given, kTokens, kTopK, kHidden, slot_rows.data());
   params.last_offset = &last_offset;
-  EXPECT_EQ(moe_permute_backward_workspace_bytes(params), 0);
+  EXPECT_EQ(moe_permute_backward_cpu_workspace_bytes(params), 0);
   params.workspace = nullptr;
   moe_permute_backward_cpu(params);
   EXPECT_TRUE(given == inverted);

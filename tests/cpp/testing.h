@@ -52,7 +52,7 @@ struct TypeTraits<Half> {
   static constexpr double kSmallest = 0x1p-24;
 };
 
-/// Holds `actual` against a sum of `num_terms` products whose exact value is `expected`: every operation may round once
+/// Compares `actual` with a sum of `num_terms` products, exactly `expected`: every operation may round once
 /// in the accumulation type, in proportion to `magnitude`, the sum of the products' absolute values, and the result
 /// once in T.
 template <typename T>

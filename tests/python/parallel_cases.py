@@ -111,6 +111,13 @@ def share_of(rank: int) -> slice:
     return slice(sum(NUM_TOKENS[:rank]), sum(NUM_TOKENS[: rank + 1]))
 
 
+def sum_over_shares(kind: str, dtype: torch.dtype, num_ranks: int, inputs: tuple[Tensor, ...], name: str) -> Tensor:
+    """A gradient in plain PyTorch, summed over the ranks' shares of the tokens."""
+    layer = make_layer(kind, dtype, experts_backend="torch")
+    parts = [results(layer, *(tensor[share_of(rank)] for tensor in inputs))[name] for rank in range(num_ranks)]
+    return torch.stack(parts).sum(dim=0)
+
+
 def assert_as_one_process(
     group: Any, kind: str, exchange: str, dtype: torch.dtype, case: str = "random", device: str = "cpu", **extra: Any
 ) -> None:
@@ -133,6 +140,7 @@ def assert_as_one_process(
             on_device = value.to(device)
             dist.all_reduce(on_device, group=group)
             value, part = on_device.cpu(), slice(None)
+            plain[name] = sum_over_shares(kind, dtype, num_ranks, inputs, name)
         whole = expected[name].to(value.dtype, copy=True)
         assert value.shape == whole[part].shape
         whole[part] = value

@@ -289,6 +289,12 @@ def test_torch_routing_is_the_reference(case: torch_routing.RoutingCase) -> None
     )
 
 
+def test_torch_routing_refuses_a_scoring_function_that_it_does_not_know() -> None:
+    case = torch_routing.RoutingCase("unknown", 4, 0, 0, 2, "relu")
+    with pytest.raises(ValueError, match=r"^scoring_func must be one that this module computes, got 'relu'$"):
+        torch_routing.route(torch.zeros(1, 4), None, case)
+
+
 def test_near_ties_are_found() -> None:
     case = torch_routing.RoutingCase("tie", 4, 0, 0, 2)
     logits = torch.tensor([[3.0, 2.0, 2.0, 1.0], [3.0, 2.0, 1.0, 0.0]])

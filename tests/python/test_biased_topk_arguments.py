@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from testing import FLOAT_DTYPES, assert_equal, layouts, random_logits, unchanged
-from zexpert.ops import RoutingResult, biased_topk
+from zexpert.ops import RoutingResult, biased_topk, grouped_mlp
 
 EVERY_KIND = {
     "num_real_experts": 16,
@@ -203,3 +203,16 @@ def test_inputs_that_require_gradients() -> None:
     result = biased_topk(tracked * 1.0, bias.clone().requires_grad_(), 5, **EVERY_KIND)
     for one, other in zip(result, expected, strict=True):
         assert_equal(one.detach(), other)
+
+
+def test_too_large_a_dense_copy() -> None:
+    """Logits and weights that the kernels cannot read in place, and that no memory can hold."""
+    with pytest.raises(
+        RuntimeError, match=r"^could not allocate a tensor of shape \[1073741824, 4194304\] of float32 on cpu$"
+    ):
+        biased_topk(torch.zeros(1, 1).expand(2**30, 2**22), None, 1, num_real_experts=2**22)
+    weights = torch.zeros(1, 1, 1).expand(8, 2**41, 8), torch.zeros(1, 1, 1).expand(8, 8, 2**40)
+    with pytest.raises(
+        RuntimeError, match=r"^could not allocate a tensor of shape \[8, 2199023255552, 8\] of float32 on cpu$"
+    ):
+        grouped_mlp(torch.zeros(0, 8), torch.zeros(9, dtype=torch.int32), *weights)

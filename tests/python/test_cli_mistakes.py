@@ -385,3 +385,10 @@ def test_how_threads_wait_is_chosen_before_pytorch_is_loaded(
 def test_a_machine_is_busy_if_others_run(running: str, busy: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "read_text", lambda _: f"0.5 0.6 0.7 {running}/345 6789\n")
     assert zexpert_command.is_busy() is busy
+
+
+def test_no_folder_is_left_where_nothing_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1 << 30, 1 << 30, 1000))  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match="MiB free"):
+        files.prepare_folder(tmp_path / "new", 1 << 20)
+    assert not (tmp_path / "new").exists()

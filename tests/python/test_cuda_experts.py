@@ -212,8 +212,9 @@ def test_rows_that_begin_anywhere(place: Place, dtype: torch.dtype) -> None:
     expert_offsets = offsets_of([3, 0, 20, 1, 0, 4], place.device)
     wide = torch.randn(28, HIDDEN + 3).to(dtype).to(place.device)
     given = weights(dtype, place.device)
-    result = ops.grouped_mlp(wide[:, 1:-2], expert_offsets, *given, implementation=place.implementation)
-    assert_rows_agree(result, wide[:, 1:-2], expert_offsets, *given)
+    for rows in (wide[:, 1:-2], wide[:1, 1:-2].expand(28, HIDDEN)):
+        result = ops.grouped_mlp(rows, expert_offsets, *given, implementation=place.implementation)
+        assert_rows_agree(result, rows, expert_offsets, *given)
 
 
 @params()
@@ -362,6 +363,31 @@ def test_what_does_no_work_does_not_reach_gradients(place: Place, dtype: torch.d
         assert_equal(grads[0][num_rows:], torch.zeros_like(grads[0][num_rows:]))
         for grad in grads[1:]:
             assert_equal(grad[2], torch.zeros_like(grad[2]))
+
+
+@params(gradients=True)
+def test_gradients_of_every_layout(place: Place, dtype: torch.dtype) -> None:
+    """Gradients arrive expanded, transposed, or as a part of more columns."""
+    plan, given = make_moe(dtype, place.device, make_ids(30))
+    rows = ops.moe_permute(given["hidden_states"], plan.row_slots, plan.expert_offsets, K)
+    weights = (given["w13_weight"], given["w2_weight"])
+    names = ("hidden_states", "topk_weights", "zero_weight")
+    args = (*(given[name] for name in names), *plan, *weights)
+    gate_up = ops.fused_moe(*args, implementation=place.implementation)[1]
+    wide = torch.randn(rows.shape[0], HIDDEN + 3).to(dtype).to(place.device)
+    for grad in (wide[:1, :-3].expand_as(rows), wide[:, 1:-2], wide[:, :-3].t().contiguous().t()):
+        results = [
+            torch.ops.zexpert.grouped_mlp_backward(
+                gradient, rows, plan.expert_offsets, *weights, None, implementation=place.implementation
+            )
+            for gradient in (grad, grad.contiguous())
+        ]
+        results += [
+            torch.ops.zexpert.fused_moe_backward(gradient, *args, gate_up, implementation=place.implementation)
+            for gradient in (grad[:30], grad[:30].contiguous())
+        ]
+        for one, other in itertools.chain(zip(*results[:2], strict=True), zip(*results[2:], strict=True)):
+            torch.testing.assert_close(one, other)
 
 
 @params(gradients=True)

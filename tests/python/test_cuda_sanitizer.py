@@ -19,6 +19,6 @@ SANITIZER = shutil.which("compute-sanitizer")
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck"])
 def test_kernels(tool: str) -> None:
     program = Path(__file__).with_name("sanitize_cuda.py")
-    command = [str(SANITIZER), "--tool", tool, "--error-exitcode", "1", sys.executable, str(program)]
+    command = [str(SANITIZER), "--tool", tool, "--error-exitcode", "1", sys.executable, str(program), tool]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout + run.stderr

@@ -65,6 +65,14 @@ def is_of(item: Callable[..., object], file: str) -> bool:
     return str(inspect.getsourcefile(item)).endswith(f"/{file}")
 
 
+def knows_kernel_plan(op: str) -> bool:
+    try:
+        zexpert.kernel_plan(op, num_tokens=1, num_experts=1, top_k=1)
+    except ValueError:
+        return False
+    return True
+
+
 def test_the_library_has_operators() -> None:
     assert {"biased_topk", "moe_plan", "moe_permute", "grouped_mlp", "moe_finalize", "fused_moe"} <= set(OPERATORS)
 
@@ -108,6 +116,10 @@ def test_operator_has_all_of_its_entries(op: str) -> None:
         lacks.append("a line in mkdocs.yml")
     if f"ops/{op}.md" not in text("docs/semantics.md"):
         lacks.append("a line in docs/semantics.md")
+    if not knows_kernel_plan(op):
+        lacks.append("its kernels in csrc/cpu/kernel_plan.cpp")
+    if f"{op}_backward" in BACKWARDS and f'"{op}"' not in text("tests/python/test_gradients_registration.py"):
+        lacks.append("a call for opcheck in tests/python/test_gradients_registration.py")
     headings = [heading for heading in ("Example", "Gradient", "Errors") if f"\n## {heading}\n" not in page]
     lacks += [f"the heading {heading} in docs/ops/{op}.md" for heading in headings]
     assert not lacks, f"operator {op} lacks {lacks}: see docs/design.md"
@@ -139,6 +151,12 @@ def test_scoring_function_is_complete(scoring_func: str) -> None:
     torch.testing.assert_close(routing.topk_weights.detach(), expected.topk_weights)
     routing.topk_weights.sum().backward()
     assert logits.grad is not None
+    masked = torch.full((1, 4), -torch.inf).masked_fill(torch.tensor([False, True, False, False]), 1.0)
+    assert ops.biased_topk(masked, None, 2, num_real_experts=4, scoring_func=scoring_func).topk_ids.tolist() == [
+        [1, -1]
+    ]
+    expert_load = torch.ones(6, dtype=torch.int64)
+    assert zexpert.training.switch_loss(logits, expert_load, 3, 2, scoring_func=scoring_func).isfinite()
 
     assert f'| `"{scoring_func}"` |' in text("docs/ops/biased_topk.md"), "the table of scores lacks it"
     assert f'"{scoring_func}"' in inspect.getdoc(zexpert.create_fused_moe_router), "the factory's docstring lacks it"

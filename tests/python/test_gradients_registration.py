@@ -271,9 +271,9 @@ def test_fake_kernels_refuse_other_devices(op: str) -> None:
         ("grouped_mlp_backward", 0, r"grad_out must have shape \[15, 16\] \[rows, hidden_size\], got"),
         ("moe_finalize_backward", 0, r"grad_out must have shape \[5, 16\] \[tokens, hidden_size\], got"),
         ("fused_moe_backward", 0, r"grad_out must have shape \[5, 16\] \[tokens, hidden_size\], got"),
-        ("fused_moe_backward", 9, r"gate_up must have shape \[15, 16\] \[tokens \* top_k, 2 \* intermediate_size\]"),
-        ("fused_moe", 1, r"row_slots must have shape \[20\] \[tokens \* top_k\], got \[15\]"),
-        ("fused_moe", 4, r"row_slots must have shape \[15\] \[tokens \* top_k\], got \[16\]"),
+        ("fused_moe_backward", 9, r"gate_up must have shape \[15, 16\] \[rows, 2 \* intermediate_size\]"),
+        ("fused_moe", 1, r"slot_rows must have shape \[5, 4\] \[tokens, top_k\], got \[5, 3\]"),
+        ("fused_moe", 4, r"row_slots must have at most 3 elements for each of the 5 tokens, got shape \[16\]"),
         ("fused_moe", 6, r"w13_weight must have shape \[4, 16, 16\] \[experts, 2 \* intermediate_size, hidden_size\]"),
     ],
 )

@@ -47,6 +47,7 @@ def argument_values() -> dict[str, Any]:
         "num_tokens": NUM_TOKENS,
         "hidden_states": rows,
         "rows": rows,
+        "weight": torch.randn(NUM_EXPERTS, HIDDEN_SIZE),
         "tensor": rows,
         "out": rows.clone(),
         "topk_ids": topk_ids,

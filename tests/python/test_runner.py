@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from layer_cases import HIDDEN, LAYERS, NUM_EXPERTS, SharedExperts, expected_output, make_inputs, make_layer
 from testing import FLOAT_DTYPES, assert_equal, assert_error_rule
@@ -251,6 +252,58 @@ def test_chunks_of_strided_hidden_states() -> None:
     out = layer.runner(transposed, router_logits, layer.expert_weights())
     assert out.is_contiguous()
     assert_equal(out.detach(), layer.runner(hidden_states, router_logits, layer.expert_weights()).detach())
+
+
+class Operators(TorchDispatchMode):
+    """Notes which operators of zexpert run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "zexpert":
+            self.names.append(func._opname)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("chunk_size", [None, 7])
+@pytest.mark.parametrize("num_tokens", [0, 1, 7])
+def test_inference_is_two_operators(num_tokens: int, chunk_size: int | None) -> None:
+    layer = make_layer("identity", chunk_size=chunk_size)
+    with torch.no_grad(), Operators() as operators:
+        layer(*make_inputs("identity", num_tokens))
+    assert operators.names == ["biased_topk_and_plan", "fused_moe"]
+
+
+def test_chunks_are_planned_one_by_one() -> None:
+    layer = make_layer("identity", chunk_size=3)
+    with torch.no_grad(), Operators() as operators:
+        layer(*make_inputs("identity", 7))
+    assert operators.names == ["biased_topk", *3 * ["moe_plan", "fused_moe"]]
+
+
+class CountedCalls(nn.Module):
+    """Stands for telemetry."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Tensor, Tensor]] = []
+
+    def forward(self, topk_ids: Tensor, expert_offsets: Tensor) -> None:
+        self.calls.append((topk_ids, expert_offsets))
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 4, 11])
+def test_chunks_are_counted_once(num_tokens: int) -> None:
+    layer = make_layer("identity", chunk_size=4)
+    stats = layer.runner.routing_stats = CountedCalls()
+    inputs = make_inputs("identity", num_tokens)
+    layer(*inputs)
+    ((topk_ids, expert_offsets),) = stats.calls
+    routing, plan = layer.router.select_experts_and_plan(*inputs, NUM_EXPERTS)
+    assert_equal(topk_ids, routing.topk_ids)
+    assert_equal(expert_offsets, plan.expert_offsets)
 
 
 @pytest.mark.parametrize("chunk_size", [0, -1, 2.0, True, "8"])

@@ -23,7 +23,7 @@ struct RowLayout {
     const auto i = static_cast<unsigned>(element);
     return static_cast<int>((i / kVector * kWarpSize + static_cast<unsigned>(lane)) * kVector + i % kVector);
   }
-  /// The expert whose place is element * 32 + lane.
+  /// The expert at place element * 32 + lane.
   __device__ static int expert_of_place(unsigned place) {
     return expert(static_cast<int>(place % kWarpSize), static_cast<int>(place / kWarpSize));
   }

@@ -148,8 +148,8 @@ __device__ __forceinline__ void load_tiles(const ProductArguments& arguments, co
     ptx::fence_async_proxy();  // the kernel before wrote the rows by ordinary stores
     may_read_rows = true;
   };
-  // Tiles differ in rows, and so in time. Taken in turn, tiles that share rows or weights are computed together, while
-  // the L2 cache holds what they share. With a fixed series for every block, blocks would drift apart.
+  // Tiles differ in rows, and so in time. Blocks fetch tiles in turn: tiles that share rows or weights are then
+  // computed at the same time, while the L2 cache holds what they share. With a fixed series, blocks would drift apart.
   const auto take_ticket = [&] { return atomicAdd(arguments.tickets, 1); };
   for_each_item(schedule, static_cast<int>(blockIdx.x), take_ticket, [&](const WorkItem& work) {
     hand_over(work);

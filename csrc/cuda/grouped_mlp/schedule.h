@@ -13,8 +13,8 @@
 namespace zexpert::cuda {
 
 inline constexpr int kRowStep = 8;  ///< a row tile is computed as if it had a multiple of these
-/// Neighbouring blocks take the row tiles of one weight tile, so that its weights leave device memory once; no more
-/// than these, so that the rows of one pass over the weights stay in the L2 cache where one expert has nearly all rows.
+/// This many neighbouring blocks compute row tiles of one weight tile, so that its weights are read from device memory
+/// once. More would read more rows per pass over the weights than the L2 cache holds if one expert has nearly all rows.
 inline constexpr int kRowTilesAtOnce = 8;
 inline constexpr int kMaxParts = 8;          ///< of a tile's depth, on average
 inline constexpr int kLeastStepsOfPart = 4;  ///< on average; less would not fill the pipeline
@@ -88,7 +88,7 @@ struct Schedule {
 
   ZEXPERT_HOST_DEVICE int num_tiles() const { return row_tile_starts[num_experts] * num_weight_tiles; }
 
-  /// The tile's expert, weight tile and rows. Divisions take long: the usual case needs two.
+  /// The tile's expert, weight tile and rows. Divisions are slow: the usual case needs two.
   ZEXPERT_HOST_DEVICE WorkItem whole_tile(int tile) const {
     WorkItem work;
     work.first_step = 0;
@@ -142,9 +142,9 @@ ZEXPERT_HOST_DEVICE int lone_thread_value(int value) {
 #endif
 }
 
-/// Calls fn(work) for the items of block `block`, one after another. Whole tiles are taken in turn: take_ticket()
-/// counts 0, 1, 2, ... over all blocks, and is called early because it takes time. Where steps are divided, the steps
-/// of all tiles are numbered through.
+/// Calls fn(work) for the items of block `block`, one after another. Whole tiles go to blocks in turn: take_ticket()
+/// counts 0, 1, 2, ... over all blocks, and is called early because it is slow. Where steps are divided, the steps of
+/// all tiles are numbered through.
 template <typename TakeTicket, typename Fn>
 ZEXPERT_HOST_DEVICE void for_each_item(const Schedule& schedule, int block, const TakeTicket& take_ticket,
                                        const Fn& fn) {

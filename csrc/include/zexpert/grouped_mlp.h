@@ -89,10 +89,9 @@ inline constexpr int64_t kHopperFewTileRows = 64;    ///< with 256 weight rows, 
 inline constexpr int64_t kHopperTallTileRows = 160;  ///< with 256 weight rows
 inline constexpr int64_t kHopperMaxTileRows = 288;   ///< with 128 weight rows
 
-/// The most rows of a tile. Few rows per expert are bound by reading the weights, many by the products; either way a
-/// segment should be one tile, whose weights are then read once. Segments too long for that have tall tiles again,
-/// which need fewer bytes for their products. `num_rows` counts the rows that do no work too, since the host does not
-/// know how many do.
+/// The most rows of a tile. Few rows per expert are bound by reading the weights, many by the products. Either way a
+/// segment should be one tile, so that its weights are read once. Longer segments have tall tiles again, which read
+/// fewer bytes. `num_rows` includes the rows that do no work, because the host does not know how many there are.
 inline int64_t hopper_tile_rows(int64_t num_rows, int64_t num_experts) {
   constexpr int64_t kFewRows = 48;
   constexpr int64_t kManyRows = 200;

@@ -97,7 +97,7 @@ struct MoeFinalizeBackwardParams {
   void* grad_topk_weights = nullptr;    ///< [num_tokens, top_k]; weight type; contiguous
   void* grad_hidden_states = nullptr;   ///< [num_tokens, hidden_size]; contiguous; null: not computed
   void* grad_zero_weight = nullptr;     ///< [num_tokens]; weight type; contiguous
-  void* workspace = nullptr;            ///< moe_finalize_backward_workspace_bytes; null if that is 0
+  void* workspace = nullptr;            ///< moe_finalize_backward_<device>_workspace_bytes(params); null if that is 0
   /// Type of grad_out, rows, hidden_states and their gradients. The weight type is float32, float64 for float64.
   ScalarType data_type = ScalarType::kFloat32;
   int64_t num_rows = 0;
@@ -114,8 +114,11 @@ struct MoeFinalizeBackwardParams {
   void validate() const;
 };
 
-/// Bytes of scratch that the backward needs, in memory of the device that computes: a byte for each row.
-inline int64_t moe_finalize_backward_workspace_bytes(const MoeFinalizeBackwardParams& params) {
+/// Bytes of scratch that the caller provides, in memory of the device: a byte for each row.
+inline int64_t moe_finalize_backward_cpu_workspace_bytes(const MoeFinalizeBackwardParams& params) {
+  return params.num_rows;
+}
+inline int64_t moe_finalize_backward_cuda_workspace_bytes(const MoeFinalizeBackwardParams& params) {
   return params.num_rows;
 }
 
@@ -140,7 +143,7 @@ inline void MoeFinalizeBackwardParams::validate() const {
   if (num_rows * hidden_size > 0) {
     detail::check_pointers({{"rows", rows}, {"grad_rows", grad_rows}});
   }
-  if (moe_finalize_backward_workspace_bytes(*this) > 0) {
+  if (num_rows > 0) {
     detail::check_pointers({{"workspace", workspace}});
   }
 }

@@ -56,7 +56,8 @@ struct MoePermuteBackwardParams {
   const int32_t* row_slots = nullptr;  ///< [num_rows]; entries of rows that do work in [0, num_tokens * top_k)
   const int32_t* slot_rows = nullptr;  ///< null, or [num_tokens, top_k]: the inverse of row_slots, read in its place
   void* grad_hidden_states = nullptr;  ///< [num_tokens, hidden_size]; type of grad_rows, contiguous
-  void* workspace = nullptr;           ///< moe_permute_backward_workspace_bytes, aligned to 4; null if that is 0
+  void* workspace =
+      nullptr;  ///< moe_permute_backward_<device>_workspace_bytes(params), aligned to 4; null if that is 0
   ScalarType data_type = ScalarType::kFloat32;
   int64_t num_rows = 0;
   int64_t num_tokens = 0;
@@ -66,6 +67,7 @@ struct MoePermuteBackwardParams {
   const int32_t* last_offset = nullptr;  ///< null: all rows do work; else only rows below *last_offset do
 
   bool is_empty() const { return num_tokens == 0 || hidden_size == 0; }
+  bool needs_workspace() const { return slot_rows == nullptr && !is_empty(); }
 
   void validate() const;
 
@@ -86,12 +88,14 @@ struct MoePermuteBackwardParams {
   }
 };
 
-/// Bytes of scratch that the backward needs, in memory of the device that computes: none if slot_rows is given.
-inline int64_t moe_permute_backward_workspace_bytes(const MoePermuteBackwardParams& params) {
-  // A number for each slot, one for all of them, and one for each row.
-  const bool needs_any = params.slot_rows == nullptr && !params.is_empty();
-  return needs_any ? static_cast<int64_t>(sizeof(int32_t)) * (params.num_tokens * params.top_k + 1 + params.num_rows)
-                   : 0;
+/// Bytes of scratch that the caller provides, in memory of the device: without slot_rows a number for each slot, one
+/// for all of them, and one for each row.
+inline int64_t moe_permute_backward_cpu_workspace_bytes(const MoePermuteBackwardParams& params) {
+  const int64_t num_slots = params.num_tokens * params.top_k;
+  return params.needs_workspace() ? static_cast<int64_t>(sizeof(int32_t)) * (num_slots + 1 + params.num_rows) : 0;
+}
+inline int64_t moe_permute_backward_cuda_workspace_bytes(const MoePermuteBackwardParams& params) {
+  return moe_permute_backward_cpu_workspace_bytes(params);
 }
 
 /// Throws Error for a negative size, a missing array or a type that is not floating.
@@ -106,7 +110,7 @@ inline void MoePermuteBackwardParams::validate() const {
     detail::check_pointers({{"row_slots", row_slots}, {"grad_rows", grad_rows}});
   }
   detail::check_pointers({{"grad_hidden_states", grad_hidden_states}});
-  if (moe_permute_backward_workspace_bytes(*this) > 0) {
+  if (needs_workspace()) {
     detail::check_pointers({{"workspace", workspace}});
   }
 }

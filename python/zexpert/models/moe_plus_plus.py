@@ -89,19 +89,19 @@ class MoEPlusPlusGate(nn.Module):
 
     def __init__(self, config: MoEPlusPlusConfig, device: torch.device | str | None = None) -> None:
         super().__init__()
-        size, num_experts = config.hidden_size, config.num_experts
+        size, width = config.hidden_size, config.num_experts
         self.wg: nn.Module
         if config.two_layer_gate:
             self.wg = nn.Sequential(
-                Float32Linear(size, 8 * num_experts, device),
+                Float32Linear(size, 8 * width, device),
                 nn.Tanh(),
-                Float32Linear(8 * num_experts, num_experts, device),
+                Float32Linear(8 * width, width, device),
             )
         else:
-            self.wg = Float32Linear(size, num_experts, device)
+            self.wg = Float32Linear(size, width, device)
         self.gate_map: nn.Module | None = None
         if config.gating_residual:
-            self.gate_map = Float32Linear(num_experts, num_experts, device)
+            self.gate_map = Float32Linear(width, width, device)
 
     def forward(self, hidden_states: Tensor, previous_logits: Tensor | None = None) -> Tensor:
         """hidden_states [..., H], previous_logits [..., N] or None -> logits [..., N]."""

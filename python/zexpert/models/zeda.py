@@ -133,9 +133,9 @@ class ZedaQwen3MoE(CheckpointBlock):
         super().__init__()
         require_config(config, ZedaQwen3Config)
         self.config = config
-        num_experts = config.num_experts + config.num_zero_experts
+        width = config.num_experts + config.num_zero_experts
         dtype, device = options.get("params_dtype"), options.get("device")
-        self.gate = nn.Linear(config.hidden_size, num_experts, bias=False, dtype=dtype, device=device)
+        self.gate = nn.Linear(config.hidden_size, width, bias=False, dtype=dtype, device=device)
         self.experts = FusedMoE(
             config.num_experts,
             config.num_experts_per_tok,
@@ -201,9 +201,9 @@ class ZedaGlm4MoE(SelectionBiasBlock):
         super().__init__()
         require_config(config, ZedaGlm4Config)
         self.config = config
-        num_experts = config.n_routed_experts + config.num_zero_experts
+        width = config.n_routed_experts + config.num_zero_experts
         device = options.get("device")
-        self.gate = Float32Linear(config.hidden_size, num_experts, device)
+        self.gate = Float32Linear(config.hidden_size, width, device)
         shared_experts = None
         if config.n_shared_experts > 0:
             shared_size = config.n_shared_experts * config.moe_intermediate_size
@@ -215,7 +215,7 @@ class ZedaGlm4MoE(SelectionBiasBlock):
             config.moe_intermediate_size,
             zero_expert_type="drop" if config.num_zero_experts else None,
             zero_expert_num=config.num_zero_experts or None,
-            e_score_correction_bias=torch.zeros(num_experts, dtype=torch.float32, device=device),
+            e_score_correction_bias=torch.zeros(width, dtype=torch.float32, device=device),
             scoring_func="sigmoid",
             renormalize=config.norm_topk_prob,
             routed_scaling_factor=config.routed_scaling_factor,

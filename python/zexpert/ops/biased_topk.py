@@ -152,7 +152,7 @@ def backward(
     grad_constant_weight: Tensor | None,
     *_grad_plan: None,
 ) -> tuple[Tensor | None, None, None]:
-    """Also biased_topk_and_plan's, whose last outputs are integers."""
+    """The backward of biased_topk and of biased_topk_and_plan. The plan is integers and has no gradient."""
     if not ctx.needs_input_grad[0]:
         return None, None, None
     logits, bias = ctx.saved_tensors

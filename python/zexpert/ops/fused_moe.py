@@ -31,12 +31,12 @@ def fused_moe(
     operator.
 
     Only hidden_states and gate_up are kept for the backward, not the token rows and the experts' results, [T * K, H]
-    each. The backward gathers the tokens again, and takes the gradient of a slot's weight, <grad_out, row>, inside the
-    expert, where it is <grad_out @ w2, activation>.
+    each. The backward gathers the tokens again. It computes the gradient of a slot's weight, <grad_out, row>, inside
+    the expert, as <grad_out @ w2, activation>.
 
     Args:
         hidden_states: [T, H], any floating dtype, any strides: the layer's input.
-        topk_weights: [T, K] float32, or float64 beside float64 hidden_states, of the RoutingResult.
+        topk_weights: [T, K] float32, or float64 with float64 hidden_states, of the RoutingResult.
         zero_weight: [T], type of topk_weights, of the RoutingResult.
         expert_offsets: [R + 1] int32, of the DispatchPlan.
         row_slots: [T * K] int32, of the DispatchPlan, or cut behind its last offset.
@@ -129,7 +129,7 @@ def _backward(ctx: Context, grad_out: Tensor | None, _grad_gate_up: None) -> tup
     if grad_out is None:
         return (None,) * 11
     *kept, constant_weight, constant_vectors = ctx.saved_tensors
-    needs = (*ctx.needs_input_grad, False, False, False)  # it stops where the caller left arguments away
+    needs = (*ctx.needs_input_grad, False, False, False)  # no entries for omitted arguments
     grad_hidden_states, grad_topk_weights, grad_zero_weight, grad_w13_weight, grad_w2_weight = (
         torch.ops.zexpert.fused_moe_backward(
             grad_out,

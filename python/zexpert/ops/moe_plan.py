@@ -9,7 +9,7 @@ from zexpert.ops.types import DispatchPlan
 
 
 def moe_plan(topk_ids: Tensor, num_experts: int) -> DispatchPlan:
-    """Stable counting sort of the slots whose id is not -1 by expert; slots of one expert stay in slot order.
+    """Stable counting sort by expert of the slots with an id other than -1. Slots of one expert stay in slot order.
 
     Shapes depend on T, K and R alone, so nothing waits for the device.
 

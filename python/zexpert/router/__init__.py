@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Routers: how tokens choose their experts. create_fused_moe_router makes the one a configuration asks for."""
+"""Routers: how tokens choose their experts. create_fused_moe_router makes the one for a configuration."""
 
 from zexpert.router.base_router import BaseRouter
 from zexpert.router.custom_routing_router import CustomRoutingRouter

@@ -75,7 +75,7 @@ class BaseRouter(FusedMoERouter):
         self._capture_fn: Callable[[RoutingResult], None] | None = None
 
     def reset_parameters(self) -> None:
-        """Nothing: the bias belongs to the caller. FSDP calls this for every module that has tensors."""
+        """Does nothing, because the caller sets the bias. FSDP calls this for every module that has tensors."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "BaseRouter":
         with values_kept(self):

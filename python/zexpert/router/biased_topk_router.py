@@ -17,7 +17,7 @@ from zexpert.router.base_router import BaseRouter
 class BiasedTopKRouter(BaseRouter):
     """A router that chooses by biased_topk, so that one operator makes the choice and its plan.
 
-    A subclass or an instance that replaces `select_experts` or `_compute_routing` is asked for its choice, and moe_plan
+    If a subclass or an instance replaces `select_experts` or `_compute_routing`, that choice is used, and moe_plan
     makes the plan.
 
     Args:
@@ -74,7 +74,7 @@ class BiasedTopKRouter(BaseRouter):
         )
 
     def _operator_indices_dtype(self) -> torch.dtype | None:
-        """The dtype of the ids that the operators are asked for; None for int32."""
+        """The indices_dtype to pass to the operators; None for int32."""
         if self.indices_dtype == torch.int32:
             return None
         if not torch.jit.is_scripting():

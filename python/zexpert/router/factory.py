@@ -47,7 +47,7 @@ def create_fused_moe_router(
     expert_load: Tensor | None = None,
     capture_fn: Callable[[RoutingResult], None] | None = None,
 ) -> BaseRouter:
-    """Makes the router that the arguments ask for; names and order are vLLM's. The first that applies:
+    """Makes the router for the arguments. Names and order are vLLM's. The first that applies:
 
         RoutingSimulatorRouter  routing_simulation, or ZEXPERT_ROUTING_SIMULATION in the environment
         ZeroExpertRouter        zero_expert_type; accepts the grouped arguments and the bias too

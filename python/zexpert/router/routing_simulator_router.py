@@ -98,21 +98,21 @@ class RoutingSimulatorRouter(BaseRouter):
 
     def _choose(self, router_logits: Tensor) -> Tensor:
         """[T, K] int64 experts in [0, N)."""
-        num_tokens, num_experts = router_logits.size(0), router_logits.size(1)
+        num_tokens, width = router_logits.size(0), router_logits.size(1)
         fewest = max(self.top_k, self.num_real_experts + self.num_constant_experts)
-        if num_experts < fewest:
-            raise ValueError(f"router_logits must have at least {fewest} columns, got {num_experts}")
+        if width < fewest:
+            raise ValueError(f"router_logits must have at least {fewest} columns, got {width}")
         device = router_logits.device
         token = torch.arange(num_tokens, device=device).unsqueeze(1)
         if self.routing_simulation == "round_robin":
-            return (token * self.top_k + torch.arange(self.top_k, device=device)) % num_experts
+            return (token * self.top_k + torch.arange(self.top_k, device=device)) % width
 
-        expert = torch.arange(num_experts, device=device)
-        uniform = (self._hash(token * num_experts + expert).to(torch.float64) + 0.5) / 2.0**32
+        expert = torch.arange(width, device=device)
+        uniform = (self._hash(token * width + expert).to(torch.float64) + 0.5) / 2.0**32
         # Adding Gumbel noise to log-likelihoods makes the K largest a draw of K without replacement.
         keys = -torch.log(-torch.log(uniform))
         if self.routing_simulation == "normal":
-            deviation = (expert.to(torch.float64) + 0.5 - num_experts / 2) / (num_experts / 8)
+            deviation = (expert.to(torch.float64) + 0.5 - width / 2) / (width / 8)
             keys = keys - 0.5 * deviation * deviation
         return torch.topk(keys, self.top_k, dim=1)[1]
 

@@ -36,8 +36,8 @@ def zero_expert_spec(
         zero_expert_type: "identity" (or "copy"), "constant", "drop" (or "zero"), or the ZeroExpertType; or a mapping
             from these to counts, such as {"identity": 1, "constant": 2, "drop": 1}; or None for no zero experts.
             Whatever the mapping's order, the logits' is [real | identity | constant | drop].
-        zero_expert_num: how many zero experts there are. None with a name: what the bias' length leaves besides the
-            real experts; without a bias, what each call's logits leave.
+        zero_expert_num: how many zero experts there are. None with a name: the length of the bias minus the
+            real experts; without a bias, the width of each call's logits minus the real experts.
         The others are RoutingSpec's.
 
     Raises:
@@ -45,7 +45,7 @@ def zero_expert_spec(
     """
     num_identity: int | None = 0
     num_constant = 0
-    num_experts: int | None = num_real_experts
+    width: int | None = num_real_experts
     if zero_expert_type is None:
         if zero_expert_num is not None:
             raise ValueError(f"zero_expert_num is {zero_expert_num} but zero_expert_type is missing")
@@ -53,7 +53,7 @@ def zero_expert_spec(
         counts = counts_of_mapping(zero_expert_type, zero_expert_num)
         num_identity = counts.get(ZeroExpertType.IDENTITY, 0)
         num_constant = counts.get(ZeroExpertType.CONSTANT, 0)
-        num_experts = num_real_experts + sum(counts.values())
+        width = num_real_experts + sum(counts.values())
     else:
         kind = parse_kind(zero_expert_type)
         count = zero_expert_num
@@ -68,7 +68,7 @@ def zero_expert_spec(
             raise ValueError('zero_expert_num is required for zero_expert_type "constant" without a bias')
         if count is not None:
             check_count("zero_expert_num", count, minimum=1)
-        num_experts = None if count is None else num_real_experts + count
+        width = None if count is None else num_real_experts + count
         if kind == ZeroExpertType.IDENTITY:
             num_identity = count
         elif kind == ZeroExpertType.CONSTANT and count is not None:
@@ -77,7 +77,7 @@ def zero_expert_spec(
     return RoutingSpec(
         top_k=top_k,
         num_real_experts=num_real_experts,
-        num_experts=num_experts,
+        num_experts=width,
         num_identity_experts=num_identity,
         num_constant_experts=num_constant,
         scoring_func=scoring_func,

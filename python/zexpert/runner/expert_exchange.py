@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Dispatch of token rows to the ranks that own their experts, and combine of the results.
 
-Every rank takes part in every exchange, with as many tokens as it has, 0 included. A row is sent once per (token, rank)
+All ranks join every exchange, each with any number of tokens, 0 included. A row is sent once per (token, rank)
 however many of the token's experts that rank owns, with the token's expert ids and weights. Slots of zero experts send
 nothing.
 """

@@ -35,7 +35,7 @@ def create_moe_runner(
     tensor_parallel_group: dist.ProcessGroup | DeviceMesh | None = None,
     device: torch.device | str | None = None,
 ) -> MoERunner:
-    """Makes the runner that a layer's arguments ask for, and places the layer's experts. See FusedMoE.
+    """Makes the runner for a layer's arguments, and places the layer's experts. See FusedMoE.
 
     Raises:
         ValueError: if an argument is out of range or contradicts another.

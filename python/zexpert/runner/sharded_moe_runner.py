@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The base of runners whose experts are spread over ranks."""
+"""The base of runners that spread the experts over ranks."""
 
 from __future__ import annotations
 

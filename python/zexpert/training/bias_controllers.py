@@ -110,7 +110,7 @@ class BiasController:
         its replicas.
 
         Args:
-            model: a module whose layers zexpert.telemetry.track_routing tracks.
+            model: a module that zexpert.telemetry.track_routing tracks.
             process_group: the data-parallel ranks; None: all ranks.
             reset_stats: set the layers' counts to 0, so that the next update uses new tokens only.
 

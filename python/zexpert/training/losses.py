@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Auxiliary losses that balance the routing, from a layer's router logits and the counts of its dispatch plan.
 
-Gradients flow through the probabilities, not through the counts. Take the counts from RoutingStats, or from the
-differences of moe_plan's expert_offsets.
+Gradients flow through the probabilities, not through the counts. Use the counts of RoutingStats, or the differences of
+moe_plan's expert_offsets.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ def group_loss(
     Raises:
         ValueError: if an argument is out of range or the sizes do not fit.
     """
-    num_experts, num_real_experts = check_sizes(router_logits, expert_load, top_k)
-    if num_real_experts == num_experts:
+    width, num_real_experts = check_sizes(router_logits, expert_load, top_k)
+    if num_real_experts == width:
         raise ValueError(f"router_logits must have columns for zero experts beside {num_real_experts} real ones")
     if not 0 < target_ffn_experts < top_k:
         raise ValueError(f"target_ffn_experts must be above 0 and below top_k ({top_k}), got {target_ffn_experts}")
@@ -102,17 +102,17 @@ def switch_loss(
 
     Arguments, result and errors are as in group_loss, but N may equal R.
     """
-    num_experts, num_real_experts = check_sizes(router_logits, expert_load, top_k)
+    width, num_real_experts = check_sizes(router_logits, expert_load, top_k)
     load, tokens = reduced_counts(expert_load, num_tokens, all_reduce, process_group)
     probabilities = mean_probabilities(router_logits, scoring_func)
 
     slots = top_k * tokens.clamp(min=1)
     loss = ((load / slots).to(probabilities) * probabilities[:num_real_experts]).sum()
-    num_zero_experts = num_experts - num_real_experts
+    num_zero_experts = width - num_real_experts
     if num_zero_experts > 0:
         zero_frequency = (top_k * tokens - load.sum()) / (slots * num_zero_experts)
         loss = loss + zero_frequency.to(probabilities) * probabilities[num_real_experts:].sum()
-    return num_experts * loss
+    return width * loss
 
 
 def check_sizes(router_logits: Tensor, expert_load: Tensor, top_k: int) -> tuple[int, int]:
@@ -124,15 +124,14 @@ def check_sizes(router_logits: Tensor, expert_load: Tensor, top_k: int) -> tuple
             f"router_logits must be floating point of shape [..., experts], got shape {list(router_logits.shape)} of "
             f"{router_logits.dtype}"
         )
-    num_experts = router_logits.size(-1)
-    if expert_load.dim() != 1 or not 1 <= expert_load.numel() <= num_experts:
+    width = router_logits.size(-1)
+    if expert_load.dim() != 1 or not 1 <= expert_load.numel() <= width:
         raise ValueError(
-            f"expert_load must have one entry per real expert, at most {num_experts}, got shape "
-            f"{list(expert_load.shape)}"
+            f"expert_load must have one entry per real expert, at most {width}, got shape {list(expert_load.shape)}"
         )
-    if not 1 <= top_k <= num_experts:
-        raise ValueError(f"top_k must be between 1 and the number of experts ({num_experts}), got {top_k}")
-    return num_experts, expert_load.numel()
+    if not 1 <= top_k <= width:
+        raise ValueError(f"top_k must be between 1 and the number of experts ({width}), got {top_k}")
+    return width, expert_load.numel()
 
 
 @torch.no_grad()

@@ -241,7 +241,7 @@ def print_case(result: CaseResult) -> None:
 
 
 def finish(benchmark: str, settings: Mapping[str, Any], results: Sequence[CaseResult], json_path: Path | None) -> int:
-    """Writes the JSON file, if asked for, and returns the exit code: 1 if an output is wrong, whatever the times."""
+    """Writes the JSON file if json_path is given. Returns the exit code: 1 if an output is wrong, else 0."""
     if json_path is not None:
         json_path.parent.mkdir(parents=True, exist_ok=True)
         report = {

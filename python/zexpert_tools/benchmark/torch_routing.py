@@ -50,7 +50,9 @@ def score(logits: Tensor, case: RoutingCase) -> Tensor:
         return logits.softmax(dim=-1)
     if case.scoring_func == "sigmoid":
         return logits.sigmoid()
-    return F.softplus(logits).sqrt()
+    if case.scoring_func == "sqrtsoftplus":
+        return F.softplus(logits).sqrt()
+    raise ValueError(f"scoring_func must be one that this module computes, got {case.scoring_func!r}")
 
 
 def eligible_keys(scores: Tensor, bias: Tensor | None, case: RoutingCase) -> Tensor:
@@ -93,9 +95,10 @@ def dense_weights(topk_weights: Tensor, topk_ids: Tensor, zero_weight: Tensor, c
 
 
 def near_ties(logits: Tensor, bias: Tensor | None, case: RoutingCase, tolerance: float = 1e-5) -> Tensor:
-    """Tokens [T] whose choice is too close to call in float32: the last chosen and first unchosen key, or group.
+    """[T] bool: True if float32 may choose otherwise, because the last chosen and the first unchosen key, or group, are
+    nearly equal.
 
-    Their outputs are left out of the comparison with the float64 reference; there are very few.
+    The comparison with the float64 reference leaves out these few tokens.
     """
     keys = eligible_keys(score(logits.double(), case), None if bias is None else bias.double(), case)
     width = min(case.top_k + 1, keys.shape[1])

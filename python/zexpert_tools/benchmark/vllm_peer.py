@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """vLLM's own code for layers with zero experts, as a contender on a GPU. Written for vLLM 0.32.
 
-Everything here raises ImportError where vLLM, or the part of it that is asked for, cannot be imported.
+Everything here raises ImportError if vLLM, or the part of it that is needed, cannot be imported.
 """
 
 from __future__ import annotations

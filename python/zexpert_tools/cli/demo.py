@@ -34,7 +34,7 @@ PICTURE_BYTES = 4 << 20
 
 @dataclass(frozen=True)
 class DemoOptions:
-    """What the user asked for."""
+    """The options of the command."""
 
     steps: int
     seed: int

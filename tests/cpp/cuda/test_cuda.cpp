@@ -533,7 +533,7 @@ TYPED_TEST(CudaTyped, MoePermute) {
       backward.top_k = kTopK;
       backward.hidden_size = backward.grad_rows_row_stride = hidden;
       backward.last_offset = params.last_offset;
-      Shared<char> workspace(moe_permute_backward_workspace_bytes(backward));
+      Shared<char> workspace(moe_permute_backward_cuda_workspace_bytes(backward));
       backward.workspace = workspace.data();
       const auto differentiate = [&] {
         on_device ? moe_permute_backward_cuda(backward, nullptr) : moe_permute_backward_cpu(backward);
