@@ -5,36 +5,14 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
-#include <cstring>
 
+#include "cuda/hopper_host.h"
 #include "cuda/launch.cuh"
 #include "cuda/router_logits_hopper.cuh"
 #include "zexpert/error.h"
 
-extern "C" const char* zexpert_cuda_architectures();  // build_info.cu
-
 namespace zexpert::cuda::router {
 namespace {
-
-using EncodeTiled = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
-                                 const cuuint64_t*, const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave,
-                                 CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
-
-/// The driver's cuTensorMapEncodeTiled, asked for at run time: the library loads on machines without a driver.
-EncodeTiled encode_tiled() {
-  static const EncodeTiled function = [] {
-    constexpr unsigned kCuda12 = 12000;
-    void* found = nullptr;
-    cudaDriverEntryPointQueryResult result{};
-    check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, kCuda12, cudaEnableDefault, &result),
-          "cudaGetDriverEntryPointByVersion");
-    ZEXPERT_CHECK(result == cudaDriverEntryPointSuccess && found != nullptr,
-                  "the CUDA driver must have cuTensorMapEncodeTiled, which came with CUDA 12.0; query result ",
-                  static_cast<int>(result));
-    return reinterpret_cast<EncodeTiled>(found);
-  }();
-  return function;
-}
 
 /// The map of a matrix whose boxes are lines of kLineBytes.
 CUtensorMap encode(CUtensorMapDataType type, int64_t element_bytes, const void* data, int64_t num_rows,
@@ -142,10 +120,7 @@ void multiply(const RouterLogitsParams& params, Mode mode, HopperArguments& argu
 }  // namespace
 
 bool runs_on_hopper() {
-  const char* const architectures = zexpert_cuda_architectures();
-  const bool is_compiled =
-      std::strstr(architectures, "90a") != nullptr || std::strstr(architectures, "9.0a") != nullptr;
-  return is_compiled && device_attribute(cudaDevAttrComputeCapabilityMajor) == 9 &&
+  return is_compiled_for_hopper() && device_attribute(cudaDevAttrComputeCapabilityMajor) == 9 &&
          device_attribute(cudaDevAttrComputeCapabilityMinor) == 0;
 }
 

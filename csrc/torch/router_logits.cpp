@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "zexpert/router_logits.h"
 
-#include <array>
 #include <cstdint>
 #include <vector>
 
@@ -14,17 +13,6 @@ ZEXPERT_DEVICE_NAMESPACE_BEGIN
 namespace {
 
 constexpr int64_t kAlignment = 16;  // bytes, of rows that the GPU's copy engine reads
-
-/// `tensor`, outside any autograd graph, as a dense tensor of `dtype`.
-Tensor converted(const Tensor& tensor, DType dtype) {
-  using torch::stable::detail::from;
-  std::array<StableIValue, 1> stack{from(tensor)};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::detach", "", stack.data(), TORCH_ABI_VERSION));
-  const auto detached = torch::stable::detail::to<Tensor>(stack[0]);
-  Tensor result = torch::stable::new_empty(detached, detached.sizes(), dtype);
-  torch::stable::copy_(result, detached);
-  return result;
-}
 
 /// A matrix of rows that do not overlap, each with unit inner stride, on CUDA at multiples of kAlignment where its size
 /// allows that: how a matrix is laid out must not change how it is multiplied.
@@ -84,7 +72,7 @@ Tensor router_logits(const Tensor& hidden_states, const Tensor& weight) {
   sizes.back() = weight.size(0);
   const Tensor logits = torch::stable::new_empty(hidden_states, sizes, logits_dtype);
   const Rows tokens(hidden_states);
-  const Rows experts(weight.scalar_type() == logits_dtype ? weight : converted(weight, logits_dtype));
+  const Rows experts(weight.scalar_type() == logits_dtype ? weight : dense_copy(weight, logits_dtype));
   RouterLogitsParams params;
   params.hidden_states = tokens.tensor.const_data_ptr();
   params.weight = experts.tensor.const_data_ptr();

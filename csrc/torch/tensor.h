@@ -114,13 +114,15 @@ inline Tensor allocate(Sizes sizes, DType dtype, const Tensor& like) {
   }
 }
 
-/// A dense copy of `tensor`, detached from autograd.
-inline Tensor dense_copy(const Tensor& tensor) {
+/// A dense copy of `tensor` in `dtype`, detached from autograd.
+inline Tensor dense_copy(const Tensor& tensor, DType dtype) {
   const Tensor source = detached(tensor);
-  Tensor copy = allocate(source.sizes(), source.scalar_type(), source);
+  Tensor copy = allocate(source.sizes(), dtype, source);
   torch::stable::copy_(copy, source);
   return copy;
 }
+
+inline Tensor dense_copy(const Tensor& tensor) { return dense_copy(tensor, tensor.scalar_type()); }
 
 inline Tensor as_contiguous(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : dense_copy(tensor); }
 

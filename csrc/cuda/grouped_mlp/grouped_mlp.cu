@@ -7,16 +7,14 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <cstring>
 
 #include "cuda/grouped_mlp/product_kernel.cuh"
 #include "cuda/grouped_mlp/product_launch.h"
+#include "cuda/hopper_host.h"
 #include "cuda/launch.cuh"
 #include "zexpert/error.h"
 #include "zexpert/grouped_mlp_choice.h"
 #include "zexpert/moe_permute.h"
-
-extern "C" const char* zexpert_cuda_architectures();  // build_info.cu
 
 namespace zexpert {
 namespace cuda {
@@ -59,26 +57,6 @@ __global__ void __launch_bounds__(kMaxExperts) plan_tiles(const TilePlanArgument
     arguments.expert_offsets[expert + 1] = begin + max(num_rows, 0);
     arguments.row_tile_starts[expert + 1] = start + num_tiles;
   }
-}
-
-using EncodeTiled = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
-                                 const cuuint64_t*, const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave,
-                                 CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
-
-/// The driver's cuTensorMapEncodeTiled, looked up at run time: the library loads on machines without a driver.
-EncodeTiled encode_tiled() {
-  static const EncodeTiled function = [] {
-    constexpr unsigned kCuda12 = 12000;
-    void* found = nullptr;
-    cudaDriverEntryPointQueryResult result{};
-    check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, kCuda12, cudaEnableDefault, &result),
-          "cudaGetDriverEntryPointByVersion");
-    ZEXPERT_CHECK(result == cudaDriverEntryPointSuccess && found != nullptr,
-                  "the CUDA driver must have cuTensorMapEncodeTiled, which CUDA 12.0 introduced; query result ",
-                  static_cast<int>(result));
-    return reinterpret_cast<EncodeTiled>(found);
-  }();
-  return function;
 }
 
 CUtensorMap encode(const TensorMapShape& shape, ScalarType data_type, const void* data) {
@@ -138,12 +116,6 @@ Workspace workspace_parts(const GroupedMlpParams& params, int64_t num_blocks) {
   parts.row_tile_starts = add((params.num_experts + 1) * int64_t{sizeof(int32_t)});
   parts.num_bytes = end;
   return parts;
-}
-
-/// The products' code is in sm_90a alone, which CMake calls 90a and TORCH_CUDA_ARCH_LIST 9.0a.
-bool is_compiled() {
-  const char* const architectures = zexpert_cuda_architectures();
-  return std::strstr(architectures, "90a") != nullptr || std::strstr(architectures, "9.0a") != nullptr;
 }
 
 bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
@@ -271,7 +243,7 @@ GroupedMlpDevice grouped_mlp_cuda_device() {
   device.is_cuda = true;
   device.compute_capability = 10 * cuda::device_attribute(cudaDevAttrComputeCapabilityMajor) +
                               cuda::device_attribute(cudaDevAttrComputeCapabilityMinor);
-  device.has_hopper_code = cuda::is_compiled();
+  device.has_hopper_code = cuda::is_compiled_for_hopper();
   return device;
 }
 
