@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from zexpert.ops.types import RoutingResult
+from zexpert.router.base_router import BaseRouter
 from zexpert.runner.expert_group import ExpertGroup
 from zexpert.runner.moe_runner_base import MoERunnerBase
 from zexpert.runner.placement import ShardedExperts
@@ -33,16 +34,24 @@ class ShardedMoERunner(MoERunnerBase):
         """This rank's weight `name`, or a tensor of its shape, as a part of all ranks' weight; shares its memory."""
         return self.placement.sharded(name, shard)
 
-    def _require_agreement(self, hidden_states: Tensor, routing: RoutingResult, **settings: object) -> None:
+    def _require_agreement(
+        self, hidden_states: Tensor, router_logits: Tensor, routing: RoutingResult, **settings: object
+    ) -> None:
         """At the first call: raises ValueError on every rank unless all were called alike. The host waits, so a call
         that a CUDA graph captures leaves this to a later one."""
         if self._agreed or (hidden_states.is_cuda and torch.cuda.is_current_stream_capturing()):
             return
+        router = self.router
         self.group.require_agreement(
-            dtype=hidden_states.dtype,
-            hidden_size=hidden_states.size(1),
-            top_k=routing.topk_ids.size(1),
-            **settings,
+            {
+                "dtype": hidden_states.dtype,
+                "hidden_size": hidden_states.size(1),
+                "top_k": routing.topk_ids.size(1),
+                **settings,
+                "num_logits": router_logits.size(1),
+                **(router.arguments._asdict() if isinstance(router, BaseRouter) else {}),
+                "torch.is_grad_enabled()": torch.is_grad_enabled(),
+            }
         )
         self._agreed = True
 

@@ -37,7 +37,8 @@ class TensorParallelMoERunner(ShardedMoERunner):
 
     Raises:
         ValueError: if F is not a multiple of the ranks, or this process is not in the group; from the first forward, if
-            ranks disagree on dtype, sizes or top_k.
+            ranks disagree on dtype, sizes, number of tokens, routing or grad mode; on the CPU from every forward, if
+            they disagree on the number of tokens.
         RuntimeError: from forward, if another rank failed or did not come in time.
     """
 
@@ -64,12 +65,22 @@ class TensorParallelMoERunner(ShardedMoERunner):
     def forward(self, hidden_states: Tensor, router_logits: Tensor, weights: ExpertWeights) -> Tensor:
         routing, plan = self._route_and_plan(hidden_states, router_logits, weights)
         routing = self._mix_constants(hidden_states, routing, weights.constants)
-        self._require_agreement(hidden_states, routing, num_experts=weights.w13.size(0))
+        num_tokens = hidden_states.size(0)
+        self._require_agreement(
+            hidden_states,
+            router_logits,
+            routing,
+            num_tokens=num_tokens,
+            num_experts=weights.w13.size(0),
+            intermediate_size=self.group.size * weights.w2.size(2),
+        )
+        if hidden_states.device.type == "cpu":
+            # The host exchanges rows here, and Gloo would end the process for other sizes. A GPU must not wait.
+            self.group.require_same_number("num_tokens", num_tokens)
 
         works: Works = []
         collectives = Collectives(self.group, hidden_states.device)
         tokens, topk_weights = collectives.replicate(works, hidden_states, routing.topk_weights)
-        num_tokens = tokens.size(0)
         experts_only = RoutingResult(
             topk_weights, routing.topk_ids, topk_weights.new_zeros(num_tokens), topk_weights.new_zeros(num_tokens, 0)
         )
