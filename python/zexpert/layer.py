@@ -72,7 +72,7 @@ class FusedMoE(nn.Module):
             [R, H, F / P], and are called with the same tokens; see TensorParallelMoERunner.
         use_grouped_topk, num_expert_group, topk_group: choose within the best groups of real experts.
         custom_routing_function: see CustomRoutingRouter.
-        drop_before_renormalize: weights of drop experts become 0 before renormalising (MoE++).
+        drop_before_renormalize: weights of drop experts become 0 before renormalising (MoE++); needs both.
         routing_simulation: see RoutingSimulatorRouter.
         recompute: train in less memory: compute the experts' gate and up again in the backward instead of keeping
             them. About a third more work; the same gradients to rounding.

@@ -282,7 +282,7 @@ def test_rejects_bad_arguments(arguments: dict[str, Any], message: str) -> None:
 
 def test_length_of_the_bias_tells_the_number_of_zero_experts() -> None:
     layer = FusedMoE(6, 2, 8, 4, zero_expert_type="constant", e_score_correction_bias=torch.zeros(9))
-    assert layer.router.num_experts == 9
+    assert layer.router.num_logits == layer.router.num_experts == 9
     assert layer.constant_gate_weight is not None
     assert layer.constant_gate_weight.shape == (3, 2, 8)
 
