@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -77,6 +78,10 @@ def checkpoint(tmp_path: Path) -> Path:
     return path
 
 
+#: What Python's and PyTorch's own errors say.
+INTERNAL = re.compile(r"[A-Z]\w+Error|__\w+__|NoneType|object has|object is not|positional|keyword argument|aten::")
+
+
 def run(*arguments: object) -> Any:
     return CliRunner().invoke(app, list(map(str, arguments)))
 
@@ -86,6 +91,7 @@ def assert_one_sentence(result: Any, message: str = "") -> None:
     assert isinstance(result.exception, SystemExit)
     assert message in " ".join(result.stderr.split())
     assert "Traceback" not in result.stderr
+    assert not INTERNAL.search(result.stderr), result.stderr
 
 
 # ---- Work is not lost -----------------------------------------------------------------------------------------------
@@ -181,6 +187,14 @@ def configured(**sizes: object) -> Callable[[dict[str, Any]], None]:
     return change
 
 
+def with_weights(change: Callable[[torch.Tensor], object]) -> Callable[[dict[str, Any]], None]:
+    def change_all(state: dict[str, Any]) -> None:
+        state["model"] = {name: change(weight) for name, weight in state["model"].items()}
+
+    change_all.__name__ = getattr(change, "__name__", "weights")
+    return change_all
+
+
 MODEL_FAULTS = [
     without_a_weight,
     with_an_unknown_weight,
@@ -196,6 +210,17 @@ MODEL_FAULTS = [
     configured(top_k=99),
     configured(routed_scaling_factor=float("nan")),
     configured(unknown=1),
+    configured(hidden_size=10**30),
+    *(configured(top_k=value) for value in (None, [5], {}, 2.5, True, -1, float("nan"), "\u00e9", torch.zeros(2))),
+    *(configured(routed_scaling_factor=value) for value in (None, "4", [4.0], torch.ones(1))),
+    *(with_weights(change) for change in (torch.Tensor.long, torch.Tensor.bool, torch.Tensor.tolist, str)),
+    *(with_weights(change) for change in (torch.Tensor.to_sparse, torch.Tensor.cfloat, torch.sum)),
+    with_weights(lambda weight: weight.to(torch.float8_e4m3fn)),
+    with_weights(lambda weight: weight.to("meta")),
+    lambda state: state["model"].update({3: torch.zeros(1)}),
+    lambda state: state.update(model={1: 2}),
+    lambda state: state.update(model_config={1: 2}),
+    lambda state: state.update(model_config=torch.zeros(2)),
     lambda state: state.pop("model"),
     lambda state: state.update(model_config=None),
 ]
@@ -234,6 +259,18 @@ def with_another_moment(state: dict[str, Any]) -> None:
         lambda state: state.update(generator=torch.zeros(3)),
         lambda state: state.update(history=[{"step": 1}]),
         lambda state: state.update(history=[{"loss": "low"}]),
+        lambda state: state.update(history={}),
+        lambda state: state["history"][0].update(bits_per_byte=None),
+        lambda state: state["history"][1].update(held_out_bits_per_byte="low"),
+        lambda state: state.update(optimizer=None),
+        lambda state: state["optimizer"].update(state=3),
+        lambda state: state["optimizer"]["state"].pop(0),
+        lambda state: state["optimizer"]["state"][0]["exp_avg"].fill_(torch.nan),
+        lambda state: state["optimizer"]["param_groups"][0].pop("eps"),
+        lambda state: state["optimizer"]["param_groups"][0].update(betas=None),
+        lambda state: state["optimizer"]["param_groups"][0].update(weight_decay="x"),
+        lambda state: state["generator"].zero_(),
+        lambda state: state.update(generator="x"),
         lambda state: state.pop("history"),
     ],
 )
