@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -121,19 +121,18 @@ def test_a_full_disk(
     shutil.copy(checkpoint, out / "checkpoint.pt")
     before = (out / "checkpoint.pt").read_bytes()
 
-    def write_half(path: Path, data: bytes) -> None:
-        with path.open("wb") as file:
-            file.write(data[: len(data) // 2])
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-
     steps: list[object] = []
     if moment == "before the training":
         monkeypatch.setattr(files.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1 << 30, 1 << 30, 1000))  # type: ignore[attr-defined]
         monkeypatch.setattr(Trainer, "train_step", steps.append)
-    else:
-        monkeypatch.setattr(Path, "write_bytes", write_half)
-    result = run("demo", "--text", text, "--steps", 3, "--out", out, "--overwrite")
-    assert_one_sentence(result, "MiB free" if moment == "before the training" else "No space left on device")
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if moment != "before the training":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, unlimited[1]))  # stops within the checkpoint
+    try:
+        result = run("demo", "--text", text, "--steps", 3, "--out", out, "--overwrite")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    assert_one_sentence(result, "MiB free" if moment == "before the training" else "checkpoint.pt: File too large")
     assert steps == []
     assert (out / "checkpoint.pt").read_bytes() == before
     assert sorted(path.name for path in out.iterdir()) == ["checkpoint.pt"]
@@ -144,6 +143,11 @@ def test_the_folder_is_tried_before_the_training(text: Path, monkeypatch: pytest
     monkeypatch.setattr(Trainer, "train_step", steps.append)
     assert_one_sentence(run("demo", "--text", text, "--out", "/proc/zexpert"), "/proc/zexpert")
     assert steps == []
+
+
+def test_a_folder_that_leads_to_itself(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    assert_one_sentence(run("bench", "routing", "--plot", "loop/a.png"), "--plot must be in a folder that exists")
 
 
 def test_a_picture_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
