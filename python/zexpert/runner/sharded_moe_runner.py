@@ -56,4 +56,4 @@ class ShardedMoERunner(MoERunnerBase):
         self._agreed = True
 
     def __prepare_scriptable__(self) -> NoReturn:
-        raise RuntimeError("torch.jit.script cannot take a layer whose experts are shared out over ranks")
+        raise RuntimeError("torch.jit.script cannot compile a layer with experts spread over ranks")
