@@ -20,6 +20,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "cuda/cluster_ptx.cuh"
 #include "cuda/grouped_mlp/layout.h"
 #include "cuda/grouped_mlp/ptx.cuh"
 #include "cuda/launch.cuh"

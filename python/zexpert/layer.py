@@ -259,13 +259,13 @@ class FusedMoE(nn.Module):
         """
         check_tensor("hidden_states", hidden_states)
         check_tensor("router_logits", router_logits)
+        if hidden_states.dim() < 1 or hidden_states.size(-1) != self.hidden_size:
+            raise ValueError(
+                f"hidden_states must have shape [..., {self.hidden_size}], got {list(hidden_states.shape)}"
+            )
         is_flat = hidden_states.dim() == 2 and router_logits.dim() == 2
         shape = hidden_states.shape
-        if not is_flat:  # rows are checked by the runner and the router
-            if hidden_states.dim() < 1 or hidden_states.size(-1) != self.hidden_size:
-                raise ValueError(
-                    f"hidden_states must have shape [..., {self.hidden_size}], got {list(hidden_states.shape)}"
-                )
+        if not is_flat:  # the router compares rows
             if router_logits.dim() < 1 or router_logits.shape[:-1] != hidden_states.shape[:-1]:
                 raise ValueError(
                     f"router_logits must have the leading dimensions of hidden_states "

@@ -266,9 +266,7 @@ def test_others_learn_of_a_rank_that_fails(how: str, tmp_path: Path) -> None:
 
 def other_ways_to_run(group: Any) -> None:
     layer = make_parallel("identity", "ragged", group)
-    with pytest.raises(
-        RuntimeError, match=r"^torch.jit.script cannot compile a layer with experts spread over ranks$"
-    ):
+    with pytest.raises(RuntimeError, match=r"^torch.jit.script cannot compile a layer with experts spread over ranks$"):
         torch.jit.script(nn.Sequential(layer))
     inputs = [tensor.float() for tensor in make_inputs("identity", NUM_TOKENS[dist.get_rank(group)])[:2]]
     with torch.no_grad():

@@ -26,7 +26,7 @@ OPS = [
     "moe_finalize",
 ]
 VECTORISED = ["biased_topk", "zero_expert_accumulate", "silu_and_mul", "moe_finalize"]
-DECODING = {"num_tokens": 256, "num_logits": 768, "top_k": 12, "compute_capability": 9}
+DECODING = {"num_tokens": 256, "num_experts": 768, "top_k": 12, "compute_capability": 9}
 GROUPED = {"num_rows": 8, "num_experts": 4}
 INFERENCE = {"dtype": "float16", "keep_gate_up": False}
 SIZES: dict[str, dict[str, Any]] = {"grouped_mlp": GROUPED, "fused_moe": {**GROUPED, "keep_gate_up": False}}

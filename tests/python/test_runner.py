@@ -324,10 +324,7 @@ def test_rejects_bad_inputs() -> None:
     one_gate = weights._replace(constants=ConstantExperts(gates[:1], vectors))
     cases: list[tuple[tuple[Any, ...], str]] = [
         ((hidden_states.half(), router_logits, weights), r"^hidden_states must be of the weights' dtype"),
-        (
-            (hidden_states[:, :7], router_logits, weights),
-            r"^hidden_states must have shape \[\.\.\., 24\], got \[4, 7\]$",
-        ),
+        ((hidden_states[:, :7], router_logits, weights), r"^hidden_states must have .* \(24\), got 7$"),
         ((hidden_states, router_logits[:3], weights), r"^router_logits must have one row per token"),
         (
             (hidden_states, router_logits, one_gate),

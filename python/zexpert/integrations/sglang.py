@@ -2,7 +2,7 @@
 """zexpert in SGLang: routing and zero experts of LongCat-Flash.
 
 SGLang calls `register` in every process through the entry point "sglang.srt.plugins". It does nothing unless the
-environment says ZEXPERT_SGLANG=1. Then LongcatFlashMoE.forward reads its weights, ids and zero experts' output from
+environment says ZEXPERT_SGLANG=1. Then LongcatFlashMoE.forward takes its weights, ids and zero experts' output from
 biased_topk and zero_expert_accumulate. SGLang's experts stay. Their kernels do not accept negative ids, so a slot that
 chose a zero expert has id 0 and weight 0.
 

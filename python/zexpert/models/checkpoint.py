@@ -205,7 +205,7 @@ def trim_stacked_experts(state_dict: dict[str, Any], prefix: str, experts: Fused
     # With groups a rank holds a part of these. FusedMoE selects it from the whole.
     num_real_experts = experts.num_experts
     hidden_size, intermediate_size = experts.hidden_size, experts.intermediate_size
-    first_sizes = sorted({num_real_experts, experts.router.num_logits or num_real_experts})
+    first_sizes = sorted({num_real_experts, experts.router.num_experts or num_real_experts})
     for name, sizes in (
         ("experts.gate_up_proj", [2 * intermediate_size, hidden_size]),
         ("experts.down_proj", [hidden_size, intermediate_size]),

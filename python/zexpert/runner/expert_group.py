@@ -3,11 +3,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -75,28 +74,18 @@ class ExpertGroup:
             mesh = self._meshes[shard.device.type] = DeviceMesh.from_group(self.process_group, shard.device.type)
         return DTensor.from_local(shard, mesh, [Shard(dim)], run_check=False)
 
-    def require_agreement(self, settings: Mapping[str, object]) -> None:
+    def require_agreement(self, **settings: object) -> None:
         """Raises ValueError on every rank unless all ranks call this with the same values. The host waits."""
-        of_ranks: list[Mapping[str, object]] = [{}] * self.size
+        of_ranks: list[dict[str, object]] = [{}] * self.size
         with self.exchanging():
             dist.all_gather_object(of_ranks, settings, group=self.process_group)
-        for name in of_ranks[0]:
-            self._check_same(name, [others.get(name) for others in of_ranks])
-
-    def require_same_number(self, name: str, number: int) -> None:
-        """The same for one integer and ranks on the CPU. Faster."""
-        of_ranks = list(torch.empty(self.size, dtype=torch.int64).unbind())
-        with self.exchanging():
-            dist.all_gather(of_ranks, torch.tensor(number), group=self.process_group)
-        self._check_same(name, [int(other) for other in of_ranks])
-
-    def _check_same(self, name: str, of_ranks: list[Any]) -> None:
-        for rank, other in enumerate(of_ranks):
-            if other != of_ranks[0]:
-                raise ValueError(
-                    f"{name} must be the same on all ranks of {self._argument}, got {of_ranks[0]} on rank 0 and "
-                    f"{other} on rank {rank}"
-                )
+        for name, first in of_ranks[0].items():
+            for rank, others in enumerate(of_ranks):
+                if others.get(name) != first:
+                    raise ValueError(
+                        f"{name} must be the same on all ranks of {self._argument}, got {first} on rank 0 and "
+                        f"{others.get(name)} on rank {rank}"
+                    )
 
     @contextmanager
     def exchanging(self) -> Iterator[None]:

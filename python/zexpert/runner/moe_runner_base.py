@@ -51,7 +51,9 @@ class MoERunnerBase(MoERunner):
         if hidden_states.dtype != w13.dtype:
             raise ValueError(f"hidden_states must be of the weights' dtype ({w13.dtype}), got {hidden_states.dtype}")
         if hidden_states.size(-1) != w13.size(2):
-            raise ValueError(f"hidden_states must have shape [..., {w13.size(2)}], got {list(hidden_states.shape)}")
+            raise ValueError(
+                f"hidden_states must have the weights' hidden size ({w13.size(2)}), got {hidden_states.size(-1)}"
+            )
         if weights.w13_scale_inv is not None or weights.w2_scale_inv is not None:
             raise ValueError("w13_scale_inv and w2_scale_inv must be None: no operator accepts quantised experts")
 

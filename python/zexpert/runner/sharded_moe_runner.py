@@ -42,17 +42,15 @@ class ShardedMoERunner(MoERunnerBase):
         if self._agreed or (hidden_states.is_cuda and torch.cuda.is_current_stream_capturing()):
             return
         router = self.router
-        self.group.require_agreement(
-            {
-                "dtype": hidden_states.dtype,
-                "hidden_size": hidden_states.size(1),
-                "top_k": routing.topk_ids.size(1),
-                **settings,
-                "num_logits": router_logits.size(1),
-                **(router.arguments._asdict() if isinstance(router, BaseRouter) else {}),
-                "torch.is_grad_enabled()": torch.is_grad_enabled(),
-            }
-        )
+        settings |= {
+            "hidden_size": hidden_states.size(1),
+            "top_k": routing.topk_ids.size(1),
+            "num_logits": router_logits.size(1),
+            "torch.is_grad_enabled()": torch.is_grad_enabled(),
+        }
+        if isinstance(router, BaseRouter):
+            settings |= router.arguments._asdict()
+        self.group.require_agreement(dtype=hidden_states.dtype, **settings)
         self._agreed = True
 
     def __prepare_scriptable__(self) -> NoReturn:

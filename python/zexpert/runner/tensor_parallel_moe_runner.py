@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from zexpert.experts.interface import MoEExperts
@@ -17,7 +18,6 @@ from zexpert.runner.placement import TensorParallelPlacement
 from zexpert.runner.sharded_moe_runner import ShardedMoERunner
 
 if TYPE_CHECKING:
-    import torch.distributed as dist
     from torch.distributed.device_mesh import DeviceMesh
 
 
@@ -75,8 +75,12 @@ class TensorParallelMoERunner(ShardedMoERunner):
             intermediate_size=self.group.size * weights.w2.size(2),
         )
         if hidden_states.device.type == "cpu":
-            # The host exchanges rows here, and Gloo would end the process for other sizes. A GPU must not wait.
-            self.group.require_same_number("num_tokens", num_tokens)
+            # Gloo would end the process for different sizes, and the host waits for it anyway. A GPU must not wait.
+            bounds = torch.tensor([num_tokens, -num_tokens])
+            with self.group.exchanging():
+                dist.all_reduce(bounds, dist.ReduceOp.MAX, group=self.group.process_group)
+            if int(bounds.sum()) != 0:
+                self.group.require_agreement(num_tokens=num_tokens)
 
         works: Works = []
         collectives = Collectives(self.group, hidden_states.device)
