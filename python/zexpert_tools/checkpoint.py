@@ -40,14 +40,14 @@ def reading_checkpoint(path: Path) -> Iterator[None]:
         raise
     except Exception as error:  # texts that are not a ValueError's speak of Python and of PyTorch
         reason = str(error).strip() if isinstance(error, ValueError) else "its values do not fit together"
-        raise ValueError(f"{path} is no checkpoint of a byte decoder: {reason.splitlines()[0]}") from error
+        raise ValueError(f"{path} is not a checkpoint of a byte decoder: {reason.splitlines()[0]}") from error
 
 
 def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     """The state in `path`. Raises ValueError, in one sentence, if it is no trainer's."""
     with reading_checkpoint(path):
         if not path.is_file() and path.exists():
-            raise ValueError("it is no file")
+            raise ValueError("it is not a file")
         try:
             state = torch.load(path, map_location=device, weights_only=True)
         except OSError:

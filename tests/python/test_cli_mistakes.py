@@ -242,7 +242,7 @@ def test_a_model_that_does_not_fit(
         ("profile", checkpoint, "--text", text),
         ("demo", "--text", text, "--resume", checkpoint, "--out", tmp_path / "out"),
     ):
-        assert_one_sentence(run(*arguments), "checkpoint.pt is no checkpoint of a byte decoder: ")
+        assert_one_sentence(run(*arguments), "checkpoint.pt is not a checkpoint of a byte decoder: ")
     assert not (tmp_path / "out").exists()
 
 
@@ -285,15 +285,15 @@ def test_a_trainer_that_cannot_continue(
     fault(state)
     torch.save(state, checkpoint)
     result = run("demo", "--text", text, "--resume", checkpoint, "--out", "out", "--steps", 9)
-    assert_one_sentence(result, "checkpoint.pt is no checkpoint of a byte decoder: ")
+    assert_one_sentence(result, "checkpoint.pt is not a checkpoint of a byte decoder: ")
 
 
 def test_what_is_no_checkpoint_at_all(tmp_path: Path) -> None:
     (tmp_path / "text").write_text("no checkpoint")
     torch.save([1], tmp_path / "list")
-    for name, reason in (("text", "PyTorch cannot read it"), ("list", "it holds a list"), (".", "it is no file")):
+    for name, reason in (("text", "PyTorch cannot read it"), ("list", "it holds a list"), (".", "it is not a file")):
         assert_one_sentence(
-            run("generate", "--checkpoint", name), f"{name} is no checkpoint of a byte decoder: {reason}"
+            run("generate", "--checkpoint", name), f"{name} is not a checkpoint of a byte decoder: {reason}"
         )
     assert_one_sentence(run("generate", "--checkpoint", "gone"), "cannot read checkpoint gone: No such file")
 

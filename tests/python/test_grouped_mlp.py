@@ -264,6 +264,7 @@ BAD_INPUT = {
         {"row_slots": torch.zeros(5).long(), "top_k": 0},
         r"^row_slots must be int32, got int64$",
     ),
+    "slots per token without slots": ({"top_k": 3}, r"^top_k must be 1 without row_slots, got 3$"),
     "wide slots": ({"row_slots": torch.zeros(5).long()}, r"^row_slots must be int32, got int64$"),
     "slots of two dimensions": (
         {"row_slots": torch.zeros(5, 1).int()},
