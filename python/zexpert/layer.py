@@ -145,8 +145,8 @@ class FusedMoE(nn.Module):
             and e_score_correction_bias is None
         ):
             raise ValueError(f'zero_expert_num is required with zero_expert_type "{kind_name(zero_expert_type)}"')
-        if params_dtype is not None and not (isinstance(params_dtype, torch.dtype) and params_dtype.is_floating_point):
-            raise ValueError(f"params_dtype must be a floating-point dtype, got {params_dtype!r}")
+        if params_dtype not in (None, torch.float32, torch.float64, torch.bfloat16, torch.float16):
+            raise ValueError(f"params_dtype must be float32, float64, bfloat16 or float16, got {params_dtype!r}")
         if not isinstance(cast(object, recompute), bool):
             raise ValueError(f"recompute must be True or False, got {recompute!r}")
         if shared_experts is not None and not isinstance(shared_experts, nn.Module):

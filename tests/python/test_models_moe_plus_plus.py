@@ -310,6 +310,13 @@ def test_logits_without_spread_train(logits_std: float, two_layer_gate: bool, ze
         assert bool(block.gate.wg.weight.any()) if not two_layer_gate else True
 
 
+@pytest.mark.parametrize("logits_std", [0.0, -1.0, float("inf"), float("nan")])
+def test_a_logits_std_that_no_logits_have(logits_std: float) -> None:
+    """0 would give NaN gradients, a negative one would choose the worst experts."""
+    with pytest.raises(ValueError, match=rf"^logits_std must be finite and above 0, or None, got {logits_std}$"):
+        MoEPlusPlusBlock(dataclasses.replace(SMALL, logits_std=logits_std))
+
+
 @torch.no_grad()
 def test_tokens_with_spread_do_not_feel_those_without() -> None:
     """Bit for bit what the published formula gives them."""

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """MoE++'s mixture of experts (arXiv 2410.07348): zero, copy and constant experts, gating residuals."""
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -33,8 +34,8 @@ class MoEPlusPlusConfig:
             its matrix would get no gradient, for which DistributedDataParallel stops.
         two_layer_gate: logits from tanh(x @ W1.T) @ W2.T, W1 [8N, H], instead of x @ W.T.
         logits_std: None, or: softmax gets each token's logits divided by their standard deviation over the experts and
-            multiplied by this. The next layer's residual gets them undivided. Logits that are all the same are not
-            divided.
+            multiplied by this, which is above 0. The next layer's residual gets them undivided. Logits that are all
+            the same are not divided.
         drop_before_renormalize: weights of zero experts become 0 before the K weights are divided by their sum. Without
             zero experts it has no effect.
         scale_input_by_top_k: the experts get K * x.
@@ -141,7 +142,7 @@ class MoEPlusPlusBlock(CheckpointBlock):
         chunk_size, recompute, experts_backend, expert_parallel_group, tensor_parallel_group, device: see FusedMoE.
 
     Raises:
-        ValueError: if config is not a MoEPlusPlusConfig, or a size is out of range.
+        ValueError: if config is not a MoEPlusPlusConfig, or a value is out of range.
     """
 
     __jit_ignored_attributes__ = ["config"]  # noqa: RUF012
@@ -149,6 +150,8 @@ class MoEPlusPlusBlock(CheckpointBlock):
     def __init__(self, config: MoEPlusPlusConfig, **options: "Unpack[LayerOptions]") -> None:
         super().__init__()
         require_config(config, MoEPlusPlusConfig)
+        if config.logits_std is not None and not 0.0 < config.logits_std < math.inf:
+            raise ValueError(f"logits_std must be finite and above 0, or None, got {config.logits_std}")
         self.config = config
         self.logits_std = config.logits_std if config.num_logits > 1 else None
         self.input_scale = float(config.top_k) if config.scale_input_by_top_k else 1.0
