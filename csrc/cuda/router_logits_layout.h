@@ -82,8 +82,6 @@ inline constexpr int kManyWarpgroups = kManyExperts / kInstructionRows;
 
 enum class Mode { kFew, kSome, kMany };
 
-ZEXPERT_HOST_DEVICE constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 /// The work of a pair of blocks: the tokens of its block `rank` begin at (pair * kPair + rank) * kManyTokens.
 struct Unit {
   int expert_tile;

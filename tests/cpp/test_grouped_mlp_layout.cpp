@@ -195,6 +195,7 @@ template <Product kProduct, Tiles kTiles>
 Output grouped_product(const Elements& rows, int num_rows, int depth, const Elements& weights, int num_channels,
                        const std::vector<int>& segments, int max_rows, int num_blocks) {
   constexpr int kWeightBytes = weight_bytes(kTiles);
+  constexpr int kStepDepth = step_depth(kElementBytes);
   constexpr int kRounds = 2;  // fewer rounds of tiles than this have their steps divided
   const std::vector<int> offsets = ascending(segments);
   const std::vector<int> starts = row_tile_starts(segments, max_rows);
@@ -203,7 +204,7 @@ Output grouped_product(const Elements& rows, int num_rows, int depth, const Elem
   const Schedule schedule{offsets.data(),     starts.data(), num_experts, weight_tiles,
                           depth / kStepDepth, num_blocks,    kRounds};
   const TensorMapShape weights_shape = weights_map(kProduct, kTiles, num_channels, depth, num_experts,
-                                                   int64_t{num_matrices(kProduct)} * num_channels * depth);
+                                                   int64_t{num_matrices(kProduct)} * num_channels * depth, kElementBytes);
   Output out{Elements(static_cast<size_t>(num_rows * num_channels), NAN),
              std::vector<int>(static_cast<size_t>(num_rows * num_channels))};
   std::map<int, std::array<std::vector<Sums>, kWarpgroups>> parts;  // of divided tiles: [warpgroup][half]
@@ -226,12 +227,12 @@ Output grouped_product(const Elements& rows, int num_rows, int depth, const Elem
       Elements memory((kStage + kWeightBytes + kMaxRows * kLineBytes) / kElementBytes, NAN);
       uint32_t bytes = 0;
       for (int half = 0; half < kHalves; ++half) {
-        const WeightBox box = weight_box(kProduct, kTiles, work.expert, work.weight_tile, half, step);
+        const WeightBox box = weight_box(kProduct, kTiles, work.expert, work.weight_tile, half, step * kStepDepth);
         bytes += copy_box(weights_shape, weights, {box.coordinates, box.coordinates + 5}, memory,
                           kStage + static_cast<uint32_t>(half * half_bytes(kTiles)));
       }
       for_each_row_box(num_lines, [&](int box, int line) {
-        bytes += copy_box(rows_map(num_rows, depth, depth, box), rows, {step * kStepDepth, work.first_row + line},
+        bytes += copy_box(rows_map(num_rows, depth, depth, box, kElementBytes), rows, {step * kStepDepth, work.first_row + line},
                           memory, kStage + static_cast<uint32_t>(kWeightBytes + line * kLineBytes));
       });
       EXPECT_EQ(bytes, static_cast<uint32_t>(kWeightBytes + num_lines * kLineBytes)) << "what the barrier expects";

@@ -22,6 +22,8 @@ struct GroupedMlpParams {
   const int32_t* row_slots = nullptr;       ///< null, or [num_rows]; in [0, num_tokens * top_k) below the last offset
   const void* w13_weight = nullptr;         ///< [num_experts, 2 * intermediate_size, hidden_size]; inner two contiguous
   const void* w2_weight = nullptr;          ///< [num_experts, hidden_size, intermediate_size]; inner two contiguous
+  const float* w13_scale_inv = nullptr;     ///< null, or [num_experts, 2 * ceil(intermediate_size / 128), ceil(hidden_size / 128)]
+  const float* w2_scale_inv = nullptr;      ///< null, or [num_experts, ceil(hidden_size / 128), ceil(intermediate_size / 128)]
   void* out = nullptr;                      ///< [num_rows, hidden_size]; unit inner stride
   ScalarType data_type = ScalarType::kFloat32;
   int64_t num_rows = 0;
@@ -34,6 +36,8 @@ struct GroupedMlpParams {
   int64_t out_row_stride = 0;
   int64_t w13_expert_stride = 0;
   int64_t w2_expert_stride = 0;
+  int64_t w13_scale_expert_stride = 0;
+  int64_t w2_scale_expert_stride = 0;
   int64_t tile_rows = 0;      ///< most rows of an expert that a GPU multiplies at a time; 0 chooses; 0 on the CPU
   void* workspace = nullptr;  ///< grouped_mlp_cuda_workspace_bytes, aligned to 256 bytes; the CPU needs none
 
@@ -81,6 +85,7 @@ inline int64_t few_rows_limit(ScalarType type, CpuCapability capability) {
   return 16;
 }
 
+inline constexpr int64_t kScaleBlock = 128;
 // Sizes that grouped_mlp_cuda accepts.
 inline constexpr int64_t kHopperSizeStep = 64;  ///< hidden_size and intermediate_size are multiples of this
 inline constexpr int64_t kHopperMaxExperts = 1024;
@@ -88,6 +93,7 @@ inline constexpr int64_t kHopperMaxExperts = 1024;
 inline constexpr int64_t kHopperFewTileRows = 64;    ///< with 256 weight rows, and more of them on their way
 inline constexpr int64_t kHopperTallTileRows = 160;  ///< with 256 weight rows
 inline constexpr int64_t kHopperMaxTileRows = 288;   ///< with 128 weight rows
+inline constexpr int64_t kHopperFloat8TileRows = 144;  ///< with 256 weight rows in float8
 
 /// The most rows of a tile. Few rows per expert are bound by reading the weights, many by the products. Either way a
 /// segment should be one tile, so that its weights are read once. Longer segments have tall tiles again, which read
