@@ -41,6 +41,12 @@ Tensor rows_for(GroupedMlpImplementation implementation, const Tensor& rows_or_t
 GroupedMlpDevice current_device() { return grouped_mlp_cuda_device(); }
 
 void run_own_kernels(const ExpertInputs& inputs, const ExpertResults& results, bool /*keeps_gate_up*/) {
+  if (inputs.weights.is_quantised()) {  // the kernels quantise rows where they gather them
+    ExpertInputs aligned = inputs;
+    aligned.rows = with_aligned_rows(inputs.rows);
+    run_hopper_kernels(aligned, results.out, 0);
+    return;
+  }
   const Tensor rows = rows_for(GroupedMlpImplementation::kHopper, inputs.rows, inputs);
   const ExpertRows gathered{rows, inputs.expert_offsets, std::nullopt, std::nullopt, 1};
   run_hopper_kernels(ExpertInputs(gathered, inputs.weights), results.out, 0);
@@ -210,6 +216,11 @@ ExpertGradients allocate_gradients(const ExpertInputs& inputs, const ExpertGradi
   return gradients;
 }
 
+void check_serves_scales(const ExpertInputs& inputs, GroupedMlpImplementation implementation) {
+  ZEXPERT_CHECK(!inputs.weights.is_quantised() || implementation == GroupedMlpImplementation::kHopper,
+                "w13_scale_inv must be None for implementation \"", name(implementation), "\", got a tensor");
+}
+
 void zero_all(const ExpertGradients& gradients) {
   for (const Tensor* tensor : {&gradients.rows, &gradients.w13_weight, &gradients.w2_weight}) {
     zero_rows(*tensor, 0, tensor->size(0));
@@ -231,13 +242,14 @@ void run_hopper_kernels(const ExpertInputs& inputs, const Tensor& out, int64_t t
 }
 #endif
 
-GroupedMlpImplementation choose_implementation(const std::string& requested, const ExpertWeights& weights,
-                                               GroupedMlpTask task) {
-  return choose_grouped_mlp(requested, {current_device(), task, element_type(weights.w13), weights.num_experts(),
-                                        weights.hidden_size(), weights.intermediate_size()});
+GroupedMlpImplementation choose_implementation(const std::string& requested, const Tensor& rows,
+                                               const ExpertWeights& weights, GroupedMlpTask task) {
+  return choose_grouped_mlp(requested, {current_device(), task, element_type(rows), weights.num_experts(),
+                                        weights.hidden_size(), weights.intermediate_size(), weights.is_quantised()});
 }
 
 ExpertResults run_experts(const ExpertInputs& inputs, GroupedMlpImplementation implementation, bool keeps_gate_up) {
+  check_serves_scales(inputs, implementation);
   const int64_t num_rows = inputs.num_rows();
   const int64_t gate_up_size = 2 * inputs.intermediate_size();
   const bool has_products = num_rows > 0 && inputs.num_experts() > 0 && inputs.hidden_size() > 0 && gate_up_size > 0;
@@ -259,6 +271,7 @@ ExpertResults run_experts(const ExpertInputs& inputs, GroupedMlpImplementation i
 
 ExpertGradients differentiate_experts(const ExpertInputs& inputs, const ExpertGradientInputs& given,
                                       GroupedMlpImplementation implementation) {
+  check_serves_scales(inputs, implementation);
   const bool has_products =
       inputs.num_rows() > 0 && inputs.num_experts() > 0 && inputs.hidden_size() > 0 && inputs.intermediate_size() > 0;
   if (has_products && !has_own_kernels(implementation)) {

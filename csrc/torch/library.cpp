@@ -37,7 +37,7 @@ STABLE_TORCH_LIBRARY(zexpert, m) {
   m.def("silu_and_mul(Tensor gate_up, Tensor? expert_offsets=None) -> Tensor");
   m.def(
       "grouped_mlp(Tensor rows, Tensor expert_offsets, Tensor w13_weight, Tensor w2_weight, Tensor? row_slots=None, "
-      "int top_k=1, *, str implementation=\"auto\") -> Tensor");
+      "int top_k=1, Tensor? w13_scale_inv=None, Tensor? w2_scale_inv=None, *, str implementation=\"auto\") -> Tensor");
   m.def(
       "moe_finalize(Tensor rows, Tensor slot_rows, Tensor topk_weights, Tensor hidden_states, Tensor zero_weight, "
       "Tensor? residual=None, Tensor? constant_weight=None, Tensor? constant_vectors=None) -> Tensor");
@@ -55,8 +55,8 @@ STABLE_TORCH_LIBRARY(zexpert, m) {
   m.def("silu_and_mul_backward(Tensor grad_out, Tensor gate_up, Tensor? expert_offsets=None) -> Tensor grad_gate_up");
   m.def(
       "grouped_mlp_backward(Tensor grad_out, Tensor rows, Tensor expert_offsets, Tensor w13_weight, "
-      "Tensor w2_weight, Tensor? gate_up, *, bool needs_rows=True, bool needs_w13_weight=True, "
-      "bool needs_w2_weight=True, str implementation=\"auto\") "
+      "Tensor w2_weight, Tensor? gate_up, Tensor? w13_scale_inv=None, Tensor? w2_scale_inv=None, *, "
+      "bool needs_rows=True, bool needs_w13_weight=True, bool needs_w2_weight=True, str implementation=\"auto\") "
       "-> (Tensor grad_rows, Tensor grad_w13_weight, Tensor grad_w2_weight)");
   m.def(
       "moe_finalize_backward(Tensor grad_out, Tensor rows, Tensor slot_rows, Tensor topk_weights, "
@@ -65,13 +65,15 @@ STABLE_TORCH_LIBRARY(zexpert, m) {
   m.def(
       "fused_moe(Tensor hidden_states, Tensor topk_weights, Tensor zero_weight, Tensor expert_offsets, "
       "Tensor row_slots, Tensor slot_rows, Tensor w13_weight, Tensor w2_weight, Tensor? residual=None, "
-      "Tensor? constant_weight=None, Tensor? constant_vectors=None, *, bool keep_gate_up=True, "
-      "str implementation=\"auto\") -> (Tensor out, Tensor gate_up)");
+      "Tensor? constant_weight=None, Tensor? constant_vectors=None, Tensor? w13_scale_inv=None, "
+      "Tensor? w2_scale_inv=None, *, bool keep_gate_up=True, str implementation=\"auto\") "
+      "-> (Tensor out, Tensor gate_up)");
   m.def(
       "fused_moe_backward(Tensor grad_out, Tensor hidden_states, Tensor topk_weights, Tensor zero_weight, "
       "Tensor expert_offsets, Tensor row_slots, Tensor slot_rows, Tensor w13_weight, Tensor w2_weight, "
-      "Tensor gate_up, *, bool needs_hidden_states=True, bool needs_w13_weight=True, bool needs_w2_weight=True, "
-      "str implementation=\"auto\") -> (Tensor grad_hidden_states, Tensor grad_topk_weights, Tensor grad_zero_weight, "
+      "Tensor gate_up, Tensor? w13_scale_inv=None, Tensor? w2_scale_inv=None, *, bool needs_hidden_states=True, "
+      "bool needs_w13_weight=True, bool needs_w2_weight=True, str implementation=\"auto\") "
+      "-> (Tensor grad_hidden_states, Tensor grad_topk_weights, Tensor grad_zero_weight, "
       "Tensor grad_w13_weight, Tensor grad_w2_weight)");
 
   // Older names, kept for one release

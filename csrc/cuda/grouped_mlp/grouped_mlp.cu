@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// grouped_mlp on a Hopper GPU: a kernel that plans the tiles, and quantizes the rows where weights
+// grouped_mlp on a Hopper GPU: a kernel that plans the tiles, and quantises the rows where weights
 // are float8, and one for each of the two products.
 #include "zexpert/grouped_mlp.h"
 
@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(kMaxExperts) plan_tiles_alone(const TilePlanAr
   plan_tiles(arguments);
 }
 
-struct QuantizeRowsArguments {
+struct QuantiseRowsArguments {
   const __nv_bfloat16* rows;   ///< [num_rows, hidden_size], or with row_slots [num_tokens, hidden_size]
   const int32_t* row_slots;    ///< null, or [num_rows]: row r is token row_slots[r] / top_k
   const int32_t* last_offset;  ///< rows from here on do no work
@@ -82,7 +82,7 @@ struct QuantizeRowsArguments {
 };
 
 /// float8 rows with a scale for each row and block of kScaleBlock channels. Half a warp has a block at a time.
-__device__ __forceinline__ void quantize_rows(const QuantizeRowsArguments& arguments, int block, int num_blocks) {
+__device__ __forceinline__ void quantise_rows(const QuantiseRowsArguments& arguments, int block, int num_blocks) {
   constexpr int kLanes = kWarpSize / 2;
   constexpr int kChannels = static_cast<int>(kScaleBlock) / kLanes;
   constexpr int kAtOnce = kMaxExperts / kLanes;
@@ -128,15 +128,15 @@ __device__ __forceinline__ void quantize_rows(const QuantizeRowsArguments& argum
   }
 }
 
-/// The first block plans the tiles, the others quantize the rows.
+/// The first block plans the tiles, the others quantise the rows.
 __global__ void __launch_bounds__(kMaxExperts)
-    plan_tiles_and_quantize(const TilePlanArguments plan, const QuantizeRowsArguments rows) {
+    plan_tiles_and_quantise(const TilePlanArguments plan, const QuantiseRowsArguments rows) {
   wait_for_previous_kernels();
   let_next_kernel_start();
   if (blockIdx.x == 0) {
     plan_tiles(plan);
   } else {
-    quantize_rows(rows, static_cast<int>(blockIdx.x) - 1, static_cast<int>(gridDim.x) - 1);
+    quantise_rows(rows, static_cast<int>(blockIdx.x) - 1, static_cast<int>(gridDim.x) - 1);
   }
 }
 
@@ -161,7 +161,7 @@ CUtensorMap encode(const TensorMapShape& shape, CUtensorMapDataType data_type, C
 
 /// Parts of the workspace, each aligned to 256 bytes.
 struct Workspace {
-  int64_t rows;        // of tokens, gathered or quantized
+  int64_t rows;        // of tokens, gathered or quantised
   int64_t row_scales;  // with float8 weights
   int64_t activation;
   int64_t activation_scales;  // with float8 weights
@@ -291,7 +291,7 @@ class Products {
         row_tile_starts_(reinterpret_cast<int32_t*>(workspace + parts.row_tile_starts)),
         stream_(stream) {}
 
-  /// Plans the tiles, and quantizes the rows where weights are float8.
+  /// Plans the tiles, and quantises the rows where weights are float8.
   void prepare() const {
     TilePlanArguments plan{};
     plan.given_offsets = params_.expert_offsets;
@@ -306,7 +306,7 @@ class Products {
       launch("grouped_mlp", &plan_tiles_alone, 1, kMaxExperts, 0, stream_, plan);
       return;
     }
-    QuantizeRowsArguments rows{};
+    QuantiseRowsArguments rows{};
     rows.rows = static_cast<const __nv_bfloat16*>(params_.rows);
     rows.row_slots = params_.row_slots;
     rows.last_offset = params_.expert_offsets + params_.num_experts;
@@ -322,7 +322,7 @@ class Products {
     const int64_t channels_per_block = kMaxExperts * kScaleBlock / (kWarpSize / 2);
     const int64_t quantizing = std::min<int64_t>(divide_up(params_.num_rows * params_.hidden_size, channels_per_block),
                                         kBlocksPerMultiprocessor * num_blocks_ - 1);
-    launch("grouped_mlp", &plan_tiles_and_quantize, 1 + quantizing, kMaxExperts, 0, stream_, plan, rows);
+    launch("grouped_mlp", &plan_tiles_and_quantise, 1 + quantizing, kMaxExperts, 0, stream_, plan, rows);
   }
 
   void multiply() const {

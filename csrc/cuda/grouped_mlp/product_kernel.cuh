@@ -340,7 +340,7 @@ __device__ __forceinline__ void multiply_scaled(float (&sums)[kHalves][kColumns 
 /// Activates a tile's gate and up sums, a block of channels, and writes it in float8 with a scale for each row: its
 /// largest magnitude over the largest of the type.
 template <typename T, int kColumns, Tiles kTiles, int kMaxRows, int kStages>
-__device__ __forceinline__ void write_quantized(float (&sums)[kHalves][kColumns / 2], const ProductArguments& arguments,
+__device__ __forceinline__ void write_quantised(float (&sums)[kHalves][kColumns / 2], const ProductArguments& arguments,
                                                 const WorkItem& work,
                                                 ProductMemory<T, kTiles, kMaxRows, kStages>& memory) {
   static_assert(tile_channels(Product::kGateUp, kTiles) == kScaleBlock && row_parts(kTiles) == 1);
@@ -517,7 +517,7 @@ __device__ __forceinline__ void compute_tile(const ProductArguments& arguments, 
   if (work.num_parts > 1 && !add_parts(sums, arguments, work, memory))
     return;
   if constexpr (kIsScaled<T> && kProduct == Product::kGateUp) {
-    write_quantized<T, kColumns>(sums, arguments, work, memory);
+    write_quantised<T, kColumns>(sums, arguments, work, memory);
     return;
   }
   const int channel = first_channel(kProduct, kTiles, work.weight_tile, warpgroup, warp % kWarpsPerWarpgroup);

@@ -11,10 +11,16 @@
 
 namespace zexpert {
 
+inline constexpr int64_t kScaleBlock = 128;  ///< quantised weights have a scale for each block of 128 x 128
+
+/// Blocks that `size` rows or columns of a quantised weight are cut into; the last one may be smaller.
+constexpr int64_t num_scale_blocks(int64_t size) { return (size + kScaleBlock - 1) / kScaleBlock; }
+
 /// For every expert e and each of its rows r, expert_offsets[e] <= r < expert_offsets[e + 1]:
 ///   out[r] = (silu(rows[r] @ gate_e.T) * (rows[r] @ up_e.T)) @ down_e.T,  [gate_e; up_e] = w13[e], down_e = w2[e].
 /// Sums in float32 (float64 for float64 data). Rows past the last offset are neither read nor written. With row_slots,
-/// `rows` are tokens, and row r is token row_slots[r] / top_k.
+/// `rows` are tokens, and row r is token row_slots[r] / top_k. With scales, weights are float8_e4m3fn (1 sign, 4
+/// exponent and 3 mantissa bits, no infinity), and a weight's value is itself times the scale of its block.
 /// Strides count elements. All pointers are to memory of the device that computes.
 struct GroupedMlpParams {
   const void* rows = nullptr;  ///< [num_rows, hidden_size], with row_slots [num_tokens, hidden_size]; unit inner stride
@@ -22,10 +28,13 @@ struct GroupedMlpParams {
   const int32_t* row_slots = nullptr;       ///< null, or [num_rows]; in [0, num_tokens * top_k) below the last offset
   const void* w13_weight = nullptr;         ///< [num_experts, 2 * intermediate_size, hidden_size]; inner two contiguous
   const void* w2_weight = nullptr;          ///< [num_experts, hidden_size, intermediate_size]; inner two contiguous
-  const float* w13_scale_inv = nullptr;     ///< null, or [num_experts, 2 * ceil(intermediate_size / 128), ceil(hidden_size / 128)]
-  const float* w2_scale_inv = nullptr;      ///< null, or [num_experts, ceil(hidden_size / 128), ceil(intermediate_size / 128)]
-  void* out = nullptr;                      ///< [num_rows, hidden_size]; unit inner stride
-  ScalarType data_type = ScalarType::kFloat32;
+  /// Null, or [num_experts, 2 * num_scale_blocks(intermediate_size), num_scale_blocks(hidden_size)], inner two
+  /// contiguous: the scales of w13_weight, gate's blocks first, then up's. Not negative, finite.
+  const float* w13_scale_inv = nullptr;
+  /// Null, or [num_experts, num_scale_blocks(hidden_size), num_scale_blocks(intermediate_size)]; likewise.
+  const float* w2_scale_inv = nullptr;
+  void* out = nullptr;                          ///< [num_rows, hidden_size]; unit inner stride
+  ScalarType data_type = ScalarType::kFloat32;  ///< of rows and out, and of weights without scales
   int64_t num_rows = 0;
   int64_t num_tokens = 0;  ///< with row_slots
   int64_t top_k = 1;       ///< with row_slots
@@ -43,7 +52,9 @@ struct GroupedMlpParams {
 
   bool is_empty() const { return num_rows == 0 || num_experts == 0 || hidden_size == 0; }
 
-  /// Throws Error for a negative size, a missing array or a type that is not floating.
+  bool has_fp8_weights() const { return w13_scale_inv != nullptr; }
+
+  /// Throws Error for a negative size, a missing array, scales of one weight only, or a type that is not floating.
   void validate() const {
     detail::check_sizes({{"num_rows", num_rows},
                          {"num_tokens", num_tokens},
@@ -60,6 +71,9 @@ struct GroupedMlpParams {
     if (!is_empty() && intermediate_size > 0) {
       detail::check_pointers({{"w13_weight", w13_weight}, {"w2_weight", w2_weight}});
     }
+    ZEXPERT_CHECK((w13_scale_inv == nullptr) == (w2_scale_inv == nullptr),
+                  "w13_scale_inv and w2_scale_inv must be given both or neither, got ",
+                  w2_scale_inv == nullptr ? "w13_scale_inv" : "w2_scale_inv", " alone");
   }
 };
 
@@ -85,7 +99,6 @@ inline int64_t few_rows_limit(ScalarType type, CpuCapability capability) {
   return 16;
 }
 
-inline constexpr int64_t kScaleBlock = 128;
 // Sizes that grouped_mlp_cuda accepts.
 inline constexpr int64_t kHopperSizeStep = 64;  ///< hidden_size and intermediate_size are multiples of this
 inline constexpr int64_t kHopperMaxExperts = 1024;

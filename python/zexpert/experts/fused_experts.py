@@ -33,6 +33,8 @@ class FusedExperts(MoEExperts):
             weights.w2,
             plan.row_slots,
             routing.topk_ids.size(1),
+            weights.w13_scale_inv,
+            weights.w2_scale_inv,
             implementation=self.name,
         )
         return rows
@@ -60,6 +62,8 @@ class FusedExperts(MoEExperts):
             residual,
             None if constants is None else routing.constant_weight,
             None if constants is None else constants.vectors,
+            weights.w13_scale_inv,
+            weights.w2_scale_inv,
             keep_gate_up=keep_gate_up,
             implementation=self.name,
         )[0]
