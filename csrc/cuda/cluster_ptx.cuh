@@ -71,6 +71,17 @@ __device__ __forceinline__ void load_box_2d_into_blocks(uint32_t destination, co
       : "memory");
 }
 
+/// The same for the two blocks of a cluster, and a box of five dimensions.
+__device__ __forceinline__ void load_box_5d_into_both(uint32_t destination, const CUtensorMap& map, uint32_t barrier,
+                                                      int c0, int c1, int c2, int c3, int c4) {
+  constexpr uint16_t kBoth = 3;
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%4, "
+      "%5, %6, %7, %8}], [%2], %3;" ::"r"(destination),
+      "l"(reinterpret_cast<uint64_t>(&map)), "r"(barrier), "h"(kBoth), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4)
+      : "memory");
+}
+
 /// Brings a box into the L2 cache.
 __device__ __forceinline__ void prefetch_box_2d(const CUtensorMap& map, int c0, int c1) {
   asm volatile(

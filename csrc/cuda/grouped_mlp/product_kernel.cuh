@@ -25,6 +25,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "cuda/cluster_ptx.cuh"
 #include "cuda/grouped_mlp/float8.cuh"
 #include "cuda/grouped_mlp/layout.h"
 #include "cuda/grouped_mlp/ptx.cuh"
@@ -135,9 +136,15 @@ __device__ __forceinline__ float silu_and_mul_of(float gate, float up) {
   return __fdividef(gate, 1.0F + __expf(-gate)) * up;
 }
 
+/// This block's number in its cluster.
+template <int kCluster>
+__device__ __forceinline__ int block_rank() {
+  return kCluster == 1 ? 0 : static_cast<int>(ptx::cluster_rank());
+}
+
 /// The producer: one thread. In the down product it loads its first stages' weights before it waits for the kernel that
 /// writes the rows.
-template <typename T, Product kProduct, Tiles kTiles, int kMaxRows, int kStages>
+template <typename T, Product kProduct, Tiles kTiles, int kCluster, int kMaxRows, int kStages>
 __device__ __forceinline__ void load_tiles(const ProductArguments& arguments, const Schedule& schedule,
                                            ProductMemory<T, kTiles, kMaxRows, kStages>& memory) {
   constexpr int kDepth = step_depth(sizeof(T));
@@ -151,29 +158,39 @@ __device__ __forceinline__ void load_tiles(const ProductArguments& arguments, co
     ptx::barrier_arrive(ptx::shared_address(&memory.item_full[place.stage]));
     place.advance();
   };
+  const int rank = block_rank<kCluster>();
+  const auto own_rows = [&](const WorkItem& work) { return rows_of_part(work.num_rows, rank, kCluster); };
   const auto load_weights = [&](const WorkItem& work, int step, int to_stage) {
     const uint32_t full = ptx::shared_address(&memory.full[to_stage]);
-    ptx::barrier_arrive_and_expect(
-        full, static_cast<uint32_t>(kWeightBytes + kScaleBytes + round_up(work.num_rows, kRowStep) * kLineBytes));
-#pragma unroll
-    for (int half = 0; half < kHalves; ++half) {
+    const int num_lines = round_up(own_rows(work).num_rows, kRowStep);
+    ptx::barrier_arrive_and_expect(full, static_cast<uint32_t>(kWeightBytes + kScaleBytes + num_lines * kLineBytes));
+    const auto load_half = [&](int half, const auto& load) {
       const WeightBox box = weight_box(kProduct, kTiles, work.expert, work.weight_tile, half, step * kDepth);
       const auto& c = box.coordinates;
-      ptx::load_box_5d(ptx::shared_address(memory.stages[to_stage]) + static_cast<uint32_t>(half * half_bytes(kTiles)),
-                       arguments.weights, full, c[0], c[1], c[2], c[3], c[4]);
+      load(ptx::shared_address(memory.stages[to_stage]) + static_cast<uint32_t>(half * half_bytes(kTiles)),
+           arguments.weights, full, c[0], c[1], c[2], c[3], c[4]);
+    };
+    if constexpr (kCluster == 1) {
+#pragma unroll
+      for (int half = 0; half < kHalves; ++half) load_half(half, ptx::load_box_5d);
+    } else {
+      static_assert(kCluster == kHalves);
+      load_half(rank, ptx::load_box_5d_into_both);
     }
   };
   // Blocks of all weight tiles read the rows: keep them in the L2 cache while weights pass through.
   const uint64_t rows_policy = are_few(kMaxRows) ? ptx::evict_normal() : ptx::evict_last();
   const auto load_rows = [&](const WorkItem& work, int step, int to_stage) {
     const uint32_t to = ptx::shared_address(memory.stages[to_stage]) + static_cast<uint32_t>(kWeightBytes);
-    for_each_row_box(round_up(work.num_rows, kRowStep), [&](int box, int line) {
+    const PartRows rows = own_rows(work);
+    const int first_row = work.first_row + rows.first_row;
+    for_each_row_box(round_up(rows.num_rows, kRowStep), [&](int box, int line) {
       ptx::load_box_2d(to + static_cast<uint32_t>(line * kLineBytes), arguments.rows[box],
-                       ptx::shared_address(&memory.full[to_stage]), rows_policy, step * kDepth, work.first_row + line);
+                       ptx::shared_address(&memory.full[to_stage]), rows_policy, step * kDepth, first_row + line);
     });
     if constexpr (kIsScaled<T>) {
       ptx::load_box_2d(ptx::shared_address(memory.scales.rows[to_stage]), arguments.row_scales,
-                       ptx::shared_address(&memory.full[to_stage]), rows_policy, work.first_row, step);
+                       ptx::shared_address(&memory.full[to_stage]), rows_policy, first_row, step);
     }
   };
   bool may_read_rows = false;
@@ -184,8 +201,18 @@ __device__ __forceinline__ void load_tiles(const ProductArguments& arguments, co
   };
   // Tiles differ in rows, and so in time. Blocks fetch tiles in turn: tiles that share rows or weights are then
   // computed at the same time, while the L2 cache holds what they share. With a fixed series, blocks would drift apart.
-  const auto take_ticket = [&] { return atomicAdd(arguments.tickets, 1); };
-  for_each_item(schedule, static_cast<int>(blockIdx.x), take_ticket, [&](const WorkItem& work) {
+  // A cluster's blocks have to agree, so they have a fixed series.
+  int next_ticket = static_cast<int>(blockIdx.x) / kCluster;
+  const auto take_ticket = [&] {
+    if constexpr (kCluster == 1) {
+      return atomicAdd(arguments.tickets, 1);
+    } else {
+      const int ticket = next_ticket;
+      next_ticket += schedule.num_blocks;
+      return ticket;
+    }
+  };
+  for_each_item(schedule, static_cast<int>(blockIdx.x) / kCluster, take_ticket, [&](const WorkItem& work) {
     hand_over(work);
     int step = work.first_step;
     if (!may_read_rows) {
@@ -198,7 +225,12 @@ __device__ __forceinline__ void load_tiles(const ProductArguments& arguments, co
       }
     }
     for (; step < work.last_step; ++step) {
-      ptx::barrier_wait(ptx::shared_address(&memory.empty[ring.stage]), ring.parity ^ 1U);
+      const uint32_t empty = ptx::shared_address(&memory.empty[ring.stage]);
+      if constexpr (kCluster == 1) {
+        ptx::barrier_wait(empty, ring.parity ^ 1U);
+      } else {
+        ptx::barrier_wait_for_cluster(empty, ring.parity ^ 1U);
+      }
       load_weights(work, step, ring.stage);
       load_rows(work, step, ring.stage);
       ring.advance();
@@ -209,15 +241,21 @@ __device__ __forceinline__ void load_tiles(const ProductArguments& arguments, co
   hand_over(WorkItem{});
 }
 
-/// Reports that a warp is done with the stage that `empty` belongs to.
+/// Reports that a warp is done with the stage that `empty` belongs to, to every block that writes into it.
+template <int kCluster>
 __device__ __forceinline__ void release_stage(uint32_t empty) {
-  if (threadIdx.x % kWarpSize == 0)
-    ptx::barrier_arrive(empty);
+  if constexpr (kCluster == 1) {
+    if (threadIdx.x % kWarpSize == 0)
+      ptx::barrier_arrive(empty);
+  } else {
+    if (threadIdx.x % kWarpSize < kCluster)
+      ptx::barrier_arrive_in_cluster(ptx::address_in_block(empty, threadIdx.x % kWarpSize));
+  }
 }
 
 /// sums[half] += 64 weight rows of that half, from line `first_weight` on, times kColumns rows, from `first_row` on,
 /// over `num_steps` stages of the ring.
-template <typename T, int kColumns, Tiles kTiles, int kMaxRows, int kStages>
+template <int kCluster, typename T, int kColumns, Tiles kTiles, int kMaxRows, int kStages>
 __device__ __forceinline__ void multiply(float (&sums)[kHalves][kColumns / 2], int num_steps, int first_weight,
                                          int first_row, ProductMemory<T, kTiles, kMaxRows, kStages>& memory,
                                          RingPosition<kStages>& ring) {
@@ -240,12 +278,12 @@ __device__ __forceinline__ void multiply(float (&sums)[kHalves][kColumns / 2], i
     ptx::wgmma_commit();
     ptx::wgmma_wait<1>();
     if (step > 0)
-      release_stage(previous_empty);
+      release_stage<kCluster>(previous_empty);
     previous_empty = ptx::shared_address(&memory.empty[ring.stage]);
     ring.advance();
   }
   ptx::wgmma_wait<0>();
-  release_stage(previous_empty);
+  release_stage<kCluster>(previous_empty);
 #pragma unroll
   for (int half = 0; half < kHalves; ++half) {
 #pragma unroll
@@ -274,7 +312,7 @@ __device__ __forceinline__ WeightScales weight_scales(const ProductArguments& ar
 /// sums[half] += 64 weight rows of that half, from line `first_weight` on, times kColumns rows, over the steps of
 /// `work`. A step's products are summed by the matrix instruction, in registers for half of the weight rows and at most
 /// kPartialColumns rows, scaled, and added in float32. Meanwhile the other warpgroup's instructions run.
-template <typename T, int kColumns, Tiles kTiles, int kMaxRows, int kStages>
+template <int kCluster, typename T, int kColumns, Tiles kTiles, int kMaxRows, int kStages>
 __device__ __forceinline__ void multiply_scaled(float (&sums)[kHalves][kColumns / 2], const WeightScales& scales,
                                                 const WorkItem& work, int first_weight,
                                                 ProductMemory<T, kTiles, kMaxRows, kStages>& memory,
@@ -330,7 +368,7 @@ __device__ __forceinline__ void multiply_scaled(float (&sums)[kHalves][kColumns 
     add_part(kOne, kNone, kFirst);
     add_part(kOne, kFirst, kRest);
     __syncwarp();
-    release_stage(ptx::shared_address(&memory.empty[ring.stage]));
+    release_stage<kCluster>(ptx::shared_address(&memory.empty[ring.stage]));
     ring.advance();
     gate_scale = next_gate_scale;
     up_scale = next_up_scale;
@@ -341,7 +379,7 @@ __device__ __forceinline__ void multiply_scaled(float (&sums)[kHalves][kColumns 
 /// largest magnitude over the largest of the type.
 template <typename T, int kColumns, Tiles kTiles, int kMaxRows, int kStages>
 __device__ __forceinline__ void write_quantised(float (&sums)[kHalves][kColumns / 2], const ProductArguments& arguments,
-                                                const WorkItem& work,
+                                                const WorkItem& work, const PartRows& rows,
                                                 ProductMemory<T, kTiles, kMaxRows, kStages>& memory) {
   static_assert(tile_channels(Product::kGateUp, kTiles) == kScaleBlock && row_parts(kTiles) == 1);
   const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
@@ -370,8 +408,8 @@ __device__ __forceinline__ void write_quantised(float (&sums)[kHalves][kColumns 
     for (int other = 1; other < kConsumerWarps; ++other) most = fmaxf(most, memory.scales.maxima[other][row]);
     const float scale = float8_scale(most);
     memory.scales.inverse[row] = 1.0F / scale;
-    if (row < work.num_rows)
-      arguments.out_scales[work.weight_tile * arguments.out_scales_stride + work.first_row + row] = scale;
+    if (row < rows.num_rows)
+      arguments.out_scales[work.weight_tile * arguments.out_scales_stride + work.first_row + rows.first_row + row] = scale;
   }
   ptx::named_barrier_sync(kConsumersBarrier, kConsumers);
 
@@ -381,7 +419,8 @@ __device__ __forceinline__ void write_quantised(float (&sums)[kHalves][kColumns 
                                     warp % kWarpsPerWarpgroup);
   if (channel >= arguments.num_channels)
     return;
-  auto* const out = static_cast<uint8_t*>(arguments.out) + work.first_row * arguments.out_row_stride + channel;
+  const int64_t first_row = work.first_row + rows.first_row;
+  auto* const out = static_cast<uint8_t*>(arguments.out) + first_row * arguments.out_row_stride + channel;
   const uint32_t staging = ptx::shared_address(memory.staging[warp]) + static_cast<uint32_t>(lane * 16);
 #pragma unroll
   for (int begin = 0; begin < kColumns; begin += kWarpSize) {
@@ -399,7 +438,7 @@ __device__ __forceinline__ void write_quantised(float (&sums)[kHalves][kColumns 
     __syncwarp();
     const uint4 pairs = ptx::load_shared(staging);
     __syncwarp();
-    if (begin + lane < work.num_rows) {
+    if (begin + lane < rows.num_rows) {
       constexpr unsigned kFirstHalf = 0x6420;
       constexpr unsigned kSecondHalf = 0x7531;
       *reinterpret_cast<uint4*>(out + (begin + lane) * arguments.out_row_stride) = {
@@ -411,13 +450,15 @@ __device__ __forceinline__ void write_quantised(float (&sums)[kHalves][kColumns 
 
 /// Writes this block's part of a divided tile. In the block that finishes last it returns true, and the sums of all
 /// parts.
-template <typename T, Tiles kTiles, int kMaxRows, int kStages, int kSums>
+template <int kCluster, typename T, Tiles kTiles, int kMaxRows, int kStages, int kSums>
 __device__ __forceinline__ bool add_parts(float (&sums)[kHalves][kSums], const ProductArguments& arguments,
                                           const WorkItem& work, ProductMemory<T, kTiles, kMaxRows, kStages>& memory) {
+  const int rank = block_rank<kCluster>();
   // The first part of a tile is the last that its block has, any other the first.
   const auto at = [&](int part, int half, int i) {
     constexpr int kMostColumns = ProductMemory<T, kTiles, kMaxRows, kStages>::kMostColumns;
-    const int64_t place = int64_t{kPartsOfBlock} * (work.first_block + part) + (part == 0 ? 1 : 0);
+    const int block = (work.first_block + part) * kCluster + rank;
+    const int64_t place = int64_t{kPartsOfBlock} * block + (part == 0 ? 1 : 0);
     return arguments.partial_sums + (place * kMostColumns + half * kSums + i) * kConsumers + threadIdx.x;
   };
 #pragma unroll
@@ -428,7 +469,7 @@ __device__ __forceinline__ bool add_parts(float (&sums)[kHalves][kSums], const P
   __threadfence();
   ptx::named_barrier_sync(kConsumersBarrier, kConsumers);
   if (threadIdx.x == 0)
-    memory.num_arrived = atomicAdd(arguments.arrivals + work.first_block, 1) + 1;
+    memory.num_arrived = atomicAdd(arguments.arrivals + work.first_block * kCluster + rank, 1) + 1;
   ptx::named_barrier_sync(kConsumersBarrier, kConsumers);
   if (memory.num_arrived != work.num_parts)
     return false;
@@ -500,7 +541,7 @@ __device__ __forceinline__ void write_rows(const float (&sums)[kHalves][kColumns
 }
 
 /// A consumer's work on one item of kColumns columns.
-template <typename T, Product kProduct, int kColumns, Tiles kTiles, int kMaxRows, int kStages>
+template <int kCluster, typename T, Product kProduct, int kColumns, Tiles kTiles, int kMaxRows, int kStages>
 __device__ __forceinline__ void compute_tile(const ProductArguments& arguments, const WorkItem& work,
                                              const PartRows& rows, ProductMemory<T, kTiles, kMaxRows, kStages>& memory,
                                              RingPosition<kStages>& ring) {
@@ -510,14 +551,15 @@ __device__ __forceinline__ void compute_tile(const ProductArguments& arguments, 
   float sums[kHalves][kColumns / 2] = {};
   if constexpr (kIsScaled<T>) {
     const WeightScales scales = weight_scales<kProduct, kTiles>(arguments, work, warpgroup);
-    multiply_scaled<T, kColumns>(sums, scales, work, first_weight, memory, ring);
+    multiply_scaled<kCluster, T, kColumns>(sums, scales, work, first_weight, memory, ring);
   } else {
-    multiply<T, kColumns>(sums, work.last_step - work.first_step, first_weight, rows.first_row, memory, ring);
+    const int first_line = kCluster == 1 ? rows.first_row : 0;  // blocks of a cluster have their own rows alone
+    multiply<kCluster, T, kColumns>(sums, work.last_step - work.first_step, first_weight, first_line, memory, ring);
   }
-  if (work.num_parts > 1 && !add_parts(sums, arguments, work, memory))
+  if (work.num_parts > 1 && !add_parts<kCluster>(sums, arguments, work, memory))
     return;
   if constexpr (kIsScaled<T> && kProduct == Product::kGateUp) {
-    write_quantised<T, kColumns>(sums, arguments, work, memory);
+    write_quantised<T, kColumns>(sums, arguments, work, rows, memory);
     return;
   }
   const int channel = first_channel(kProduct, kTiles, work.weight_tile, warpgroup, warp % kWarpsPerWarpgroup);
@@ -539,11 +581,12 @@ __device__ __forceinline__ void visit_columns(int columns, const Fn& fn) {
   fn(std::integral_constant<int, kMost>{});
 }
 
-template <typename T, Product kProduct, Tiles kTiles, int kMaxRows, int kStages>
+template <int kCluster, typename T, Product kProduct, Tiles kTiles, int kMaxRows, int kStages>
 __device__ __forceinline__ void compute_tiles(const ProductArguments& arguments,
                                               ProductMemory<T, kTiles, kMaxRows, kStages>& memory) {
   const int warpgroup = static_cast<int>(threadIdx.x) / (kWarpsPerWarpgroup * kWarpSize);
-  const int part = warpgroup / weight_parts(kTiles);
+  static_assert(kCluster == 1 || row_parts(kTiles) == 1);
+  const int part = kCluster == 1 ? warpgroup / weight_parts(kTiles) : block_rank<kCluster>();
   RingPosition<kStages> ring;
   RingPosition<kItemPlaces> place;
   while (true) {
@@ -551,9 +594,9 @@ __device__ __forceinline__ void compute_tiles(const ProductArguments& arguments,
     const WorkItem& work = memory.items[place.stage];  // not in registers: there are few
     if (work.num_rows == 0)
       return;
-    const PartRows rows = rows_of_part(work.num_rows, part, row_parts(kTiles));
+    const PartRows rows = rows_of_part(work.num_rows, part, kCluster * row_parts(kTiles));
     visit_columns<ProductMemory<T, kTiles, kMaxRows, kStages>::kMostColumns>(rows.num_columns, [&](auto columns) {
-      compute_tile<T, kProduct, columns.value>(arguments, work, rows, memory, ring);
+      compute_tile<kCluster, T, kProduct, columns.value>(arguments, work, rows, memory, ring);
     });
     ptx::barrier_arrive(ptx::shared_address(&memory.item_empty[place.stage]));
     place.advance();
@@ -562,7 +605,7 @@ __device__ __forceinline__ void compute_tiles(const ProductArguments& arguments,
 
 #endif  // __CUDA_ARCH_FEAT_SM90_ALL
 
-template <typename T, Product kProduct, Tiles kTiles, int kMaxRows, int kStages>
+template <typename T, Product kProduct, Tiles kTiles, int kCluster, int kMaxRows, int kStages>
 __global__ void __launch_bounds__(kProductThreads, 1)
     grouped_product(const __grid_constant__ ProductArguments arguments) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -573,7 +616,7 @@ __global__ void __launch_bounds__(kProductThreads, 1)
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < kStages; ++stage) {
       ptx::barrier_init(ptx::shared_address(&memory.full[stage]), 1);
-      ptx::barrier_init(ptx::shared_address(&memory.empty[stage]), kConsumerWarps);
+      ptx::barrier_init(ptx::shared_address(&memory.empty[stage]), kConsumerWarps * kCluster);
     }
     for (int place = 0; place < kItemPlaces; ++place) {
       ptx::barrier_init(ptx::shared_address(&memory.item_full[place]), 1);
@@ -594,13 +637,17 @@ __global__ void __launch_bounds__(kProductThreads, 1)
   for (int i = static_cast<int>(threadIdx.x); i <= arguments.num_experts; i += kProductThreads) {
     memory.row_tile_starts[i] = load_older(arguments.row_tile_starts + i);
   }
-  __syncthreads();
+  if constexpr (kCluster > 1) {
+    ptx::cluster_sync();
+  } else {
+    __syncthreads();
+  }
 
   if (threadIdx.x < kConsumers) {
     wait_for_previous_kernels();  // which the gate and up product has
     let_next_kernel_start();
     ptx::raise_registers<kConsumerRegisters<T>>();
-    compute_tiles<T, kProduct>(arguments, memory);
+    compute_tiles<kCluster, T, kProduct>(arguments, memory);
   } else {
     ptx::lower_registers<kProducerRegisters<T>>();
     if (threadIdx.x == kConsumers) {
@@ -611,11 +658,13 @@ __global__ void __launch_bounds__(kProductThreads, 1)
       schedule.num_experts = arguments.num_experts;
       schedule.num_weight_tiles = (arguments.num_channels + kChannels - 1) / kChannels;
       schedule.num_steps = arguments.num_steps;
-      schedule.num_blocks = static_cast<int>(gridDim.x);
+      schedule.num_blocks = static_cast<int>(gridDim.x) / kCluster;
       schedule.rounds_to_divide = are_few(kMaxRows) ? kRoundsToDivide : 1;
-      load_tiles<T, kProduct>(arguments, schedule, memory);
+      load_tiles<T, kProduct, kTiles, kCluster>(arguments, schedule, memory);
     }
   }
+  if constexpr (kCluster > 1)
+    ptx::cluster_sync();  // the other block may still write here
 #else
   __trap();  // wgmma is in code for sm_90a alone, and the launcher checks for that
 #endif

@@ -9,25 +9,33 @@
 
 namespace zexpert::cuda {
 
-template <typename T, Product kProduct, Tiles kTiles, int kMaxRows, int kStages>
+template <typename T, Product kProduct, Tiles kTiles, int kCluster, int kMaxRows, int kStages>
 void launch_with_tiles(const ProductArguments& arguments, int num_blocks, cudaStream_t stream) {
   constexpr size_t kMemoryBytes = sizeof(ProductMemory<T, kTiles, kMaxRows, kStages>) + kSwizzleBytes;  // to align it
   constexpr size_t kMostMemoryBytes = 227 * 1024;
   static_assert(kMemoryBytes <= kMostMemoryBytes);
-  launch("grouped_mlp", &grouped_product<T, kProduct, kTiles, kMaxRows, kStages>, num_blocks, kProductThreads,
-         kMemoryBytes, stream, arguments);
+  const bool is_started =
+      launch_clusters("grouped_mlp", &grouped_product<T, kProduct, kTiles, kCluster, kMaxRows, kStages>,
+                      num_blocks / kCluster * kCluster, kCluster, kProductThreads, kMemoryBytes, stream, arguments);
+  ZEXPERT_CHECK(is_started, "grouped_mlp needs clusters of ", kCluster, " multiprocessors, which this GPU does not have");
 }
 
 template <typename T, Product kProduct>
 void launch_product(const ProductArguments& arguments, int num_blocks, cudaStream_t stream) {
   if (arguments.max_rows_per_tile <= kHopperFewTileRows) {
-    launch_with_tiles<T, kProduct, Tiles::kTall, kHopperFewTileRows, 5>(arguments, num_blocks, stream);
+    launch_with_tiles<T, kProduct, Tiles::kTall, 1, kHopperFewTileRows, 5>(arguments, num_blocks, stream);
   } else if constexpr (kIsScaled<T>) {
-    launch_with_tiles<T, kProduct, Tiles::kTall, kHopperFloat8TileRows, 4>(arguments, num_blocks, stream);
+    if (arguments.max_rows_per_tile <= kHopperFloat8TileRows) {
+      launch_with_tiles<T, kProduct, Tiles::kTall, 1, kHopperFloat8TileRows, 4>(arguments, num_blocks, stream);
+    } else {
+      launch_with_tiles<T, kProduct, Tiles::kTall, 2, kHopperFloat8TileRows, 4>(arguments, num_blocks, stream);
+    }
   } else if (arguments.max_rows_per_tile <= kHopperTallTileRows) {
-    launch_with_tiles<T, kProduct, Tiles::kTall, kHopperTallTileRows, 4>(arguments, num_blocks, stream);
+    launch_with_tiles<T, kProduct, Tiles::kTall, 1, kHopperTallTileRows, 4>(arguments, num_blocks, stream);
+  } else if (arguments.max_rows_per_tile <= 288) {
+    launch_with_tiles<T, kProduct, Tiles::kWide, 1, 288, 4>(arguments, num_blocks, stream);
   } else {
-    launch_with_tiles<T, kProduct, Tiles::kWide, kHopperMaxTileRows, 4>(arguments, num_blocks, stream);
+    launch_with_tiles<T, kProduct, Tiles::kTall, 2, kHopperTallTileRows, 4>(arguments, num_blocks, stream);
   }
 }
 
