@@ -26,6 +26,7 @@ namespace cuda {
 namespace {
 
 constexpr int kMaxExperts = static_cast<int>(kHopperMaxExperts);
+constexpr int kQuantisedBlocks = 4;  ///< blocks of scales that half a warp quantises at a time
 
 struct TilePlanArguments {
   const int32_t* given_offsets;
@@ -69,62 +70,89 @@ __global__ void __launch_bounds__(kMaxExperts) plan_tiles_alone(const TilePlanAr
 }
 
 struct QuantiseRowsArguments {
-  const __nv_bfloat16* rows;   ///< [num_rows, hidden_size], or with row_slots [num_tokens, hidden_size]
-  const int32_t* row_slots;    ///< null, or [num_rows]: row r is token row_slots[r] / top_k
-  const int32_t* last_offset;  ///< rows from here on do no work
-  uint8_t* out;                ///< [num_rows, hidden_size]
-  float* scales;               ///< [blocks of the hidden size, scales_stride]
+  const __nv_bfloat16* rows;      ///< [num_rows, hidden_size], or with row_slots [num_tokens, hidden_size]
+  const int32_t* row_slots;       ///< null, or [num_rows]: row r is token row_slots[r] / top_k
+  const int32_t* expert_offsets;  ///< [num_experts + 1]; rows from the last on do no work
+  uint8_t* out;                   ///< [num_rows, hidden_size]
+  float* scales;                  ///< [blocks of the hidden size, scales_stride]
   int64_t row_stride;
   int64_t scales_stride;
+  int num_experts;
   int num_rows;
   int num_slots;
   int top_k;
   int hidden_size;
 };
 
-/// float8 rows with a scale for each row and block of kScaleBlock channels. Half a warp has a block at a time.
+/// Where the scales of a row are. Stays within scales_stride whatever the offsets.
+__device__ __forceinline__ int64_t scale_of_row(const QuantiseRowsArguments& arguments, int row) {
+  int low = 0;
+  int high = arguments.num_experts;
+  while (high - low > 1) {
+    const int middle = (low + high) / 2;
+    const bool before = arguments.expert_offsets[middle] <= row;
+    low = before ? middle : low;
+    high = before ? high : middle;
+  }
+  const int begin = min(max(arguments.expert_offsets[low], 0), row);
+  return first_scale(begin, low) + row - begin;
+}
+
+/// float8 rows with a scale for each row and block of kScaleBlock channels. Half a warp has a few blocks at a time.
 __device__ __forceinline__ void quantise_rows(const QuantiseRowsArguments& arguments, int block, int num_blocks) {
   constexpr int kLanes = kWarpSize / 2;
   constexpr int kChannels = static_cast<int>(kScaleBlock) / kLanes;
   constexpr int kAtOnce = kMaxExperts / kLanes;
   const int lane = static_cast<int>(threadIdx.x) % kLanes;
-  const auto groups = static_cast<int>(divide_up(arguments.hidden_size, kScaleBlock));
-  const int num_rows = min(max(*arguments.last_offset, 0), arguments.num_rows);
-  const int64_t num_tasks = int64_t{num_rows} * groups;
-  const int64_t first_task = int64_t{block} * kAtOnce + threadIdx.x / kLanes;
+  const auto num_scales = static_cast<int>(divide_up(arguments.hidden_size, kScaleBlock));
+  const auto num_tasks_of_row = static_cast<int>(divide_up(num_scales, kQuantisedBlocks));
+  const int num_rows = min(max(arguments.expert_offsets[arguments.num_experts], 0), arguments.num_rows);
+  const int64_t num_tasks = int64_t{num_rows} * num_tasks_of_row;
   const unsigned half_warp = 0xffffU << (threadIdx.x % kWarpSize / kLanes * kLanes);
-  for (int64_t task = first_task; task < num_tasks; task += int64_t{num_blocks} * kAtOnce) {
-    const auto row = static_cast<int>(task / groups);
-    const int group = static_cast<int>(task - int64_t{row} * groups);
-    const int channel = group * static_cast<int>(kScaleBlock) + lane * kChannels;
+  for (int64_t task = int64_t{block} * kAtOnce + threadIdx.x / kLanes; task < num_tasks;
+       task += int64_t{num_blocks} * kAtOnce) {
+    const auto row = static_cast<int>(task / num_tasks_of_row);
+    const int first = static_cast<int>(task - int64_t{row} * num_tasks_of_row) * kQuantisedBlocks;
     const int slot = arguments.row_slots != nullptr ? arguments.row_slots[row] : row;
     if (slot < 0 || slot >= arguments.num_slots)
       continue;
     const int token = arguments.row_slots != nullptr ? slot / arguments.top_k : row;
-    const bool is_inside = channel < arguments.hidden_size;
-    float values[kChannels] = {};
-    if (is_inside) {
-      const auto words = *reinterpret_cast<const uint4*>(arguments.rows + token * arguments.row_stride + channel);
-      const auto elements = to_vector<__nv_bfloat16, kChannels>(words);
+
+    // Load
+    uint4 words[kQuantisedBlocks];
 #pragma unroll
-      for (int i = 0; i < kChannels; ++i) values[i] = to_float(elements.values[i]);
+    for (int i = 0; i < kQuantisedBlocks; ++i) {
+      const int channel = (first + i) * static_cast<int>(kScaleBlock) + lane * kChannels;
+      words[i] = channel < arguments.hidden_size
+                     ? *reinterpret_cast<const uint4*>(arguments.rows + token * arguments.row_stride + channel)
+                     : uint4{};
     }
-    float most = 0.0F;
+    float* const scales = arguments.scales + scale_of_row(arguments, row);
+
+    // Scale and write
 #pragma unroll
-    for (const float value : values) most = fmaxf(most, fabsf(value));
+    for (int i = 0; i < kQuantisedBlocks; ++i) {
+      const auto elements = to_vector<__nv_bfloat16, kChannels>(words[i]);
+      float values[kChannels];
+      float most = 0.0F;
 #pragma unroll
-    for (int offset = 1; offset < kLanes; offset *= 2) most = fmaxf(most, __shfl_xor_sync(half_warp, most, offset));
-    const float scale = float8_scale(most);
-    if (lane == 0)
-      arguments.scales[group * arguments.scales_stride + row] = scale;
-    const float inverse = 1.0F / scale;
-    if (is_inside) {
-      uint2 packed;
-      packed.x = packed_float8(values[0] * inverse, values[1] * inverse) |
-                 packed_float8(values[2] * inverse, values[3] * inverse) << 16;
-      packed.y = packed_float8(values[4] * inverse, values[5] * inverse) |
-                 packed_float8(values[6] * inverse, values[7] * inverse) << 16;
-      *reinterpret_cast<uint2*>(arguments.out + int64_t{row} * arguments.hidden_size + channel) = packed;
+      for (int c = 0; c < kChannels; ++c) {
+        values[c] = to_float(elements.values[c]);
+        most = fmaxf(most, fabsf(values[c]));
+      }
+#pragma unroll
+      for (int offset = 1; offset < kLanes; offset *= 2) most = fmaxf(most, __shfl_xor_sync(half_warp, most, offset));
+      const float scale = float8_scale(most);
+      if (lane == 0 && first + i < num_scales)
+        scales[(first + i) * arguments.scales_stride] = scale;
+      const float inverse = 1.0F / scale;
+      const auto packed = [&](int c) {
+        return packed_float8(values[c] * inverse, values[c + 1] * inverse) |
+               packed_float8(values[c + 2] * inverse, values[c + 3] * inverse) << 16;
+      };
+      const int channel = (first + i) * static_cast<int>(kScaleBlock) + lane * kChannels;
+      if (channel < arguments.hidden_size)
+        *reinterpret_cast<uint2*>(arguments.out + int64_t{row} * arguments.hidden_size + channel) = {packed(0), packed(4)};
     }
   }
 }
@@ -199,7 +227,7 @@ Workspace workspace_parts(const GroupedMlpParams& params, int64_t num_blocks) {
   const bool is_float8 = has_float8_weights(params);
   const int64_t element_bytes = is_float8 ? 1 : kElementBytes;
   const auto scale_bytes = [&](int64_t depth) {
-    return is_float8 ? divide_up(depth, kScaleBlock) * padded_scale_rows(params.num_rows) * int64_t{sizeof(float)} : 0;
+    return is_float8 ? divide_up(depth, kScaleBlock) * padded_scale_rows(params.num_rows, params.num_experts) * int64_t{sizeof(float)} : 0;
   };
   const bool has_own_rows = is_float8 || params.row_slots != nullptr;
   parts.rows = add(has_own_rows ? params.num_rows * params.hidden_size * element_bytes : 0);
@@ -312,17 +340,18 @@ class Products {
     QuantiseRowsArguments rows{};
     rows.rows = static_cast<const __nv_bfloat16*>(params_.rows);
     rows.row_slots = params_.row_slots;
-    rows.last_offset = params_.expert_offsets + params_.num_experts;
+    rows.expert_offsets = params_.expert_offsets;
+    rows.num_experts = static_cast<int>(params_.num_experts);
     rows.out = static_cast<uint8_t*>(rows_);
     rows.scales = row_scales_;
     rows.row_stride = params_.rows_row_stride;
-    rows.scales_stride = padded_scale_rows(params_.num_rows);
+    rows.scales_stride = padded_scale_rows(params_.num_rows, params_.num_experts);
     rows.num_rows = static_cast<int>(params_.num_rows);
     rows.num_slots = static_cast<int>(params_.row_slots != nullptr ? params_.num_tokens * params_.top_k : params_.num_rows);
     rows.top_k = static_cast<int>(params_.top_k);
     rows.hidden_size = static_cast<int>(params_.hidden_size);
     constexpr int64_t kBlocksPerMultiprocessor = 2;
-    const int64_t channels_per_block = kMaxExperts * kScaleBlock / (kWarpSize / 2);
+    const int64_t channels_per_block = kMaxExperts * kQuantisedBlocks * kScaleBlock / (kWarpSize / 2);
     const int64_t quantizing = std::min<int64_t>(divide_up(params_.num_rows * params_.hidden_size, channels_per_block),
                                         kBlocksPerMultiprocessor * num_blocks_ - 1);
     launch("grouped_mlp", &plan_tiles_and_quantise, 1 + quantizing, kMaxExperts, 0, stream_, plan, rows);
@@ -360,12 +389,12 @@ class Products {
     if (is_float8) {
       const int64_t most_rows = tile_rows_ <= kHopperFewTileRows ? kHopperFewTileRows : kHopperFloat8TileRows;
       arguments.row_scales =
-          encode(row_scales_map(params_.num_rows, arguments.num_steps, static_cast<int>(most_rows)),
+          encode(row_scales_map(padded_scale_rows(params_.num_rows, params_.num_experts), arguments.num_steps, static_cast<int>(most_rows)),
                  CU_TENSOR_MAP_DATA_TYPE_FLOAT32, CU_TENSOR_MAP_SWIZZLE_NONE, operands.row_scales);
       arguments.weight_scales = operands.weight_scales;
       arguments.expert_scale_stride = operands.expert_scale_stride;
       arguments.out_scales = operands.out_scales;
-      arguments.out_scales_stride = padded_scale_rows(params_.num_rows);
+      arguments.out_scales_stride = padded_scale_rows(params_.num_rows, params_.num_experts);
     }
     arguments.expert_offsets = expert_offsets_;
     arguments.row_tile_starts = row_tile_starts_;

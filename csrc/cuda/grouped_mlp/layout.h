@@ -99,17 +99,11 @@ inline TensorMapShape rows_map(int64_t num_rows, int64_t depth, int64_t row_stri
           {static_cast<uint32_t>(step_depth(element_bytes)), static_cast<uint32_t>(kRowStep << box)}};
 }
 
-/// Rows' scales [blocks of depth, rows up to a multiple of kScaleRowStep]: a stage has those of its step, `most_rows` of
-/// them.
-inline constexpr int kScaleRowStep = 4;  ///< 16 bytes, what the copy engine's strides are multiples of
-inline int64_t padded_scale_rows(int64_t num_rows) {
-  return (num_rows + kScaleRowStep - 1) / kScaleRowStep * kScaleRowStep;
-}
-inline TensorMapShape row_scales_map(int64_t num_rows, int64_t num_blocks, int most_rows) {
-  const auto padded_rows = static_cast<uint64_t>(padded_scale_rows(num_rows));
+/// Rows' scales [blocks of depth, padded_scale_rows]: a stage has those of its step, `most_rows` of them.
+inline TensorMapShape row_scales_map(int64_t padded_rows, int64_t num_blocks, int most_rows) {
   return {2,
-          {padded_rows, static_cast<uint64_t>(num_blocks)},
-          {sizeof(float), padded_rows * sizeof(float)},
+          {static_cast<uint64_t>(padded_rows), static_cast<uint64_t>(num_blocks)},
+          {sizeof(float), static_cast<uint64_t>(padded_rows) * sizeof(float)},
           {static_cast<uint32_t>(most_rows), 1}};
 }
 

@@ -190,7 +190,7 @@ __device__ __forceinline__ void load_tiles(const ProductArguments& arguments, co
     });
     if constexpr (kIsScaled<T>) {
       ptx::load_box_2d(ptx::shared_address(memory.scales.rows[to_stage]), arguments.row_scales,
-                       ptx::shared_address(&memory.full[to_stage]), rows_policy, first_row, step);
+                       ptx::shared_address(&memory.full[to_stage]), rows_policy, work.first_scale + rows.first_row, step);
     }
   };
   bool may_read_rows = false;
@@ -409,7 +409,7 @@ __device__ __forceinline__ void write_quantised(float (&sums)[kHalves][kColumns 
     const float scale = float8_scale(most);
     memory.scales.inverse[row] = 1.0F / scale;
     if (row < rows.num_rows)
-      arguments.out_scales[work.weight_tile * arguments.out_scales_stride + work.first_row + rows.first_row + row] = scale;
+      arguments.out_scales[work.weight_tile * arguments.out_scales_stride + work.first_scale + rows.first_row + row] = scale;
   }
   ptx::named_barrier_sync(kConsumersBarrier, kConsumers);
 
