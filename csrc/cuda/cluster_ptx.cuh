@@ -50,6 +50,13 @@ __device__ __forceinline__ void barrier_wait_for_cluster(uint32_t barrier, uint3
   }
 }
 
+/// Stores a value whose bytes count on `barrier`; both are address_in_block.
+__device__ __forceinline__ void store_in_cluster(uint32_t address, int value, uint32_t barrier) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.s32 [%0], %1, [%2];" ::"r"(address), "r"(value),
+               "r"(barrier)
+               : "memory");
+}
+
 /// `address` is an address_in_block.
 __device__ __forceinline__ float4 load_in_cluster(uint32_t address) {
   float4 value;

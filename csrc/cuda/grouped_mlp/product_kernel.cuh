@@ -85,6 +85,8 @@ ZEXPERT_HOST_DEVICE constexpr bool are_few(int max_rows) { return max_rows <= kH
 inline constexpr int kRoundsToDivide = 8;
 /// Items between the producer and the consumers.
 inline constexpr int kItemPlaces = 2;
+/// Tickets between the blocks of a cluster. A block is at most kItemPlaces + 1 items ahead of the other.
+inline constexpr int kTicketPlaces = 4;
 
 /// In shared memory, of scaled operands.
 template <int kMaxRows, int kStages>
@@ -114,6 +116,8 @@ struct ProductMemory {
   uint64_t empty[kStages];
   uint64_t item_full[kItemPlaces];
   uint64_t item_empty[kItemPlaces];
+  uint64_t ticket_full[kTicketPlaces];
+  int32_t tickets[kTicketPlaces];  ///< in the second block of a cluster
   int32_t num_arrived;
 };
 
@@ -201,16 +205,26 @@ __device__ __forceinline__ void load_tiles(const ProductArguments& arguments, co
   };
   // Tiles differ in rows, and so in time. Blocks fetch tiles in turn: tiles that share rows or weights are then
   // computed at the same time, while the L2 cache holds what they share. With a fixed series, blocks would drift apart.
-  // A cluster's blocks have to agree, so they have a fixed series.
-  int next_ticket = static_cast<int>(blockIdx.x) / kCluster;
+  // In a cluster the first block takes the ticket and passes it to the other.
+  RingPosition<kTicketPlaces> ticket_place;
   const auto take_ticket = [&] {
-    if constexpr (kCluster == 1) {
-      return atomicAdd(arguments.tickets, 1);
-    } else {
-      const int ticket = next_ticket;
-      next_ticket += schedule.num_blocks;
+    const int taken = rank == 0 ? atomicAdd(arguments.tickets, 1) : 0;
+    return [&, taken] {
+      int ticket = taken;
+      if constexpr (kCluster > 1) {
+        const uint32_t place = ptx::shared_address(&memory.tickets[ticket_place.stage]);
+        const uint32_t full = ptx::shared_address(&memory.ticket_full[ticket_place.stage]);
+        if (rank == 0) {
+          ptx::store_in_cluster(ptx::address_in_block(place, 1), ticket, ptx::address_in_block(full, 1));
+        } else {
+          ptx::barrier_arrive_and_expect(full, sizeof(int32_t));
+          ptx::barrier_wait_for_cluster(full, ticket_place.parity);
+          ticket = memory.tickets[ticket_place.stage];
+        }
+        ticket_place.advance();
+      }
       return ticket;
-    }
+    };
   };
   for_each_item(schedule, static_cast<int>(blockIdx.x) / kCluster, take_ticket, [&](const WorkItem& work) {
     hand_over(work);
@@ -622,6 +636,7 @@ __global__ void __launch_bounds__(kProductThreads, 1)
       ptx::barrier_init(ptx::shared_address(&memory.item_full[place]), 1);
       ptx::barrier_init(ptx::shared_address(&memory.item_empty[place]), kConsumers);
     }
+    for (uint64_t& full : memory.ticket_full) ptx::barrier_init(ptx::shared_address(&full), 1);
     ptx::fence_barrier_init();
   }
   if (threadIdx.x == kConsumers) {

@@ -2,6 +2,10 @@
 // launch_grouped_product for the source files that instantiate it.
 #pragma once
 
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+
 #include "cuda/grouped_mlp/product_kernel.cuh"
 #include "cuda/grouped_mlp/product_launch.h"
 #include "cuda/launch.cuh"
@@ -14,10 +18,16 @@ void launch_with_tiles(const ProductArguments& arguments, int num_blocks, cudaSt
   constexpr size_t kMemoryBytes = sizeof(ProductMemory<T, kTiles, kMaxRows, kStages>) + kSwizzleBytes;  // to align it
   constexpr size_t kMostMemoryBytes = 227 * 1024;
   static_assert(kMemoryBytes <= kMostMemoryBytes);
-  const bool is_started =
-      launch_clusters("grouped_mlp", &grouped_product<T, kProduct, kTiles, kCluster, kMaxRows, kStages>,
-                      num_blocks / kCluster * kCluster, kCluster, kProductThreads, kMemoryBytes, stream, arguments);
-  ZEXPERT_CHECK(is_started, "grouped_mlp needs clusters of ", kCluster, " multiprocessors, which this GPU does not have");
+  const auto kernel = &grouped_product<T, kProduct, kTiles, kCluster, kMaxRows, kStages>;
+  int num_clusters = num_blocks;
+  if constexpr (kCluster > 1) {  // a cluster that has to wait for another would be late with its part of the work
+    num_clusters = max_active_clusters("grouped_mlp", kernel, kCluster, kProductThreads, kMemoryBytes);
+    if (getenv("ZX_DEBUG")) printf("active clusters %d\n", num_clusters);
+    ZEXPERT_CHECK(num_clusters > 0, "grouped_mlp needs clusters of ", kCluster, " multiprocessors, which this GPU lacks");
+    num_clusters = std::min(num_clusters, num_blocks / kCluster);
+  }
+  launch_clusters("grouped_mlp", kernel, int64_t{num_clusters} * kCluster, kCluster, kProductThreads, kMemoryBytes,
+                  stream, arguments);
 }
 
 template <typename T, Product kProduct>
