@@ -50,13 +50,6 @@ __device__ __forceinline__ void barrier_wait_for_cluster(uint32_t barrier, uint3
   }
 }
 
-/// Stores a value whose bytes count on `barrier`; both are address_in_block.
-__device__ __forceinline__ void store_in_cluster(uint32_t address, int value, uint32_t barrier) {
-  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.s32 [%0], %1, [%2];" ::"r"(address), "r"(value),
-               "r"(barrier)
-               : "memory");
-}
-
 /// `address` is an address_in_block.
 __device__ __forceinline__ float4 load_in_cluster(uint32_t address) {
   float4 value;
@@ -75,17 +68,6 @@ __device__ __forceinline__ void load_box_2d_into_blocks(uint32_t destination, co
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%4, "
       "%5}], [%2], %3;" ::"r"(destination),
       "l"(reinterpret_cast<uint64_t>(&map)), "r"(barrier), "h"(blocks), "r"(c0), "r"(c1)
-      : "memory");
-}
-
-/// The same for the two blocks of a cluster, and a box of five dimensions.
-__device__ __forceinline__ void load_box_5d_into_both(uint32_t destination, const CUtensorMap& map, uint32_t barrier,
-                                                      int c0, int c1, int c2, int c3, int c4) {
-  constexpr uint16_t kBoth = 3;
-  asm volatile(
-      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%4, "
-      "%5, %6, %7, %8}], [%2], %3;" ::"r"(destination),
-      "l"(reinterpret_cast<uint64_t>(&map)), "r"(barrier), "h"(kBoth), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4)
       : "memory");
 }
 

@@ -54,51 +54,21 @@ bool is_for_hopper_or_later(const char* name, void (*kernel)(Parameters...)) {
   return code.ptxVersion >= 90;
 }
 
-/// Lets `kernel` have `shared_memory_bytes` of dynamic shared memory.
-template <typename... Parameters>
-void allow_shared_memory(const char* name, void (*kernel)(Parameters...), size_t shared_memory_bytes) {
-  constexpr size_t kWithoutAsking = 32 * 1024;  // of 48 KB; the rest is for the kernel's static memory
-  if (shared_memory_bytes <= kWithoutAsking)
-    return;
-  // The same limit for every launch if possible: another thread may launch the kernel with another size.
-  constexpr size_t kStaticMemory = 16 * 1024;
-  const auto most = static_cast<size_t>(device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)) - kStaticMemory;
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             static_cast<int>(shared_memory_bytes > most ? shared_memory_bytes : most)),
-        name);
-}
-
-/// How many clusters of `kernel` the device runs at a time, or 0.
-template <typename... Parameters>
-int max_active_clusters(const char* name, void (*kernel)(Parameters...), int cluster_size, int num_threads,
-                        size_t shared_memory_bytes) {
-  allow_shared_memory(name, kernel, shared_memory_bytes);
-  cudaLaunchAttribute cluster{};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = static_cast<unsigned>(cluster_size);
-  cluster.val.clusterDim.y = 1;
-  cluster.val.clusterDim.z = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(cluster_size));
-  config.blockDim = dim3(static_cast<unsigned>(num_threads));
-  config.dynamicSmemBytes = shared_memory_bytes;
-  config.attrs = &cluster;
-  config.numAttrs = 1;
-  int num_clusters = 0;
-  if (cudaOccupancyMaxActiveClusters(&num_clusters, kernel, &config) != cudaSuccess) {
-    (void)cudaGetLastError();  // so that the next check does not see it
-    return 0;
-  }
-  return num_clusters;
-}
-
 /// Starts `kernel` on `stream` with blocks in clusters of `cluster_size`. Throws Error with `name` if that fails.
 /// Returns false and starts nothing if the device has no room for a cluster, as a MIG part may not. Safe during stream
 /// capture.
 template <typename... Parameters>
 bool launch_clusters(const char* name, void (*kernel)(Parameters...), int64_t num_blocks, int cluster_size,
                      int num_threads, size_t shared_memory_bytes, cudaStream_t stream, Parameters... arguments) {
-  allow_shared_memory(name, kernel, shared_memory_bytes);
+  constexpr size_t kSharedMemoryWithoutAsking = 32 * 1024;  // of 48 KB; the rest is for the kernel's static memory
+  if (shared_memory_bytes > kSharedMemoryWithoutAsking) {
+    // The same limit for every launch if possible: another thread may launch the kernel with another size.
+    constexpr size_t kStaticMemory = 16 * 1024;
+    const auto most = static_cast<size_t>(device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)) - kStaticMemory;
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(shared_memory_bytes > most ? shared_memory_bytes : most)),
+          name);
+  }
   cudaLaunchAttribute attributes[2] = {};
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(num_blocks));

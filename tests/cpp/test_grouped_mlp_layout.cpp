@@ -210,7 +210,7 @@ Output grouped_product(const Elements& rows, int num_rows, int depth, const Elem
   std::map<int, std::array<std::vector<Sums>, kWarpgroups>> parts;  // of divided tiles: [warpgroup][half]
   std::vector<WorkItem> items;
   int num_tickets = 0;
-  const auto take_ticket = [&] { return [ticket = num_tickets++] { return ticket; }; };
+  const auto take_ticket = [&] { return num_tickets++; };
   for (int block = 0; block < num_blocks; ++block)
     for_each_item(schedule, block, take_ticket, [&](const WorkItem& work) { items.push_back(work); });
   for (const WorkItem& work : items) {

@@ -103,7 +103,7 @@ TEST(GroupedMlpSchedule, EveryTileOnce) {
           std::map<int, std::vector<int>> parts_of_tile;  // by first_block: a block begins one divided tile at most
           std::vector<int> steps_of_block;
           int num_tickets = 0;
-          const auto take_ticket = [&] { return [ticket = num_tickets++] { return ticket; }; };
+          const auto take_ticket = [&] { return num_tickets++; };
           for (int block = 0; block < blocks; ++block) {
             int num_steps = 0;
             int num_parts = 0;

@@ -9,7 +9,6 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
-#include <cstdlib>
 
 #include "cuda/grouped_mlp/product_kernel.cuh"
 #include "cuda/grouped_mlp/product_launch.h"
@@ -209,8 +208,6 @@ bool has_float8_weights(const GroupedMlpParams& params) { return params.w13_scal
 int64_t tile_rows_of(const GroupedMlpParams& params) {
   if (params.tile_rows != 0)
     return params.tile_rows;
-  if (getenv("ZEXPERT_TILE") != nullptr)
-    return atoi(getenv("ZEXPERT_TILE"));
   const int64_t tile_rows = hopper_tile_rows(params.num_rows, params.num_experts);
   return has_float8_weights(params) ? std::min(tile_rows, kHopperFloat8TileRows) : tile_rows;
 }
@@ -248,7 +245,7 @@ bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointe
 
 void check_layout(const GroupedMlpParams& params) {
   ZEXPERT_CHECK(params.num_rows <= INT32_MAX, "the number of rows must be below 2^31, got ", params.num_rows);
-  const int64_t most = has_float8_weights(params) ? 2 * kHopperFloat8TileRows : 2 * kHopperTallTileRows;
+  const int64_t most = has_float8_weights(params) ? kHopperFloat8TileRows : kHopperMaxTileRows;
   ZEXPERT_CHECK(params.tile_rows >= 0 && params.tile_rows <= most && params.tile_rows % kRowStep == 0,
                 "tile_rows must be a multiple of ", kRowStep, " from 0 to ", most, ", got ", params.tile_rows);
   ZEXPERT_CHECK(is_aligned(params.rows) && is_aligned(params.w13_weight) && is_aligned(params.w2_weight) &&
@@ -375,7 +372,7 @@ class Products {
     const CUtensorMapDataType data_type = is_float8                                     ? CU_TENSOR_MAP_DATA_TYPE_UINT8
                                           : params_.data_type == ScalarType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
                                                                                       : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-    const Tiles tiles = tile_rows_ <= kHopperTallTileRows || tile_rows_ > 288 || has_float8_weights(params_) ? Tiles::kTall : Tiles::kWide;
+    const Tiles tiles = tile_rows_ <= kHopperTallTileRows ? Tiles::kTall : Tiles::kWide;
     const int64_t depth = operands.depth;
     ProductArguments arguments{};
     arguments.weights = encode(weights_map(operands.product, tiles, operands.num_channels, depth, params_.num_experts,

@@ -25,7 +25,6 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "cuda/cluster_ptx.cuh"
 #include "cuda/grouped_mlp/float8.cuh"
 #include "cuda/grouped_mlp/layout.h"
 #include "cuda/grouped_mlp/ptx.cuh"
@@ -48,13 +47,12 @@ inline constexpr int kConsumers = kConsumerWarps * kWarpSize;
 inline constexpr int kProductThreads = kConsumers + kWarpsPerWarpgroup * kWarpSize;
 // A multiprocessor's quarter has 512 registers for each lane of its three warps, two of which consume. Registers move
 // between whole warpgroups, so the producer is a warpgroup too, with a single working thread.
-template <typename T>
-inline constexpr int kConsumerRegisters = kIsScaled<T> ? 224 : 224;
-template <typename T>
-inline constexpr int kProducerRegisters = kIsScaled<T> ? 56 : 56;
+template <typename T, int kMaxRows>
+inline constexpr int kConsumerRegisters = kIsScaled<T> && kMaxRows > 128 ? 232 : 224;
+template <typename T, int kMaxRows>
+inline constexpr int kProducerRegisters = 504 - 2 * kConsumerRegisters<T, kMaxRows>;
 inline constexpr int kConsumersBarrier = 1;
 inline constexpr int kStagingPlaces = 3;
-inline constexpr int kPartialColumns = 72;  ///< of sums that wait to be scaled
 /// A block has parts of two tiles at most, the first and the last of its own.
 inline constexpr int kPartsOfBlock = 2;
 
@@ -85,8 +83,6 @@ ZEXPERT_HOST_DEVICE constexpr bool are_few(int max_rows) { return max_rows <= kH
 inline constexpr int kRoundsToDivide = 8;
 /// Items between the producer and the consumers.
 inline constexpr int kItemPlaces = 2;
-/// Tickets between the blocks of a cluster. A block is at most kItemPlaces + 1 items ahead of the other.
-inline constexpr int kTicketPlaces = 4;
 
 /// In shared memory, of scaled operands.
 template <int kMaxRows, int kStages>
@@ -116,8 +112,6 @@ struct ProductMemory {
   uint64_t empty[kStages];
   uint64_t item_full[kItemPlaces];
   uint64_t item_empty[kItemPlaces];
-  uint64_t ticket_full[kTicketPlaces];
-  int32_t tickets[kTicketPlaces];  ///< in the second block of a cluster
   int32_t num_arrived;
 };
 
@@ -140,15 +134,9 @@ __device__ __forceinline__ float silu_and_mul_of(float gate, float up) {
   return __fdividef(gate, 1.0F + __expf(-gate)) * up;
 }
 
-/// This block's number in its cluster.
-template <int kCluster>
-__device__ __forceinline__ int block_rank() {
-  return kCluster == 1 ? 0 : static_cast<int>(ptx::cluster_rank());
-}
-
 /// The producer: one thread. In the down product it loads its first stages' weights before it waits for the kernel that
 /// writes the rows.
-template <typename T, Product kProduct, Tiles kTiles, int kCluster, int kMaxRows, int kStages>
+template <typename T, Product kProduct, Tiles kTiles, int kMaxRows, int kStages>
 __device__ __forceinline__ void load_tiles(const ProductArguments& arguments, const Schedule& schedule,
                                            ProductMemory<T, kTiles, kMaxRows, kStages>& memory) {
   constexpr int kDepth = step_depth(sizeof(T));
@@ -162,39 +150,29 @@ __device__ __forceinline__ void load_tiles(const ProductArguments& arguments, co
     ptx::barrier_arrive(ptx::shared_address(&memory.item_full[place.stage]));
     place.advance();
   };
-  const int rank = block_rank<kCluster>();
-  const auto own_rows = [&](const WorkItem& work) { return rows_of_part(work.num_rows, rank, kCluster); };
   const auto load_weights = [&](const WorkItem& work, int step, int to_stage) {
     const uint32_t full = ptx::shared_address(&memory.full[to_stage]);
-    const int num_lines = round_up(own_rows(work).num_rows, kRowStep);
-    ptx::barrier_arrive_and_expect(full, static_cast<uint32_t>(kWeightBytes + kScaleBytes + num_lines * kLineBytes));
-    const auto load_half = [&](int half, const auto& load) {
+    ptx::barrier_arrive_and_expect(
+        full, static_cast<uint32_t>(kWeightBytes + kScaleBytes + round_up(work.num_rows, kRowStep) * kLineBytes));
+#pragma unroll
+    for (int half = 0; half < kHalves; ++half) {
       const WeightBox box = weight_box(kProduct, kTiles, work.expert, work.weight_tile, half, step * kDepth);
       const auto& c = box.coordinates;
-      load(ptx::shared_address(memory.stages[to_stage]) + static_cast<uint32_t>(half * half_bytes(kTiles)),
-           arguments.weights, full, c[0], c[1], c[2], c[3], c[4]);
-    };
-    if constexpr (kCluster == 1) {
-#pragma unroll
-      for (int half = 0; half < kHalves; ++half) load_half(half, ptx::load_box_5d);
-    } else {
-      static_assert(kCluster == kHalves);
-      load_half(rank, ptx::load_box_5d_into_both);
+      ptx::load_box_5d(ptx::shared_address(memory.stages[to_stage]) + static_cast<uint32_t>(half * half_bytes(kTiles)),
+                       arguments.weights, full, c[0], c[1], c[2], c[3], c[4]);
     }
   };
   // Blocks of all weight tiles read the rows: keep them in the L2 cache while weights pass through.
   const uint64_t rows_policy = are_few(kMaxRows) ? ptx::evict_normal() : ptx::evict_last();
   const auto load_rows = [&](const WorkItem& work, int step, int to_stage) {
     const uint32_t to = ptx::shared_address(memory.stages[to_stage]) + static_cast<uint32_t>(kWeightBytes);
-    const PartRows rows = own_rows(work);
-    const int first_row = work.first_row + rows.first_row;
-    for_each_row_box(round_up(rows.num_rows, kRowStep), [&](int box, int line) {
+    for_each_row_box(round_up(work.num_rows, kRowStep), [&](int box, int line) {
       ptx::load_box_2d(to + static_cast<uint32_t>(line * kLineBytes), arguments.rows[box],
-                       ptx::shared_address(&memory.full[to_stage]), rows_policy, step * kDepth, first_row + line);
+                       ptx::shared_address(&memory.full[to_stage]), rows_policy, step * kDepth, work.first_row + line);
     });
     if constexpr (kIsScaled<T>) {
       ptx::load_box_2d(ptx::shared_address(memory.scales.rows[to_stage]), arguments.row_scales,
-                       ptx::shared_address(&memory.full[to_stage]), rows_policy, work.first_scale + rows.first_row, step);
+                       ptx::shared_address(&memory.full[to_stage]), rows_policy, work.first_scale, step);
     }
   };
   bool may_read_rows = false;
@@ -205,28 +183,8 @@ __device__ __forceinline__ void load_tiles(const ProductArguments& arguments, co
   };
   // Tiles differ in rows, and so in time. Blocks fetch tiles in turn: tiles that share rows or weights are then
   // computed at the same time, while the L2 cache holds what they share. With a fixed series, blocks would drift apart.
-  // In a cluster the first block takes the ticket and passes it to the other.
-  RingPosition<kTicketPlaces> ticket_place;
-  const auto take_ticket = [&] {
-    const int taken = rank == 0 ? atomicAdd(arguments.tickets, 1) : 0;
-    return [&, taken] {
-      int ticket = taken;
-      if constexpr (kCluster > 1) {
-        const uint32_t place = ptx::shared_address(&memory.tickets[ticket_place.stage]);
-        const uint32_t full = ptx::shared_address(&memory.ticket_full[ticket_place.stage]);
-        if (rank == 0) {
-          ptx::store_in_cluster(ptx::address_in_block(place, 1), ticket, ptx::address_in_block(full, 1));
-        } else {
-          ptx::barrier_arrive_and_expect(full, sizeof(int32_t));
-          ptx::barrier_wait_for_cluster(full, ticket_place.parity);
-          ticket = memory.tickets[ticket_place.stage];
-        }
-        ticket_place.advance();
-      }
-      return ticket;
-    };
-  };
-  for_each_item(schedule, static_cast<int>(blockIdx.x) / kCluster, take_ticket, [&](const WorkItem& work) {
+  const auto take_ticket = [&] { return atomicAdd(arguments.tickets, 1); };
+  for_each_item(schedule, static_cast<int>(blockIdx.x), take_ticket, [&](const WorkItem& work) {
     hand_over(work);
     int step = work.first_step;
     if (!may_read_rows) {
@@ -239,12 +197,7 @@ __device__ __forceinline__ void load_tiles(const ProductArguments& arguments, co
       }
     }
     for (; step < work.last_step; ++step) {
-      const uint32_t empty = ptx::shared_address(&memory.empty[ring.stage]);
-      if constexpr (kCluster == 1) {
-        ptx::barrier_wait(empty, ring.parity ^ 1U);
-      } else {
-        ptx::barrier_wait_for_cluster(empty, ring.parity ^ 1U);
-      }
+      ptx::barrier_wait(ptx::shared_address(&memory.empty[ring.stage]), ring.parity ^ 1U);
       load_weights(work, step, ring.stage);
       load_rows(work, step, ring.stage);
       ring.advance();
@@ -255,21 +208,18 @@ __device__ __forceinline__ void load_tiles(const ProductArguments& arguments, co
   hand_over(WorkItem{});
 }
 
-/// Reports that a warp is done with the stage that `empty` belongs to, to every block that writes into it.
-template <int kCluster>
+/// Returns the value and shows the compiler that it is the same in the whole warp: descriptors are uniform registers.
+__device__ __forceinline__ uint32_t warp_value(uint32_t value) { return __shfl_sync(kFullMask, value, 0); }
+
+/// Reports that a warp is done with the stage that `empty` belongs to.
 __device__ __forceinline__ void release_stage(uint32_t empty) {
-  if constexpr (kCluster == 1) {
-    if (threadIdx.x % kWarpSize == 0)
-      ptx::barrier_arrive(empty);
-  } else {
-    if (threadIdx.x % kWarpSize < kCluster)
-      ptx::barrier_arrive_in_cluster(ptx::address_in_block(empty, threadIdx.x % kWarpSize));
-  }
+  if (threadIdx.x % kWarpSize == 0)
+    ptx::barrier_arrive(empty);
 }
 
 /// sums[half] += 64 weight rows of that half, from line `first_weight` on, times kColumns rows, from `first_row` on,
 /// over `num_steps` stages of the ring.
-template <int kCluster, typename T, int kColumns, Tiles kTiles, int kMaxRows, int kStages>
+template <typename T, int kColumns, Tiles kTiles, int kMaxRows, int kStages>
 __device__ __forceinline__ void multiply(float (&sums)[kHalves][kColumns / 2], int num_steps, int first_weight,
                                          int first_row, ProductMemory<T, kTiles, kMaxRows, kStages>& memory,
                                          RingPosition<kStages>& ring) {
@@ -292,12 +242,12 @@ __device__ __forceinline__ void multiply(float (&sums)[kHalves][kColumns / 2], i
     ptx::wgmma_commit();
     ptx::wgmma_wait<1>();
     if (step > 0)
-      release_stage<kCluster>(previous_empty);
+      release_stage(previous_empty);
     previous_empty = ptx::shared_address(&memory.empty[ring.stage]);
     ring.advance();
   }
   ptx::wgmma_wait<0>();
-  release_stage<kCluster>(previous_empty);
+  release_stage(previous_empty);
 #pragma unroll
   for (int half = 0; half < kHalves; ++half) {
 #pragma unroll
@@ -324,15 +274,13 @@ __device__ __forceinline__ WeightScales weight_scales(const ProductArguments& ar
 }
 
 /// sums[half] += 64 weight rows of that half, from line `first_weight` on, times kColumns rows, over the steps of
-/// `work`. A step's products are summed by the matrix instruction, in registers for half of the weight rows and at most
-/// kPartialColumns rows, scaled, and added in float32. Meanwhile the other warpgroup's instructions run.
-template <int kCluster, typename T, int kColumns, Tiles kTiles, int kMaxRows, int kStages>
+/// `work`. The matrix instructions sum the products of a step and half of the weight rows. These are scaled and added in
+/// float32 while the other warpgroup's instructions run.
+template <typename T, int kColumns, Tiles kTiles, int kMaxRows, int kStages>
 __device__ __forceinline__ void multiply_scaled(float (&sums)[kHalves][kColumns / 2], const WeightScales& scales,
                                                 const WorkItem& work, int first_weight,
                                                 ProductMemory<T, kTiles, kMaxRows, kStages>& memory,
                                                 RingPosition<kStages>& ring) {
-  constexpr int kColumnParts = kColumns > kPartialColumns ? 2 : 1;
-  constexpr int kFirstColumns = round_up((kColumns + kColumnParts - 1) / kColumnParts, kRowStep);
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
   const int first_column = lane % 4 * 2;
   float gate_scale = scales.gate[work.first_step];
@@ -344,45 +292,35 @@ __device__ __forceinline__ void multiply_scaled(float (&sums)[kHalves][kColumns 
     const float next_up_scale = scales.up[next];
     ptx::barrier_wait(ptx::shared_address(&memory.full[ring.stage]), ring.parity);
     const uint32_t stage = ptx::shared_address(memory.stages[ring.stage]);
-    const uint32_t weights = stage + static_cast<uint32_t>(first_weight * kLineBytes);
-    const uint32_t rows = stage + static_cast<uint32_t>(weight_bytes(kTiles));
+    const uint32_t weights = warp_value(stage + static_cast<uint32_t>(first_weight * kLineBytes));
+    const uint32_t rows = warp_value(stage + static_cast<uint32_t>(weight_bytes(kTiles)));
     const float* const row_scales = memory.scales.rows[ring.stage] + first_column;
-    const auto add_part = [&](auto half, auto begin, auto columns) {
-      if constexpr (columns.value > 0) {
-        float partial[columns.value / 2];
-        const uint64_t a = matrix_descriptor(weights + half.value * half_bytes(kTiles));
-        const uint64_t b = matrix_descriptor(rows + begin.value * kLineBytes);
-        using Instruction = Wgmma<T, columns.value>;
-        ptx::wgmma_fence();
-        Instruction::start(partial, a, b);
 #pragma unroll
-        for (uint64_t i = 1; i < kInstructionsPerStep; ++i)
-          Instruction::add(partial, a + i * kDescriptorStep, b + i * kDescriptorStep);
-        ptx::wgmma_commit();
-        ptx::wgmma_wait<0>();
+    for (int half = 0; half < kHalves; ++half) {
+      float products[kColumns / 2];
+      const uint64_t a = matrix_descriptor(weights + half * half_bytes(kTiles));
+      const uint64_t b = matrix_descriptor(rows);
+      ptx::wgmma_fence();
+      Wgmma<T, kColumns>::start(products, a, b);
 #pragma unroll
-        for (float& sum : partial) ptx::pin(sum);
+      for (uint64_t i = 1; i < kInstructionsPerStep; ++i)
+        Wgmma<T, kColumns>::add(products, a + i * kDescriptorStep, b + i * kDescriptorStep);
+      ptx::wgmma_commit();
+      ptx::wgmma_wait<0>();
 #pragma unroll
-        for (int j = 0; j < columns.value / kRowStep; ++j) {
-          const float2 scale = *reinterpret_cast<const float2*>(row_scales + begin.value + j * kRowStep);
-          float* const to = sums[half.value] + begin.value / 2 + 4 * j;
-          to[0] = fmaf(partial[4 * j], gate_scale * scale.x, to[0]);
-          to[1] = fmaf(partial[4 * j + 1], gate_scale * scale.y, to[1]);
-          to[2] = fmaf(partial[4 * j + 2], up_scale * scale.x, to[2]);
-          to[3] = fmaf(partial[4 * j + 3], up_scale * scale.y, to[3]);
-        }
+      for (float& product : products) ptx::pin(product);
+#pragma unroll
+      for (int j = 0; j < kColumns / kRowStep; ++j) {
+        const float2 scale = *reinterpret_cast<const float2*>(row_scales + j * kRowStep);
+        float* const to = sums[half] + 4 * j;
+        to[0] = fmaf(products[4 * j], gate_scale * scale.x, to[0]);
+        to[1] = fmaf(products[4 * j + 1], gate_scale * scale.y, to[1]);
+        to[2] = fmaf(products[4 * j + 2], up_scale * scale.x, to[2]);
+        to[3] = fmaf(products[4 * j + 3], up_scale * scale.y, to[3]);
       }
-    };
-    constexpr std::integral_constant<int, 0> kNone{};
-    constexpr std::integral_constant<int, 1> kOne{};
-    constexpr std::integral_constant<int, kFirstColumns> kFirst{};
-    constexpr std::integral_constant<int, kColumns - kFirstColumns> kRest{};
-    add_part(kNone, kNone, kFirst);
-    add_part(kNone, kFirst, kRest);
-    add_part(kOne, kNone, kFirst);
-    add_part(kOne, kFirst, kRest);
+    }
     __syncwarp();
-    release_stage<kCluster>(ptx::shared_address(&memory.empty[ring.stage]));
+    release_stage(ptx::shared_address(&memory.empty[ring.stage]));
     ring.advance();
     gate_scale = next_gate_scale;
     up_scale = next_up_scale;
@@ -393,7 +331,7 @@ __device__ __forceinline__ void multiply_scaled(float (&sums)[kHalves][kColumns 
 /// largest magnitude over the largest of the type.
 template <typename T, int kColumns, Tiles kTiles, int kMaxRows, int kStages>
 __device__ __forceinline__ void write_quantised(float (&sums)[kHalves][kColumns / 2], const ProductArguments& arguments,
-                                                const WorkItem& work, const PartRows& rows,
+                                                const WorkItem& work,
                                                 ProductMemory<T, kTiles, kMaxRows, kStages>& memory) {
   static_assert(tile_channels(Product::kGateUp, kTiles) == kScaleBlock && row_parts(kTiles) == 1);
   const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
@@ -422,8 +360,8 @@ __device__ __forceinline__ void write_quantised(float (&sums)[kHalves][kColumns 
     for (int other = 1; other < kConsumerWarps; ++other) most = fmaxf(most, memory.scales.maxima[other][row]);
     const float scale = float8_scale(most);
     memory.scales.inverse[row] = 1.0F / scale;
-    if (row < rows.num_rows)
-      arguments.out_scales[work.weight_tile * arguments.out_scales_stride + work.first_scale + rows.first_row + row] = scale;
+    if (row < work.num_rows)
+      arguments.out_scales[work.weight_tile * arguments.out_scales_stride + work.first_scale + row] = scale;
   }
   ptx::named_barrier_sync(kConsumersBarrier, kConsumers);
 
@@ -433,8 +371,7 @@ __device__ __forceinline__ void write_quantised(float (&sums)[kHalves][kColumns 
                                     warp % kWarpsPerWarpgroup);
   if (channel >= arguments.num_channels)
     return;
-  const int64_t first_row = work.first_row + rows.first_row;
-  auto* const out = static_cast<uint8_t*>(arguments.out) + first_row * arguments.out_row_stride + channel;
+  auto* const out = static_cast<uint8_t*>(arguments.out) + work.first_row * arguments.out_row_stride + channel;
   const uint32_t staging = ptx::shared_address(memory.staging[warp]) + static_cast<uint32_t>(lane * 16);
 #pragma unroll
   for (int begin = 0; begin < kColumns; begin += kWarpSize) {
@@ -452,7 +389,7 @@ __device__ __forceinline__ void write_quantised(float (&sums)[kHalves][kColumns 
     __syncwarp();
     const uint4 pairs = ptx::load_shared(staging);
     __syncwarp();
-    if (begin + lane < rows.num_rows) {
+    if (begin + lane < work.num_rows) {
       constexpr unsigned kFirstHalf = 0x6420;
       constexpr unsigned kSecondHalf = 0x7531;
       *reinterpret_cast<uint4*>(out + (begin + lane) * arguments.out_row_stride) = {
@@ -464,15 +401,13 @@ __device__ __forceinline__ void write_quantised(float (&sums)[kHalves][kColumns 
 
 /// Writes this block's part of a divided tile. In the block that finishes last it returns true, and the sums of all
 /// parts.
-template <int kCluster, typename T, Tiles kTiles, int kMaxRows, int kStages, int kSums>
+template <typename T, Tiles kTiles, int kMaxRows, int kStages, int kSums>
 __device__ __forceinline__ bool add_parts(float (&sums)[kHalves][kSums], const ProductArguments& arguments,
                                           const WorkItem& work, ProductMemory<T, kTiles, kMaxRows, kStages>& memory) {
-  const int rank = block_rank<kCluster>();
   // The first part of a tile is the last that its block has, any other the first.
   const auto at = [&](int part, int half, int i) {
     constexpr int kMostColumns = ProductMemory<T, kTiles, kMaxRows, kStages>::kMostColumns;
-    const int block = (work.first_block + part) * kCluster + rank;
-    const int64_t place = int64_t{kPartsOfBlock} * block + (part == 0 ? 1 : 0);
+    const int64_t place = int64_t{kPartsOfBlock} * (work.first_block + part) + (part == 0 ? 1 : 0);
     return arguments.partial_sums + (place * kMostColumns + half * kSums + i) * kConsumers + threadIdx.x;
   };
 #pragma unroll
@@ -483,7 +418,7 @@ __device__ __forceinline__ bool add_parts(float (&sums)[kHalves][kSums], const P
   __threadfence();
   ptx::named_barrier_sync(kConsumersBarrier, kConsumers);
   if (threadIdx.x == 0)
-    memory.num_arrived = atomicAdd(arguments.arrivals + work.first_block * kCluster + rank, 1) + 1;
+    memory.num_arrived = atomicAdd(arguments.arrivals + work.first_block, 1) + 1;
   ptx::named_barrier_sync(kConsumersBarrier, kConsumers);
   if (memory.num_arrived != work.num_parts)
     return false;
@@ -555,7 +490,7 @@ __device__ __forceinline__ void write_rows(const float (&sums)[kHalves][kColumns
 }
 
 /// A consumer's work on one item of kColumns columns.
-template <int kCluster, typename T, Product kProduct, int kColumns, Tiles kTiles, int kMaxRows, int kStages>
+template <typename T, Product kProduct, int kColumns, Tiles kTiles, int kMaxRows, int kStages>
 __device__ __forceinline__ void compute_tile(const ProductArguments& arguments, const WorkItem& work,
                                              const PartRows& rows, ProductMemory<T, kTiles, kMaxRows, kStages>& memory,
                                              RingPosition<kStages>& ring) {
@@ -565,15 +500,14 @@ __device__ __forceinline__ void compute_tile(const ProductArguments& arguments, 
   float sums[kHalves][kColumns / 2] = {};
   if constexpr (kIsScaled<T>) {
     const WeightScales scales = weight_scales<kProduct, kTiles>(arguments, work, warpgroup);
-    multiply_scaled<kCluster, T, kColumns>(sums, scales, work, first_weight, memory, ring);
+    multiply_scaled<T, kColumns>(sums, scales, work, first_weight, memory, ring);
   } else {
-    const int first_line = kCluster == 1 ? rows.first_row : 0;  // blocks of a cluster have their own rows alone
-    multiply<kCluster, T, kColumns>(sums, work.last_step - work.first_step, first_weight, first_line, memory, ring);
+    multiply<T, kColumns>(sums, work.last_step - work.first_step, first_weight, rows.first_row, memory, ring);
   }
-  if (work.num_parts > 1 && !add_parts<kCluster>(sums, arguments, work, memory))
+  if (work.num_parts > 1 && !add_parts(sums, arguments, work, memory))
     return;
   if constexpr (kIsScaled<T> && kProduct == Product::kGateUp) {
-    write_quantised<T, kColumns>(sums, arguments, work, rows, memory);
+    write_quantised<T, kColumns>(sums, arguments, work, memory);
     return;
   }
   const int channel = first_channel(kProduct, kTiles, work.weight_tile, warpgroup, warp % kWarpsPerWarpgroup);
@@ -595,12 +529,11 @@ __device__ __forceinline__ void visit_columns(int columns, const Fn& fn) {
   fn(std::integral_constant<int, kMost>{});
 }
 
-template <int kCluster, typename T, Product kProduct, Tiles kTiles, int kMaxRows, int kStages>
+template <typename T, Product kProduct, Tiles kTiles, int kMaxRows, int kStages>
 __device__ __forceinline__ void compute_tiles(const ProductArguments& arguments,
                                               ProductMemory<T, kTiles, kMaxRows, kStages>& memory) {
   const int warpgroup = static_cast<int>(threadIdx.x) / (kWarpsPerWarpgroup * kWarpSize);
-  static_assert(kCluster == 1 || row_parts(kTiles) == 1);
-  const int part = kCluster == 1 ? warpgroup / weight_parts(kTiles) : block_rank<kCluster>();
+  const int part = warpgroup / weight_parts(kTiles);
   RingPosition<kStages> ring;
   RingPosition<kItemPlaces> place;
   while (true) {
@@ -608,9 +541,9 @@ __device__ __forceinline__ void compute_tiles(const ProductArguments& arguments,
     const WorkItem& work = memory.items[place.stage];  // not in registers: there are few
     if (work.num_rows == 0)
       return;
-    const PartRows rows = rows_of_part(work.num_rows, part, kCluster * row_parts(kTiles));
+    const PartRows rows = rows_of_part(work.num_rows, part, row_parts(kTiles));
     visit_columns<ProductMemory<T, kTiles, kMaxRows, kStages>::kMostColumns>(rows.num_columns, [&](auto columns) {
-      compute_tile<kCluster, T, kProduct, columns.value>(arguments, work, rows, memory, ring);
+      compute_tile<T, kProduct, columns.value>(arguments, work, rows, memory, ring);
     });
     ptx::barrier_arrive(ptx::shared_address(&memory.item_empty[place.stage]));
     place.advance();
@@ -619,7 +552,7 @@ __device__ __forceinline__ void compute_tiles(const ProductArguments& arguments,
 
 #endif  // __CUDA_ARCH_FEAT_SM90_ALL
 
-template <typename T, Product kProduct, Tiles kTiles, int kCluster, int kMaxRows, int kStages>
+template <typename T, Product kProduct, Tiles kTiles, int kMaxRows, int kStages>
 __global__ void __launch_bounds__(kProductThreads, 1)
     grouped_product(const __grid_constant__ ProductArguments arguments) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -630,13 +563,12 @@ __global__ void __launch_bounds__(kProductThreads, 1)
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < kStages; ++stage) {
       ptx::barrier_init(ptx::shared_address(&memory.full[stage]), 1);
-      ptx::barrier_init(ptx::shared_address(&memory.empty[stage]), kConsumerWarps * kCluster);
+      ptx::barrier_init(ptx::shared_address(&memory.empty[stage]), kConsumerWarps);
     }
     for (int place = 0; place < kItemPlaces; ++place) {
       ptx::barrier_init(ptx::shared_address(&memory.item_full[place]), 1);
       ptx::barrier_init(ptx::shared_address(&memory.item_empty[place]), kConsumers);
     }
-    for (uint64_t& full : memory.ticket_full) ptx::barrier_init(ptx::shared_address(&full), 1);
     ptx::fence_barrier_init();
   }
   if (threadIdx.x == kConsumers) {
@@ -652,19 +584,15 @@ __global__ void __launch_bounds__(kProductThreads, 1)
   for (int i = static_cast<int>(threadIdx.x); i <= arguments.num_experts; i += kProductThreads) {
     memory.row_tile_starts[i] = load_older(arguments.row_tile_starts + i);
   }
-  if constexpr (kCluster > 1) {
-    ptx::cluster_sync();
-  } else {
-    __syncthreads();
-  }
+  __syncthreads();
 
   if (threadIdx.x < kConsumers) {
     wait_for_previous_kernels();  // which the gate and up product has
     let_next_kernel_start();
-    ptx::raise_registers<kConsumerRegisters<T>>();
-    compute_tiles<kCluster, T, kProduct>(arguments, memory);
+    ptx::raise_registers<kConsumerRegisters<T, kMaxRows>>();
+    compute_tiles<T, kProduct>(arguments, memory);
   } else {
-    ptx::lower_registers<kProducerRegisters<T>>();
+    ptx::lower_registers<kProducerRegisters<T, kMaxRows>>();
     if (threadIdx.x == kConsumers) {
       constexpr int kChannels = tile_channels(kProduct, kTiles);
       Schedule schedule{};
@@ -673,13 +601,11 @@ __global__ void __launch_bounds__(kProductThreads, 1)
       schedule.num_experts = arguments.num_experts;
       schedule.num_weight_tiles = (arguments.num_channels + kChannels - 1) / kChannels;
       schedule.num_steps = arguments.num_steps;
-      schedule.num_blocks = static_cast<int>(gridDim.x) / kCluster;
+      schedule.num_blocks = static_cast<int>(gridDim.x);
       schedule.rounds_to_divide = are_few(kMaxRows) ? kRoundsToDivide : 1;
-      load_tiles<T, kProduct, kTiles, kCluster>(arguments, schedule, memory);
+      load_tiles<T, kProduct>(arguments, schedule, memory);
     }
   }
-  if constexpr (kCluster > 1)
-    ptx::cluster_sync();  // the other block may still write here
 #else
   __trap();  // wgmma is in code for sm_90a alone, and the launcher checks for that
 #endif

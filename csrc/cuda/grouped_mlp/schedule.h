@@ -156,18 +156,18 @@ ZEXPERT_HOST_DEVICE int lone_thread_value(int value) {
 #endif
 }
 
-/// Calls fn(work) for the items of block `block`, one after another. Whole tiles go to blocks in turn: take_ticket()()
-/// counts 0, 1, 2, ... over all blocks. Because that is slow, take_ticket() only asks, before the block's work, and what
-/// it returns gives the number, after it. Where steps are divided, the steps of all tiles are numbered through.
+/// Calls fn(work) for the items of block `block`, one after another. Whole tiles go to blocks in turn: take_ticket()
+/// counts 0, 1, 2, ... over all blocks, and is called early because it is slow. Where steps are divided, the steps of
+/// all tiles are numbered through.
 template <typename TakeTicket, typename Fn>
 ZEXPERT_HOST_DEVICE void for_each_item(const Schedule& schedule, int block, const TakeTicket& take_ticket,
                                        const Fn& fn) {
   const int num_tiles = schedule.num_tiles();
   if (num_tiles >= schedule.rounds_to_divide * schedule.num_blocks) {
     for (int tile = block; tile < num_tiles;) {
-      const auto ticket = take_ticket();
+      const int ticket = take_ticket();
       fn(schedule.whole_tile(tile));
-      tile = schedule.num_blocks + lone_thread_value(ticket());
+      tile = schedule.num_blocks + lone_thread_value(ticket);
     }
     return;
   }

@@ -106,7 +106,7 @@ inline constexpr int64_t kHopperMaxExperts = 1024;
 inline constexpr int64_t kHopperFewTileRows = 64;    ///< with 256 weight rows, and more of them on their way
 inline constexpr int64_t kHopperTallTileRows = 160;  ///< with 256 weight rows
 inline constexpr int64_t kHopperMaxTileRows = 288;   ///< with 128 weight rows
-inline constexpr int64_t kHopperFloat8TileRows = 144;  ///< with 256 weight rows in float8
+inline constexpr int64_t kHopperFloat8TileRows = 136;  ///< with 256 weight rows in float8
 
 /// The most rows of a tile. Few rows per expert are bound by reading the weights, many by the products. Either way a
 /// segment should be one tile, so that its weights are read once. Longer segments have tall tiles again, which read
