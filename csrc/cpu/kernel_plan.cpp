@@ -17,10 +17,10 @@
 namespace zexpert {
 namespace {
 
-constexpr std::array<std::string_view, 10> kOps = {
-    "biased_topk", "biased_topk_and_plan", "router_logits", "zero_expert_accumulate",
-    "moe_plan",    "moe_permute",          "silu_and_mul",  "grouped_mlp",
-    "fused_moe",   "moe_finalize"};
+constexpr std::array<std::string_view, 12> kOps = {
+    "biased_topk", "biased_topk_and_plan", "router_logits",      "zero_expert_accumulate",
+    "moe_plan",    "moe_permute",          "silu_and_mul",       "grouped_mlp",
+    "fused_moe",   "moe_finalize",         "quantize_blockwise", "dequantize_blockwise"};
 constexpr std::array<std::string_view, 2> kDevices = {"cpu", "cuda"};
 constexpr std::array<std::string_view, 4> kFloatingTypes = {"float32", "float64", "bfloat16", "float16"};
 constexpr std::array<std::string_view, 2> kIndexTypes = {"int32", "int64"};
@@ -128,7 +128,7 @@ KernelPlan plan_cpu_experts(const KernelQuery& query, const GroupedMlpCall& call
   const int64_t mean = (rows + *query.num_experts - 1) / *query.num_experts;
   const std::string about = std::to_string(rows) + " rows for " + std::to_string(*query.num_experts) +
                             " experts are at most " + std::to_string(mean) + " each if spread evenly, ";
-  const int64_t few_rows = few_rows_limit(call.data_type, cpu_capability());
+  const int64_t few_rows = few_rows_limit(call.data_type, cpu_capability(), call.has_fp8_weights);
   const std::string limit = std::to_string(few_rows);
   if (mean <= few_rows) {
     return {query.op, "cpu", std::string("grouped_mlp_") + isa,

@@ -8,13 +8,9 @@
 #include "zexpert/cpu_capability.h"
 #include "zexpert/cuda_stream.h"
 #include "zexpert/scalar_types.h"
+#include "zexpert/scale_blocks.h"
 
 namespace zexpert {
-
-inline constexpr int64_t kScaleBlock = 128;  ///< quantised weights have a scale for each block of 128 x 128
-
-/// Blocks that `size` rows or columns of a quantised weight are cut into; the last one may be smaller.
-constexpr int64_t num_scale_blocks(int64_t size) { return (size + kScaleBlock - 1) / kScaleBlock; }
 
 /// For every expert e and each of its rows r, expert_offsets[e] <= r < expert_offsets[e + 1]:
 ///   out[r] = (silu(rows[r] @ gate_e.T) * (rows[r] @ up_e.T)) @ down_e.T,  [gate_e; up_e] = w13[e], down_e = w2[e].
@@ -86,8 +82,13 @@ void grouped_mlp_cpu(const GroupedMlpParams& params, int64_t max_rows = INT64_MA
 /// Up to this many rows per expert, grouped_mlp_cpu is faster than a matrix-product library: it streams an expert's
 /// weights, and the library's packing pays off only above. Measured crossovers against torch (oneDNN, MKL): about 160
 /// rows in float32 with AVX-512 and 32 without, 48 in float16, 13 in bfloat16 where the processor has matrix units
-/// (AMX). In bfloat16 without AMX this kernel led up to the 64 rows tried.
-inline int64_t few_rows_limit(ScalarType type, CpuCapability capability) {
+/// (AMX). In bfloat16 without AMX this kernel led up to the 64 rows tried. Quantised weights must be dequantised for the
+/// library: with AVX-512, this kernel leads up to about 160 rows; 32, with AMX or without AVX-512, was not measured.
+inline int64_t few_rows_limit(ScalarType type, CpuCapability capability, bool has_fp8_weights = false) {
+  if (has_fp8_weights) {
+    const bool has_matrix_units = type == ScalarType::kBFloat16 && has_amx_bf16();
+    return capability == CpuCapability::kAvx512 && !has_matrix_units ? 160 : 32;
+  }
   switch (type) {
     case ScalarType::kFloat32: return capability == CpuCapability::kAvx512 ? 160 : 32;
     case ScalarType::kFloat16: return 48;
