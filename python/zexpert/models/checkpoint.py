@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from zexpert.layer import FusedMoE, check_shapes_of_state_dict
+from zexpert.layer_quantization import is_quantisable
 from zexpert.models.expert_tensors import ExpertLoader, ExpertTensor, module_list
+from zexpert.ops.quantize_blockwise import num_scale_blocks
 from zexpert.runner.placement import EXPERT_WEIGHTS
 
 Block = TypeVar("Block", bound="CheckpointBlock")
@@ -40,6 +42,8 @@ class CheckpointBlock(nn.Module):
         return {
             "experts.gate_up_proj": f"{experts}.w13_weight",  # transformers' tensors of all experts
             "experts.down_proj": f"{experts}.w2_weight",
+            "experts.gate_up_proj_scale_inv": f"{experts}.w13_weight_scale_inv",
+            "experts.down_proj_scale_inv": f"{experts}.w2_weight_scale_inv",
         }
 
     def expert_tensors(self) -> dict[str, ExpertTensor]:
@@ -59,10 +63,28 @@ class CheckpointBlock(nn.Module):
         """
         weights: dict[str, Tensor] = dict(self.state_dict())
         name, experts = experts_of(self)
+        if experts.quantization is not None:
+            for weight in experts.placement.whole_shapes:
+                del weights[f"{name}.{weight}"]
+            rename(weights, "", {ours: theirs for theirs, ours in self.checkpoint_names().items()})
+            return weights | self.quantised_experts()
         for weight in EXPERT_WEIGHTS:
             weights[f"{name}.{weight}"] = experts.placement.whole(weight, experts.get_parameter(weight).detach())
         rename(weights, "", {ours: theirs for theirs, ours in self.checkpoint_names().items()})
         return weights
+
+    def quantised_experts(self) -> dict[str, Tensor]:
+        """The tensors of all experts and their scales, as checkpoints with float8 experts have them."""
+        _, experts = experts_of(self)
+        whole = {
+            name: experts.placement.whole(name, experts.get_parameter(name).detach())
+            for name in experts.placement.whole_shapes
+        }
+        tensors = {}
+        for name, place in self.expert_tensors().items():
+            of_expert = whole[place.weight][place.expert]
+            tensors[name] = (of_expert if place.half is None else of_expert.chunk(2)[place.half]).clone()
+        return tensors
 
     @classmethod
     def from_state_dict(
@@ -82,22 +104,27 @@ class CheckpointBlock(nn.Module):
             prefix: the start of the block's names, such as "model.layers.0.mlp.".
             assign: use the tensors of `state_dict` themselves, on their device and in their dtype, instead of copies.
                 A training step then changes them. The experts of a module list are copied all the same.
-            options: as in the constructor, such as params_dtype.
+            options: as in the constructor, such as params_dtype. quantization is "fp8_block" unless it is given, if the
+                checkpoint has float8 experts with scales.
 
         Raises:
             ValueError: if no name starts with `prefix`.
-            RuntimeError: if an entry is missing, unknown, quantised or has another shape.
+            RuntimeError: if an entry is missing, unknown or has another shape, or float8 weights have no scales.
         """
         entries = {name.removeprefix(prefix): tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
         if not entries:
             raise ValueError(f"state_dict must have entries whose names start with {prefix!r}, got none")
         if assign:
             options["device"] = "meta"
+        if any(name.startswith("experts.") and name.endswith("_scale_inv") for name in entries):
+            options.setdefault("quantization", "fp8_block")
         construct: Any = cls
         block: Block = construct(config, **options)
         listed = block.expert_tensors()
-        missing = [name for name in listed if name not in entries]
-        if missing and len(missing) < len(listed):
+        # Weights without scales are quantised, and make their scales.
+        needed = [name for name in listed if not is_made_from(name.removesuffix("_scale_inv"), name, entries)]
+        missing = [name for name in needed if name not in entries]
+        if missing and len(missing) < len(needed):
             raise RuntimeError(f"{missing[0]} must be in the checkpoint, got none")
         block.load_state_dict(entries, assign=assign)
         return block
@@ -147,7 +174,7 @@ def checkpoint_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_checkpoint_names(
-    module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *_: object
+    module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool, *_: object
 ) -> None:
     """Pre-hook of load_state_dict: renames, checks everything, then copies the tensors of a module list of experts."""
     assert isinstance(module, CheckpointBlock)
@@ -155,6 +182,8 @@ def load_checkpoint_names(
     module.rename_checkpoint(state_dict, prefix)
     loader = module.expert_loader
     loader.take(module.expert_tensors(), state_dict, prefix)
+    if strict:
+        loader.check_scales(prefix)
     check_shapes_of_state_dict(module, state_dict, prefix, shown=lambda key: checkpoint_name(module, key))
     assign = bool(local_metadata.get("assign_to_params_buffers", False))
     experts_name, experts = experts_of(module)
@@ -179,6 +208,11 @@ def checkpoint_name(block: CheckpointBlock, key: str) -> str:
         if matches(key, prefix + ours):
             return prefix + theirs + key.removeprefix(prefix + ours)
     return key
+
+
+def is_made_from(weight: str, name: str, entries: Mapping[str, Tensor]) -> bool:
+    """True if `name` is the scales of an entry `weight` that needs none."""
+    return name != weight and weight in entries and is_quantisable(entries[weight])
 
 
 def rename(state_dict: dict[str, Any], prefix: str, names: Mapping[str, str]) -> None:
@@ -206,9 +240,12 @@ def trim_stacked_experts(state_dict: dict[str, Any], prefix: str, experts: Fused
     num_real_experts = experts.num_experts
     hidden_size, intermediate_size = experts.hidden_size, experts.intermediate_size
     first_sizes = sorted({num_real_experts, experts.router.num_experts or num_real_experts})
+    hidden_blocks, inner_blocks = num_scale_blocks(hidden_size), num_scale_blocks(intermediate_size)
     for name, sizes in (
         ("experts.gate_up_proj", [2 * intermediate_size, hidden_size]),
         ("experts.down_proj", [hidden_size, intermediate_size]),
+        ("experts.gate_up_proj_scale_inv", [2 * inner_blocks, hidden_blocks]),
+        ("experts.down_proj_scale_inv", [hidden_blocks, inner_blocks]),
     ):
         stacked = state_dict.get(prefix + name)
         if stacked is None:

@@ -24,7 +24,9 @@ def dequantize_blockwise(weight: Tensor, scale_inv: Tensor, dtype: torch.dtype =
         RuntimeError: an argument has a wrong device, dtype or shape.
     """
     if weight.dim() < 2:
-        raise RuntimeError(f"weight must have at least 2 dimensions [..., rows, columns], got shape {list(weight.shape)}")
+        raise RuntimeError(
+            f"weight must have at least 2 dimensions [..., rows, columns], got shape {list(weight.shape)}"
+        )
     if scale_inv.dim() != weight.dim() or scale_inv.shape[:-2] != weight.shape[:-2]:
         raise RuntimeError(
             f"scale_inv must have the leading dimensions of weight ({list(weight.shape[:-2])}) and two more, "

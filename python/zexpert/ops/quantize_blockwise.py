@@ -37,13 +37,14 @@ def quantize_blockwise(weight: Tensor) -> tuple[Tensor, Tensor]:
     Source: the format of DeepSeek-V3, arXiv 2412.19437, section 3.3.
     """
     if weight.dim() < 2:
-        raise RuntimeError(f"weight must have at least 2 dimensions [..., rows, columns], got shape {list(weight.shape)}")
+        raise RuntimeError(
+            f"weight must have at least 2 dimensions [..., rows, columns], got shape {list(weight.shape)}"
+        )
     rows, columns = weight.size(-2), weight.size(-1)
-    leading = weight.shape[:-2]
     matrices = weight.unsqueeze(0) if weight.dim() == 2 else weight.flatten(0, -3)
     quantised, scale_inv = torch.ops.zexpert.quantize_blockwise(matrices)
-    scales = [num_scale_blocks(rows), num_scale_blocks(columns)]
-    return quantised.reshape(list(leading) + [rows, columns]), scale_inv.reshape(list(leading) + scales)
+    blocks = [num_scale_blocks(rows), num_scale_blocks(columns)]
+    return quantised.reshape(weight.shape), scale_inv.reshape(list(weight.shape[:-2]) + blocks)
 
 
 @register_fake("quantize_blockwise")
