@@ -2,7 +2,7 @@
 """The mixture-of-experts layer."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, cast
 
@@ -14,6 +14,7 @@ from zexpert._C import ScoringFunc, ZeroExpertType
 from zexpert.experts.factory import create_experts
 from zexpert.layer_quantization import (
     QUANTISED_DTYPES,
+    check_has_scales,
     check_not_quantised,
     check_quantised,
     check_quantization,
@@ -269,6 +270,13 @@ class FusedMoE(nn.Module):
             setattr(self, name, nn.Parameter(weight, requires_grad=False))
             setattr(self, f"{name}_scale_inv", nn.Parameter(scales, requires_grad=False))
         self.quantization = "fp8_block"
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """nn.Module.load_state_dict. A quantised layer quantises weights that are not; if strict, it refuses float8
+        weights without scales."""
+        if self.quantization is not None and strict:
+            check_has_scales(EXPERT_WEIGHTS, state_dict)
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FusedMoE":
         """Moves the layer; quantised weights and their scales keep their dtypes."""

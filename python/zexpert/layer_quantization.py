@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -59,21 +60,23 @@ def is_quantisable(given: Tensor) -> bool:
     return given.is_floating_point() and given.element_size() >= 2
 
 
-def quantize_state_dict(
-    layer: FusedMoE, state_dict: dict[str, Any], prefix: str, _metadata: object, strict: bool, *_: object
-) -> None:
-    """Pre-hook of load_state_dict: quantises the weights for a quantised layer, and requires the scales of float8
-    weights. With strict=False these may come in another call."""
+def check_has_scales(weights: Iterable[str], state_dict: Mapping[str, object]) -> None:
+    """Raises RuntimeError if one of the entries `weights` is quantised and has no scales with it."""
+    for name in weights:
+        given = state_dict.get(name)
+        if isinstance(given, Tensor) and not is_quantisable(given) and f"{name}_scale_inv" not in state_dict:
+            raise RuntimeError(f"{name}_scale_inv must be given with {name}, whose values need a scale, got none")
+
+
+def quantize_state_dict(layer: FusedMoE, state_dict: dict[str, Any], prefix: str, *_: object) -> None:
+    """Pre-hook of load_state_dict: quantises the weights for a quantised layer."""
     if layer.quantization is None:
         return
     for name in EXPERT_WEIGHTS:
         given, scales = state_dict.get(prefix + name), f"{prefix}{name}_scale_inv"
-        if not isinstance(given, Tensor) or hasattr(given, "device_mesh"):
+        if not isinstance(given, Tensor) or hasattr(given, "device_mesh") or not is_quantisable(given):
             continue
-        if not is_quantisable(given):
-            if strict and scales not in state_dict:
-                raise RuntimeError(f"{scales} must be given with {prefix}{name}, whose values need a scale, got none")
-        elif scales in state_dict:
+        if scales in state_dict:
             raise RuntimeError(f"{prefix}{name} must be torch.float8_e4m3fn with {scales}, got {given.dtype}")
-        elif given.dim() == 3 and layer.placement.fits(name, layer.get_parameter(name), given):
+        if given.dim() == 3 and layer.placement.fits(name, layer.get_parameter(name), given):
             state_dict[prefix + name], state_dict[scales] = quantize_weight(name, given.detach())

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from zexpert.layer import FusedMoE, check_shapes_of_state_dict
-from zexpert.layer_quantization import is_quantisable
+from zexpert.layer_quantization import check_has_scales, is_quantisable
 from zexpert.models.expert_tensors import ExpertLoader, ExpertTensor, module_list
 from zexpert.ops.quantize_blockwise import num_scale_blocks
 from zexpert.runner.placement import EXPERT_WEIGHTS
@@ -55,6 +55,14 @@ class CheckpointBlock(nn.Module):
         names stay, and so do those of expert_tensors. Raises RuntimeError for a tensor that does not fit."""
         trim_stacked_experts(state_dict, prefix, experts_of(self)[1])
         rename(state_dict, prefix, self.checkpoint_names())
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """nn.Module.load_state_dict, for a checkpoint's names too. If strict, float8 experts without scales are refused
+        before anything is loaded."""
+        name, experts = experts_of(self)
+        if strict and experts.quantization is not None:
+            check_has_scales([*self.expert_tensors(), *(f"{name}.{weight}" for weight in EXPERT_WEIGHTS)], state_dict)
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
     def checkpoint_state_dict(self) -> dict[str, Tensor]:
         """The weights of all experts under a checkpoint's names, in a layout that load_state_dict accepts.
@@ -174,7 +182,7 @@ def checkpoint_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_checkpoint_names(
-    module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool, *_: object
+    module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *_: object
 ) -> None:
     """Pre-hook of load_state_dict: renames, checks everything, then copies the tensors of a module list of experts."""
     assert isinstance(module, CheckpointBlock)
@@ -182,8 +190,6 @@ def load_checkpoint_names(
     module.rename_checkpoint(state_dict, prefix)
     loader = module.expert_loader
     loader.take(module.expert_tensors(), state_dict, prefix)
-    if strict:
-        loader.check_scales(prefix)
     check_shapes_of_state_dict(module, state_dict, prefix, shown=lambda key: checkpoint_name(module, key))
     assign = bool(local_metadata.get("assign_to_params_buffers", False))
     experts_name, experts = experts_of(module)

@@ -108,14 +108,6 @@ class ExpertLoader:
             if is_quantised and is_quantisable(self._given[name]) and self._places[name].weight in EXPERT_WEIGHTS:
                 self._given[name], self._given[f"{name}_scale_inv"] = quantize_blockwise(self._given[name].detach())
 
-    def check_scales(self, prefix: str) -> None:
-        """Raises RuntimeError if `take` found a quantised weight without its scales."""
-        for name, tensor in self._given.items():
-            if not is_quantisable(tensor) and f"{name}_scale_inv" not in self._given:
-                raise RuntimeError(
-                    f"{prefix}{name}_scale_inv must be given with {prefix}{name}, whose values need a scale, got none"
-                )
-
     def fill(self, experts: FusedMoE, assign: bool) -> dict[str, Tensor]:
         """Copies what `take` found.
 

@@ -40,11 +40,9 @@ def quantize_blockwise(weight: Tensor) -> tuple[Tensor, Tensor]:
         raise RuntimeError(
             f"weight must have at least 2 dimensions [..., rows, columns], got shape {list(weight.shape)}"
         )
-    rows, columns = weight.size(-2), weight.size(-1)
     matrices = weight.unsqueeze(0) if weight.dim() == 2 else weight.flatten(0, -3)
     quantised, scale_inv = torch.ops.zexpert.quantize_blockwise(matrices)
-    blocks = [num_scale_blocks(rows), num_scale_blocks(columns)]
-    return quantised.reshape(weight.shape), scale_inv.reshape(list(weight.shape[:-2]) + blocks)
+    return quantised.reshape(weight.shape), scale_inv.reshape(weight.shape[:-2] + scale_inv.shape[-2:])
 
 
 @register_fake("quantize_blockwise")
