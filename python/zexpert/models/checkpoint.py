@@ -38,13 +38,12 @@ class CheckpointBlock(nn.Module):
     def checkpoint_names(self) -> dict[str, str]:
         """Maps the checkpoint's names to this block's where they differ. A name that ends in "." stands for all names
         that start with it."""
-        experts, _ = experts_of(self)
-        return {
-            "experts.gate_up_proj": f"{experts}.w13_weight",  # transformers' tensors of all experts
-            "experts.down_proj": f"{experts}.w2_weight",
-            "experts.gate_up_proj_scale_inv": f"{experts}.w13_weight_scale_inv",
-            "experts.down_proj_scale_inv": f"{experts}.w2_weight_scale_inv",
-        }
+        name, experts = experts_of(self)
+        # transformers' tensors of all experts
+        names = {"experts.gate_up_proj": f"{name}.w13_weight", "experts.down_proj": f"{name}.w2_weight"}
+        if experts.quantization is not None:
+            names |= {f"{theirs}_scale_inv": f"{ours}_scale_inv" for theirs, ours in names.items()}
+        return names
 
     def expert_tensors(self) -> dict[str, ExpertTensor]:
         """The entries of a checkpoint that has a module list of experts, by name."""
@@ -124,7 +123,10 @@ class CheckpointBlock(nn.Module):
             raise ValueError(f"state_dict must have entries whose names start with {prefix!r}, got none")
         if assign:
             options["device"] = "meta"
-        if any(name.startswith("experts.") and name.endswith("_scale_inv") for name in entries):
+        if any(
+            tensor.dtype == torch.float8_e4m3fn and "experts." in name and f"{name}_scale_inv" in entries
+            for name, tensor in entries.items()
+        ):
             options.setdefault("quantization", "fp8_block")
         construct: Any = cls
         block: Block = construct(config, **options)
@@ -247,12 +249,14 @@ def trim_stacked_experts(state_dict: dict[str, Any], prefix: str, experts: Fused
     hidden_size, intermediate_size = experts.hidden_size, experts.intermediate_size
     first_sizes = sorted({num_real_experts, experts.router.num_experts or num_real_experts})
     hidden_blocks, inner_blocks = num_scale_blocks(hidden_size), num_scale_blocks(intermediate_size)
-    for name, sizes in (
-        ("experts.gate_up_proj", [2 * intermediate_size, hidden_size]),
-        ("experts.down_proj", [hidden_size, intermediate_size]),
-        ("experts.gate_up_proj_scale_inv", [2 * inner_blocks, hidden_blocks]),
-        ("experts.down_proj_scale_inv", [hidden_blocks, inner_blocks]),
-    ):
+    stacked_sizes = {
+        "experts.gate_up_proj": [2 * intermediate_size, hidden_size],
+        "experts.down_proj": [hidden_size, intermediate_size],
+    }
+    if experts.quantization is not None:
+        stacked_sizes["experts.gate_up_proj_scale_inv"] = [2 * inner_blocks, hidden_blocks]
+        stacked_sizes["experts.down_proj_scale_inv"] = [hidden_blocks, inner_blocks]
+    for name, sizes in stacked_sizes.items():
         stacked = state_dict.get(prefix + name)
         if stacked is None:
             continue

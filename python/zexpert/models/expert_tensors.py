@@ -9,7 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from zexpert.layer import FusedMoE
-from zexpert.layer_quantization import check_not_quantised, check_quantised, is_quantisable
+from zexpert.layer_quantization import (
+    QUANTISED_DTYPES,
+    check_not_quantised,
+    check_quantised,
+    is_quantisable,
+    quantize_weight,
+)
 from zexpert.ops.quantize_blockwise import num_scale_blocks, quantize_blockwise
 from zexpert.runner.placement import EXPERT_SCALES, EXPERT_WEIGHTS
 
@@ -54,15 +60,25 @@ def module_list(experts: FusedMoE, name: str, *, gate_proj: bool) -> dict[str, E
     }
     if experts.quantization is None:
         return listed
-    if not gate_proj:
-        raise ValueError("quantization must be None for a model whose checkpoints have gate and up in one tensor")
-    scales = {
-        f"{key}_scale_inv": ExpertTensor(
-            f"{weight}_scale_inv", expert, half, [num_scale_blocks(size) for size in shape]
-        )
-        for key, (weight, expert, half, shape) in listed.items()
+    return listed | {
+        f"{key}_scale_inv": ExpertTensor(f"{place.weight}_scale_inv", place.expert, place.half, shape_of_scales(place))
+        for key, place in listed.items()
     }
-    return listed | scales
+
+
+def shape_of_scales(place: ExpertTensor) -> list[int]:
+    """Of a quantised tensor. Gate and up have blocks of their own."""
+    rows, columns = place.shape
+    num_parts = 2 if place.weight == "w13_weight" and place.half is None else 1
+    return [num_parts * num_scale_blocks(rows // num_parts), num_scale_blocks(columns)]
+
+
+def quantised(place: ExpertTensor, tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """The tensor in float8, and its scales."""
+    if place.half is not None:
+        return quantize_blockwise(tensor)
+    weight, scale_inv = quantize_weight(place.weight, tensor.unsqueeze(0))
+    return weight[0], scale_inv[0]
 
 
 class ExpertLoader:
@@ -92,7 +108,7 @@ class ExpertLoader:
             tensor = state_dict.get(prefix + name)
             if tensor is None:
                 continue
-            if not is_quantised:
+            if not is_quantised or place.weight not in QUANTISED_DTYPES:
                 check_not_quantised(prefix + name, tensor)
             elif place.weight in EXPERT_SCALES or not is_quantisable(tensor):
                 check_quantised(place.weight, prefix + name, tensor)
@@ -106,7 +122,8 @@ class ExpertLoader:
         for name in list(self._given):
             del state_dict[prefix + name]
             if is_quantised and is_quantisable(self._given[name]) and self._places[name].weight in EXPERT_WEIGHTS:
-                self._given[name], self._given[f"{name}_scale_inv"] = quantize_blockwise(self._given[name].detach())
+                given = quantised(self._places[name], self._given[name].detach())
+                self._given[name], self._given[f"{name}_scale_inv"] = given
 
     def fill(self, experts: FusedMoE, assign: bool) -> dict[str, Tensor]:
         """Copies what `take` found.
