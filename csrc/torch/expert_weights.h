@@ -18,6 +18,13 @@ struct ExpertScales {
   std::optional<Tensor> w2;   ///< [experts, blocks of hidden_size, blocks of intermediate_size]
 };
 
+/// One of the two weights.
+struct ExpertWeight {
+  Tensor weight;  ///< [experts, rows, columns]
+  std::optional<Tensor> scale_inv;
+  int64_t num_parts;  ///< matrices that are one below the other in the rows, each with blocks of scales of its own
+};
+
 struct ExpertWeights {
   Tensor w13;  ///< [experts, 2 * intermediate_size, hidden_size]: gate rows first, then up
   Tensor w2;   ///< [experts, hidden_size, intermediate_size]: down
@@ -26,6 +33,8 @@ struct ExpertWeights {
   ExpertWeights with(const ExpertScales& given) const { return {w13, w2, given}; }
 
   bool is_quantised() const { return scales.w13.has_value(); }
+  ExpertWeight gate_up() const { return {w13, scales.w13, 2}; }
+  ExpertWeight down() const { return {w2, scales.w2, 1}; }
   int64_t num_experts() const { return w13.size(0); }
   int64_t hidden_size() const { return w13.size(2); }
   int64_t intermediate_size() const { return w2.size(2); }

@@ -4,6 +4,7 @@
 #include <optional>
 
 #include "torch/device.h"
+#include "torch/expert_matrices.h"
 #include "torch/segment_products.h"
 #include "torch/token_rows.h"
 #include "zexpert/silu_and_mul.h"
@@ -102,15 +103,42 @@ Tensor activate(const Tensor& gate_up, const ExpertInputs& inputs) {
   return activation;
 }
 
+#ifdef ZEXPERT_FOR_CUDA
+/// Whether all experts must be dequantised together, for the grouped product: while a CUDA graph is captured, the host
+/// cannot read which experts have rows.
+bool dequantizes_all(const ExpertInputs& inputs, GroupedMlpImplementation implementation, GroupedMlpTask task) {
+  const GroupedMlpCall call{current_device(),          task,
+                            element_type(inputs.rows), inputs.num_experts(),
+                            inputs.hidden_size(),      inputs.intermediate_size()};
+  return implementation == GroupedMlpImplementation::kTorch && inputs.weights.is_quantised() &&
+         is_capturing(CurrentDevice(inputs.rows).stream()) &&
+         can_serve(GroupedMlpImplementation::kGroupedMm, call, [](const auto&...) {});
+}
+#else
+constexpr bool dequantizes_all(const ExpertInputs& /*inputs*/, GroupedMlpImplementation /*implementation*/,
+                               GroupedMlpTask /*task*/) {
+  return false;
+}
+#endif
+
+ExpertInputs with_dequantized_weights(const ExpertInputs& inputs) {
+  ExpertInputs result = inputs;
+  result.weights = dequantized(inputs.weights, inputs.rows);
+  return result;
+}
+
 /// Gate and up product, activation, down product, each for all experts. No size may be 0.
 ExpertResults run_products(const ExpertInputs& inputs, GroupedMlpImplementation implementation, bool keeps_gate_up) {
+  if (dequantizes_all(inputs, implementation, GroupedMlpTask::kForward)) {
+    return run_products(with_dequantized_weights(inputs), GroupedMlpImplementation::kGroupedMm, keeps_gate_up);
+  }
   const SegmentProducts multiply(implementation, inputs.expert_offsets, inputs.num_rows());
-  Tensor gate_up = multiply.with_transposed(rows_for(implementation, inputs.rows, inputs), inputs.weights.w13);
+  Tensor gate_up = multiply.with_transposed(rows_for(implementation, inputs.rows, inputs), inputs.weights.gate_up());
   const Tensor activation = activate(gate_up, inputs);
   if (!keeps_gate_up) {
     gate_up = empty({0, gate_up.size(1)}, gate_up.scalar_type(), gate_up);  // gives its memory back
   }
-  return {multiply.with_transposed(activation, inputs.weights.w2), gate_up};
+  return {multiply.with_transposed(activation, inputs.weights.down()), gate_up};
 }
 
 /// What the activation's backward makes.
@@ -158,6 +186,9 @@ ActivationGradients differentiate_activation(const Tensor& grad_activation, cons
 /// Gradients by products of all experts together. No size may be 0.
 ExpertGradients differentiate_products(const ExpertInputs& inputs, const ExpertGradientInputs& given,
                                        GroupedMlpImplementation implementation) {
+  if (dequantizes_all(inputs, implementation, GroupedMlpTask::kBackward)) {
+    return differentiate_products(with_dequantized_weights(inputs), given, GroupedMlpImplementation::kGroupedMm);
+  }
   const SegmentProducts multiply(implementation, inputs.expert_offsets, inputs.num_rows());
   const Tensor none = empty({0}, inputs.rows.scalar_type(), inputs.rows);
   ExpertGradients gradients{none, none, none, none};
@@ -171,9 +202,9 @@ ExpertGradients differentiate_products(const ExpertInputs& inputs, const ExpertG
   ActivationGradients activation;
   {
     const Tensor gate_up =
-        given.gate_up ? *given.gate_up : multiply.with_transposed(gathered_rows(), inputs.weights.w13);
+        given.gate_up ? *given.gate_up : multiply.with_transposed(gathered_rows(), inputs.weights.gate_up());
     const Tensor grad_out = rows_for(implementation, given.grad_out, inputs);
-    const Tensor grad_activation = multiply.with_matrices(grad_out, inputs.weights.w2);
+    const Tensor grad_activation = multiply.with_matrices(grad_out, inputs.weights.down());
     activation = differentiate_activation(grad_activation, gate_up, inputs, given);
     if (given.needs.w2_weight) {
       gradients.w2_weight = multiply.between(grad_out, activation.activation);
@@ -188,7 +219,7 @@ ExpertGradients differentiate_products(const ExpertInputs& inputs, const ExpertG
     gradients.w13_weight = multiply.between(activation.grad_gate_up, gathered_rows());
   }
   if (given.needs.rows) {
-    gradients.rows = multiply.with_matrices(activation.grad_gate_up, inputs.weights.w13);
+    gradients.rows = multiply.with_matrices(activation.grad_gate_up, inputs.weights.gate_up());
     if (!given.topk_weights) {
       zero_idle_rows(gradients.rows, inputs);
     }
@@ -214,11 +245,6 @@ ExpertGradients allocate_gradients(const ExpertInputs& inputs, const ExpertGradi
     zero_rows(gradients.topk_weights, 0, weights.size(0));
   }
   return gradients;
-}
-
-void check_serves_scales(const ExpertInputs& inputs, GroupedMlpImplementation implementation) {
-  ZEXPERT_CHECK(!inputs.weights.is_quantised() || implementation == GroupedMlpImplementation::kHopper,
-                "w13_scale_inv must be None for implementation \"", name(implementation), "\", got a tensor");
 }
 
 void zero_all(const ExpertGradients& gradients) {
@@ -249,7 +275,6 @@ GroupedMlpImplementation choose_implementation(const std::string& requested, con
 }
 
 ExpertResults run_experts(const ExpertInputs& inputs, GroupedMlpImplementation implementation, bool keeps_gate_up) {
-  check_serves_scales(inputs, implementation);
   const int64_t num_rows = inputs.num_rows();
   const int64_t gate_up_size = 2 * inputs.intermediate_size();
   const bool has_products = num_rows > 0 && inputs.num_experts() > 0 && inputs.hidden_size() > 0 && gate_up_size > 0;
@@ -271,7 +296,6 @@ ExpertResults run_experts(const ExpertInputs& inputs, GroupedMlpImplementation i
 
 ExpertGradients differentiate_experts(const ExpertInputs& inputs, const ExpertGradientInputs& given,
                                       GroupedMlpImplementation implementation) {
-  check_serves_scales(inputs, implementation);
   const bool has_products =
       inputs.num_rows() > 0 && inputs.num_experts() > 0 && inputs.hidden_size() > 0 && inputs.intermediate_size() > 0;
   if (has_products && !has_own_kernels(implementation)) {

@@ -42,6 +42,9 @@ STABLE_TORCH_LIBRARY(zexpert, m) {
       "moe_finalize(Tensor rows, Tensor slot_rows, Tensor topk_weights, Tensor hidden_states, Tensor zero_weight, "
       "Tensor? residual=None, Tensor? constant_weight=None, Tensor? constant_vectors=None) -> Tensor");
 
+  m.def("quantize_blockwise(Tensor weight) -> (Tensor weight, Tensor scale_inv)");
+  m.def("dequantize_blockwise(Tensor weight, Tensor scale_inv, *, ScalarType dtype) -> Tensor");
+
   // Training
   m.def(
       "biased_topk_backward(Tensor grad_topk_weights, Tensor grad_zero_weight, Tensor grad_constant_weight, "

@@ -12,6 +12,7 @@ from zexpert._info import build_info, kernel_plan
 from zexpert._version import __version__
 from zexpert.layer import FusedMoE
 from zexpert.ops import ConstantExperts, DispatchPlan, ExpertWeights, RoutingResult
+from zexpert.quantization import quantize
 from zexpert.router import RoutingMethodType, create_fused_moe_router
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "kernel_plan",
     "models",
     "ops",
+    "quantize",
     "router",
     "runner",
     "telemetry",

@@ -203,8 +203,9 @@ Output grouped_product(const Elements& rows, int num_rows, int depth, const Elem
   const int weight_tiles = (num_channels + tile_channels(kProduct, kTiles) - 1) / tile_channels(kProduct, kTiles);
   const Schedule schedule{offsets.data(),     starts.data(), num_experts, weight_tiles,
                           depth / kStepDepth, num_blocks,    kRounds};
-  const TensorMapShape weights_shape = weights_map(kProduct, kTiles, num_channels, depth, num_experts,
-                                                   int64_t{num_matrices(kProduct)} * num_channels * depth, kElementBytes);
+  const TensorMapShape weights_shape =
+      weights_map(kProduct, kTiles, num_channels, depth, num_experts,
+                  int64_t{num_matrices(kProduct)} * num_channels * depth, kElementBytes);
   Output out{Elements(static_cast<size_t>(num_rows * num_channels), NAN),
              std::vector<int>(static_cast<size_t>(num_rows * num_channels))};
   std::map<int, std::array<std::vector<Sums>, kWarpgroups>> parts;  // of divided tiles: [warpgroup][half]
@@ -232,8 +233,9 @@ Output grouped_product(const Elements& rows, int num_rows, int depth, const Elem
                           kStage + static_cast<uint32_t>(half * half_bytes(kTiles)));
       }
       for_each_row_box(num_lines, [&](int box, int line) {
-        bytes += copy_box(rows_map(num_rows, depth, depth, box, kElementBytes), rows, {step * kStepDepth, work.first_row + line},
-                          memory, kStage + static_cast<uint32_t>(kWeightBytes + line * kLineBytes));
+        bytes += copy_box(rows_map(num_rows, depth, depth, box, kElementBytes), rows,
+                          {step * kStepDepth, work.first_row + line}, memory,
+                          kStage + static_cast<uint32_t>(kWeightBytes + line * kLineBytes));
       });
       EXPECT_EQ(bytes, static_cast<uint32_t>(kWeightBytes + num_lines * kLineBytes)) << "what the barrier expects";
       for (size_t warpgroup = 0; warpgroup < kWarpgroups; ++warpgroup) {

@@ -287,6 +287,27 @@ def grouped_mlp(
     return out
 
 
+def scales_of_elements(scale_inv: Tensor, rows: int, columns: int) -> Tensor:
+    """[..., rows, columns]: each element's scale, of scale_inv [..., ceil(rows / 128), ceil(columns / 128)]."""
+    return scale_inv.repeat_interleave(128, -2)[..., :rows, :].repeat_interleave(128, -1)[..., :columns]
+
+
+def quantize_blockwise(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """float8_e4m3fn and float32 scales of blocks of 128 x 128: max / 448, at least 2^-126, 1 for zeros."""
+    rows, columns = weight.shape[-2:]
+    padding = (0, -columns % 128, 0, -rows % 128)
+    blocks = torch.nn.functional.pad(weight.float(), padding).unflatten(-1, (-1, 128)).unflatten(-3, (-1, 128))
+    largest = blocks.abs().amax((-1, -3))
+    scale_inv = torch.where(largest == 0, 1.0, (largest / 448).clamp(min=2.0**-126))
+    quantised = weight.float() / scales_of_elements(scale_inv, rows, columns)
+    return quantised.clamp(-448, 448).to(torch.float8_e4m3fn), scale_inv
+
+
+def dequantize_blockwise(weight: Tensor, scale_inv: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+    """weight * scale_inv in `dtype`."""
+    return weight.to(dtype) * scales_of_elements(scale_inv, *weight.shape[-2:]).to(dtype)
+
+
 def moe_finalize(
     rows: Tensor,
     slot_rows: Tensor,

@@ -24,8 +24,17 @@ OPS = [
     "grouped_mlp",
     "fused_moe",
     "moe_finalize",
+    "quantize_blockwise",
+    "dequantize_blockwise",
 ]
-VECTORISED = ["biased_topk", "zero_expert_accumulate", "silu_and_mul", "moe_finalize"]
+VECTORISED = [
+    "biased_topk",
+    "zero_expert_accumulate",
+    "silu_and_mul",
+    "moe_finalize",
+    "quantize_blockwise",
+    "dequantize_blockwise",
+]
 DECODING = {"num_tokens": 256, "num_experts": 768, "top_k": 12, "compute_capability": 9}
 GROUPED = {"num_rows": 8, "num_experts": 4}
 INFERENCE = {"dtype": "float16", "keep_gate_up": False}
@@ -130,7 +139,7 @@ def test_torch_types_are_taken_as_well_as_names() -> None:
 @pytest.mark.parametrize(
     ("op", "arguments", "message"),
     [
-        ("top_k", {}, r'^op must be "biased_topk", .* or "moe_finalize", got "top_k"$'),
+        ("top_k", {}, r'^op must be "biased_topk", .* or "dequantize_blockwise", got "top_k"$'),
         ("biased_topk", {"device": "tpu"}, r'^device must be "cpu" or "cuda", got "tpu"$'),
         ("biased_topk", {"dtype": torch.int8}, r'^dtype must be "float32", .* or "float16", got "int8"$'),
         ("moe_plan", {"dtype": "float32"}, r'^dtype \(of moe_plan\'s ids\) must be "int32" or "int64", got "float32"$'),

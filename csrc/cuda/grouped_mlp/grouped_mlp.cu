@@ -38,8 +38,8 @@ struct TilePlanArguments {
   int max_rows_per_tile;
 };
 
-/// row_tile_starts[e] = row tiles of the experts before e; a thread per expert, in one block. Also clears `counters`, and
-/// copies the offsets, clamped to the rows that exist.
+/// row_tile_starts[e] = row tiles of the experts before e; a thread per expert, in one block. Also clears `counters`,
+/// and copies the offsets, clamped to the rows that exist.
 __device__ __forceinline__ void plan_tiles(const TilePlanArguments& arguments) {
   __shared__ int warp_sums[kMaxExperts / kWarpSize];
   const int expert = static_cast<int>(threadIdx.x);
@@ -151,7 +151,8 @@ __device__ __forceinline__ void quantise_rows(const QuantiseRowsArguments& argum
       };
       const int channel = (first + i) * static_cast<int>(kScaleBlock) + lane * kChannels;
       if (channel < arguments.hidden_size)
-        *reinterpret_cast<uint2*>(arguments.out + int64_t{row} * arguments.hidden_size + channel) = {packed(0), packed(4)};
+        *reinterpret_cast<uint2*>(arguments.out + int64_t{row} * arguments.hidden_size + channel) = {packed(0),
+                                                                                                     packed(4)};
     }
   }
 }
@@ -179,9 +180,9 @@ CUtensorMap encode(const TensorMapShape& shape, CUtensorMapDataType data_type, C
     strides[dim] = shape.strides[dim];
   }
   CUtensorMap map{};
-  const CUresult status = encode_tiled()(
-      &map, data_type, shape.rank, const_cast<void*>(data), sizes, strides + 1, shape.box, kElementStrides,
-      CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult status = encode_tiled()(&map, data_type, shape.rank, const_cast<void*>(data), sizes, strides + 1,
+                                         shape.box, kElementStrides, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
+                                         CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   ZEXPERT_CHECK(status == CUDA_SUCCESS, "cuTensorMapEncodeTiled failed with CUresult ", static_cast<int>(status),
                 " for a tensor of rank ", shape.rank);
   return map;
@@ -206,10 +207,8 @@ int64_t num_counters(int64_t num_blocks) { return num_blocks + 1; }
 bool has_float8_weights(const GroupedMlpParams& params) { return params.w13_scale_inv != nullptr; }
 
 int64_t tile_rows_of(const GroupedMlpParams& params) {
-  if (params.tile_rows != 0)
-    return params.tile_rows;
-  const int64_t tile_rows = hopper_tile_rows(params.num_rows, params.num_experts);
-  return has_float8_weights(params) ? std::min(tile_rows, kHopperFloat8TileRows) : tile_rows;
+  return params.tile_rows != 0 ? params.tile_rows
+                               : hopper_tile_rows(params.num_rows, params.num_experts, has_float8_weights(params));
 }
 
 Workspace workspace_parts(const GroupedMlpParams& params, int64_t num_blocks) {
@@ -224,7 +223,9 @@ Workspace workspace_parts(const GroupedMlpParams& params, int64_t num_blocks) {
   const bool is_float8 = has_float8_weights(params);
   const int64_t element_bytes = is_float8 ? 1 : kElementBytes;
   const auto scale_bytes = [&](int64_t depth) {
-    return is_float8 ? divide_up(depth, kScaleBlock) * padded_scale_rows(params.num_rows, params.num_experts) * int64_t{sizeof(float)} : 0;
+    return is_float8 ? divide_up(depth, kScaleBlock) * padded_scale_rows(params.num_rows, params.num_experts) *
+                           int64_t{sizeof(float)}
+                     : 0;
   };
   const bool has_own_rows = is_float8 || params.row_slots != nullptr;
   parts.rows = add(has_own_rows ? params.num_rows * params.hidden_size * element_bytes : 0);
@@ -344,13 +345,14 @@ class Products {
     rows.row_stride = params_.rows_row_stride;
     rows.scales_stride = padded_scale_rows(params_.num_rows, params_.num_experts);
     rows.num_rows = static_cast<int>(params_.num_rows);
-    rows.num_slots = static_cast<int>(params_.row_slots != nullptr ? params_.num_tokens * params_.top_k : params_.num_rows);
+    rows.num_slots =
+        static_cast<int>(params_.row_slots != nullptr ? params_.num_tokens * params_.top_k : params_.num_rows);
     rows.top_k = static_cast<int>(params_.top_k);
     rows.hidden_size = static_cast<int>(params_.hidden_size);
     constexpr int64_t kBlocksPerMultiprocessor = 2;
     const int64_t channels_per_block = kMaxExperts * kQuantisedBlocks * kScaleBlock / (kWarpSize / 2);
     const int64_t quantizing = std::min<int64_t>(divide_up(params_.num_rows * params_.hidden_size, channels_per_block),
-                                        kBlocksPerMultiprocessor * num_blocks_ - 1);
+                                                 kBlocksPerMultiprocessor * num_blocks_ - 1);
     launch("grouped_mlp", &plan_tiles_and_quantise, 1 + quantizing, kMaxExperts, 0, stream_, plan, rows);
   }
 
@@ -369,9 +371,10 @@ class Products {
   void multiply(const ProductOperands& operands) const {
     const bool is_float8 = has_float8_weights(params_);
     const int element_bytes = is_float8 ? 1 : kElementBytes;
-    const CUtensorMapDataType data_type = is_float8                                     ? CU_TENSOR_MAP_DATA_TYPE_UINT8
-                                          : params_.data_type == ScalarType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
-                                                                                      : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+    const CUtensorMapDataType data_type = is_float8 ? CU_TENSOR_MAP_DATA_TYPE_UINT8
+                                          : params_.data_type == ScalarType::kFloat16
+                                              ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                              : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
     const Tiles tiles = tile_rows_ <= kHopperTallTileRows ? Tiles::kTall : Tiles::kWide;
     const int64_t depth = operands.depth;
     ProductArguments arguments{};
@@ -379,15 +382,15 @@ class Products {
                                            operands.expert_stride, element_bytes),
                                data_type, CU_TENSOR_MAP_SWIZZLE_128B, operands.weights);
     for (int box = 0; box < kRowBoxes; ++box) {
-      arguments.rows[box] = encode(rows_map(params_.num_rows, depth, operands.row_stride, box, element_bytes), data_type,
-                                   CU_TENSOR_MAP_SWIZZLE_128B, operands.rows);
+      arguments.rows[box] = encode(rows_map(params_.num_rows, depth, operands.row_stride, box, element_bytes),
+                                   data_type, CU_TENSOR_MAP_SWIZZLE_128B, operands.rows);
     }
     arguments.num_steps = static_cast<int>(divide_up(depth, step_depth(element_bytes)));
     if (is_float8) {
       const int64_t most_rows = tile_rows_ <= kHopperFewTileRows ? kHopperFewTileRows : kHopperFloat8TileRows;
-      arguments.row_scales =
-          encode(row_scales_map(padded_scale_rows(params_.num_rows, params_.num_experts), arguments.num_steps, static_cast<int>(most_rows)),
-                 CU_TENSOR_MAP_DATA_TYPE_FLOAT32, CU_TENSOR_MAP_SWIZZLE_NONE, operands.row_scales);
+      arguments.row_scales = encode(row_scales_map(padded_scale_rows(params_.num_rows, params_.num_experts),
+                                                   arguments.num_steps, static_cast<int>(most_rows)),
+                                    CU_TENSOR_MAP_DATA_TYPE_FLOAT32, CU_TENSOR_MAP_SWIZZLE_NONE, operands.row_scales);
       arguments.weight_scales = operands.weight_scales;
       arguments.expert_scale_stride = operands.expert_scale_stride;
       arguments.out_scales = operands.out_scales;

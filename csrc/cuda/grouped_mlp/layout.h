@@ -27,8 +27,8 @@ namespace zexpert::cuda {
 enum class Product { kGateUp, kDown };
 enum class Tiles { kTall, kWide };
 
-inline constexpr int kElementBytes = 2;  ///< bfloat16 or float16; float8 elements have 1
-inline constexpr int kLineBytes = 128;   ///< of depth in a pipeline stage: one swizzled line
+inline constexpr int kElementBytes = 2;       ///< bfloat16 or float16; float8 elements have 1
+inline constexpr int kLineBytes = 128;        ///< of depth in a pipeline stage: one swizzled line
 inline constexpr int kInstructionBytes = 32;  ///< of depth in a matrix instruction
 inline constexpr int kInstructionsPerStep = kLineBytes / kInstructionBytes;
 /// Elements of depth that a pipeline stage holds. For float8 elements it is one block of scales.
@@ -123,7 +123,8 @@ ZEXPERT_HOST_DEVICE void for_each_row_box(int num_columns, const Fn& fn) {
 
 /// The matrix instruction's description of an operand with the 128-byte swizzle. Depth runs along the lines of both
 /// operands: 8 lines are adjacent, the next 8 are kSwizzleBytes further. `address` is that of the first line in shared
-/// memory, plus kInstructionBytes for every instruction along the depth; the swizzle depends on the bits of the address.
+/// memory, plus kInstructionBytes for every instruction along the depth; the swizzle depends on the bits of the
+/// address.
 ZEXPERT_HOST_DEVICE uint64_t matrix_descriptor(uint32_t address) {
   constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
   constexpr uint64_t kStride = uint64_t{kSwizzleBytes / 16} << 32;

@@ -35,7 +35,8 @@
 
 namespace zexpert::cuda {
 
-/// Whether operands of type T have scales: a weight's for a block of channels and of depth, a row's for a block of depth.
+/// Whether operands of type T have scales: a weight's for a block of channels and of depth, a row's for a block of
+/// depth.
 template <typename T>
 inline constexpr bool kIsScaled = std::is_same_v<T, __nv_fp8_e4m3>;
 /// The type of the results. Only the activation of scaled operands is of their type again.
@@ -52,22 +53,16 @@ inline constexpr int kConsumerRegisters = kIsScaled<T> && kMaxRows > 128 ? 232 :
 template <typename T, int kMaxRows>
 inline constexpr int kProducerRegisters = 504 - 2 * kConsumerRegisters<T, kMaxRows>;
 inline constexpr int kConsumersBarrier = 1;
-inline constexpr int kTurnBarrier = 2;  ///< of the first warpgroup; the second one's follows
 inline constexpr int kStagingPlaces = 3;
-/// Whether warpgroups take turns in using the matrix units.
-template <typename T, int kMaxRows>
-constexpr bool takes_turns() {
-  return kIsScaled<T> && kMaxRows > 64;
-}
 /// A block has parts of two tiles at most, the first and the last of its own.
 inline constexpr int kPartsOfBlock = 2;
 
 struct ProductArguments {
   CUtensorMap weights;
-  CUtensorMap rows[kRowBoxes];     ///< boxes of 8, 16, 32, ... rows
-  CUtensorMap row_scales;          ///< of scaled operands, as the three below
-  const float* weight_scales;      ///< [num_experts, matrices * blocks of channels, num_steps]
-  float* out_scales;               ///< of the activation: [blocks of channels, out_scales_stride]
+  CUtensorMap rows[kRowBoxes];  ///< boxes of 8, 16, 32, ... rows
+  CUtensorMap row_scales;       ///< of scaled operands, as the three below
+  const float* weight_scales;   ///< [num_experts, matrices * blocks of channels, num_steps]
+  float* out_scales;            ///< of the activation: [blocks of channels, out_scales_stride]
   int64_t expert_scale_stride;
   int64_t out_scales_stride;
   const int32_t* expert_offsets;   ///< [num_experts + 1], within the rows there are
@@ -280,16 +275,13 @@ __device__ __forceinline__ WeightScales weight_scales(const ProductArguments& ar
 }
 
 /// sums[half] += 64 weight rows of that half, from line `first_weight` on, times kColumns rows, over the steps of
-/// `work`. The matrix instructions sum the products of a step and half of the weight rows. These are scaled and added in
-/// float32 while the other warpgroup's instructions run: in large tiles the warpgroups take turns, because they would
-/// else multiply at the same time and scale at the same time. A warpgroup passes the turn on with its last instruction.
+/// `work`. The matrix instructions sum the products of a step and half of the weight rows. These are scaled and added
+/// in float32 while the other warpgroup's instructions run.
 template <typename T, int kColumns, Tiles kTiles, int kMaxRows, int kStages>
 __device__ __forceinline__ void multiply_scaled(float (&sums)[kHalves][kColumns / 2], const WeightScales& scales,
                                                 const WorkItem& work, int first_weight,
                                                 ProductMemory<T, kTiles, kMaxRows, kStages>& memory,
                                                 RingPosition<kStages>& ring) {
-  constexpr bool kTakesTurns = takes_turns<T, kMaxRows>();
-  const int warpgroup = static_cast<int>(threadIdx.x) / (kWarpsPerWarpgroup * kWarpSize);
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
   const int first_column = lane % 4 * 2;
   float gate_scale = scales.gate[work.first_step];
@@ -309,21 +301,12 @@ __device__ __forceinline__ void multiply_scaled(float (&sums)[kHalves][kColumns 
       float products[kColumns / 2];
       const uint64_t a = matrix_descriptor(weights + half * half_bytes(kTiles));
       const uint64_t b = matrix_descriptor(rows);
-      if constexpr (kTakesTurns)
-        ptx::named_barrier_sync(kTurnBarrier + warpgroup, kConsumers);
       ptx::wgmma_fence();
       Wgmma<T, kColumns>::start(products, a, b);
 #pragma unroll
-      for (uint64_t i = 1; i < kInstructionsPerStep; ++i) {
-        if (i == kInstructionsPerStep - 1)
-          ptx::wgmma_commit();
+      for (uint64_t i = 1; i < kInstructionsPerStep; ++i)
         Wgmma<T, kColumns>::add(products, a + i * kDescriptorStep, b + i * kDescriptorStep);
-      }
       ptx::wgmma_commit();
-      if constexpr (kTakesTurns) {
-        ptx::wgmma_wait<1>();
-        ptx::named_barrier_arrive(kTurnBarrier + 1 - warpgroup, kConsumers);
-      }
       ptx::wgmma_wait<0>();
 #pragma unroll
       for (float& product : products) ptx::pin(product);
@@ -385,8 +368,8 @@ __device__ __forceinline__ void write_quantised(float (&sums)[kHalves][kColumns 
 
   // Write 32 rows of the warp's 16 channels at a time. A 16-bit element of the transposed matrices is a channel of the
   // first half and one of the second.
-  const int channel = first_channel(Product::kGateUp, kTiles, work.weight_tile, warp / kWarpsPerWarpgroup,
-                                    warp % kWarpsPerWarpgroup);
+  const int channel =
+      first_channel(Product::kGateUp, kTiles, work.weight_tile, warp / kWarpsPerWarpgroup, warp % kWarpsPerWarpgroup);
   if (channel >= arguments.num_channels)
     return;
   auto* const out = static_cast<uint8_t*>(arguments.out) + work.first_row * arguments.out_row_stride + channel;
@@ -554,10 +537,6 @@ __device__ __forceinline__ void compute_tiles(const ProductArguments& arguments,
   const int part = warpgroup / weight_parts(kTiles);
   RingPosition<kStages> ring;
   RingPosition<kItemPlaces> place;
-  if constexpr (takes_turns<T, kMaxRows>()) {
-    if (warpgroup == 1)
-      ptx::named_barrier_arrive(kTurnBarrier, kConsumers);
-  }
   while (true) {
     ptx::barrier_wait(ptx::shared_address(&memory.item_full[place.stage]), place.parity);
     const WorkItem& work = memory.items[place.stage];  // not in registers: there are few

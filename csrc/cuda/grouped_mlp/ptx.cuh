@@ -61,11 +61,6 @@ __device__ __forceinline__ void named_barrier_sync(int id, int num_threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(num_threads) : "memory");
 }
 
-/// Counts as the arrival of a named_barrier_sync, without the wait.
-__device__ __forceinline__ void named_barrier_arrive(int id, int num_threads) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(num_threads) : "memory");
-}
-
 // How the L2 cache treats lines that the copy engine reads.
 
 __device__ __forceinline__ uint64_t evict_normal() {

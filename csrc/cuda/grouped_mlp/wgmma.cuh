@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The matrix instruction wgmma for every N that the grouped products use: sums[64, N] += a[64, k] @ b[N, k].T, both
-// operands in shared memory with their depth contiguous; k is 16 for bfloat16 and float16, 32 for float8_e4m3fn. Sums are
-// float32; those of float8 products keep about 14 bits. Only for code compiled for sm_90a.
+// operands in shared memory with their depth contiguous; k is 16 for bfloat16 and float16, 32 for float8_e4m3fn. Sums
+// are float32; those of float8 products keep about 14 bits. Only for code compiled for sm_90a.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -13,8 +13,8 @@
 namespace zexpert::cuda {
 
 /// Starts the instruction. A thread holds N / 2 of the sums: of warp w of the warpgroup, lane l, sums[4 * j + 2 * h +
-/// i] is that of row 16 * w + 8 * h + l / 4 and column 8 * j + 2 * (l % 4) + i. `a` and `b` are matrix_descriptor's. For
-/// float8, start() is the same with sums that count as 0.
+/// i] is that of row 16 * w + 8 * h + l / 4 and column 8 * j + 2 * (l % 4) + i. `a` and `b` are matrix_descriptor's.
+/// For float8, start() is the same with sums that count as 0.
 template <typename T, int N>
 struct Wgmma;
 

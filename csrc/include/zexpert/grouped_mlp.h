@@ -8,13 +8,9 @@
 #include "zexpert/cpu_capability.h"
 #include "zexpert/cuda_stream.h"
 #include "zexpert/scalar_types.h"
+#include "zexpert/scale_blocks.h"
 
 namespace zexpert {
-
-inline constexpr int64_t kScaleBlock = 128;  ///< quantised weights have a scale for each block of 128 x 128
-
-/// Blocks that `size` rows or columns of a quantised weight are cut into; the last one may be smaller.
-constexpr int64_t num_scale_blocks(int64_t size) { return (size + kScaleBlock - 1) / kScaleBlock; }
 
 /// For every expert e and each of its rows r, expert_offsets[e] <= r < expert_offsets[e + 1]:
 ///   out[r] = (silu(rows[r] @ gate_e.T) * (rows[r] @ up_e.T)) @ down_e.T,  [gate_e; up_e] = w13[e], down_e = w2[e].
@@ -86,8 +82,14 @@ void grouped_mlp_cpu(const GroupedMlpParams& params, int64_t max_rows = INT64_MA
 /// Up to this many rows per expert, grouped_mlp_cpu is faster than a matrix-product library: it streams an expert's
 /// weights, and the library's packing pays off only above. Measured crossovers against torch (oneDNN, MKL): about 160
 /// rows in float32 with AVX-512 and 32 without, 48 in float16, 13 in bfloat16 where the processor has matrix units
-/// (AMX). In bfloat16 without AMX this kernel led up to the 64 rows tried.
-inline int64_t few_rows_limit(ScalarType type, CpuCapability capability) {
+/// (AMX). In bfloat16 without AMX this kernel led up to the 64 rows tried. Quantised weights must be dequantised for
+/// the library: with AVX-512, this kernel leads up to about 160 rows; 32, with AMX or without AVX-512, was not
+/// measured.
+inline int64_t few_rows_limit(ScalarType type, CpuCapability capability, bool has_fp8_weights = false) {
+  if (has_fp8_weights) {
+    const bool has_matrix_units = type == ScalarType::kBFloat16 && has_amx_bf16();
+    return capability == CpuCapability::kAvx512 && !has_matrix_units ? 160 : 32;
+  }
   switch (type) {
     case ScalarType::kFloat32: return capability == CpuCapability::kAvx512 ? 160 : 32;
     case ScalarType::kFloat16: return 48;
@@ -103,20 +105,23 @@ inline int64_t few_rows_limit(ScalarType type, CpuCapability capability) {
 inline constexpr int64_t kHopperSizeStep = 64;  ///< hidden_size and intermediate_size are multiples of this
 inline constexpr int64_t kHopperMaxExperts = 1024;
 // The tiles that grouped_mlp_cuda cuts its products into: weight rows by at most this many rows of a segment.
-inline constexpr int64_t kHopperFewTileRows = 64;    ///< with 256 weight rows, and more of them on their way
-inline constexpr int64_t kHopperTallTileRows = 160;  ///< with 256 weight rows
-inline constexpr int64_t kHopperMaxTileRows = 288;   ///< with 128 weight rows
+inline constexpr int64_t kHopperFewTileRows = 64;      ///< with 256 weight rows, and more of them on their way
+inline constexpr int64_t kHopperTallTileRows = 160;    ///< with 256 weight rows
+inline constexpr int64_t kHopperMaxTileRows = 288;     ///< with 128 weight rows
 inline constexpr int64_t kHopperFloat8TileRows = 136;  ///< with 256 weight rows in float8
 
 /// The most rows of a tile. Few rows per expert are bound by reading the weights, many by the products. Either way a
 /// segment should be one tile, so that its weights are read once. Longer segments have tall tiles again, which read
 /// fewer bytes. `num_rows` includes the rows that do no work, because the host does not know how many there are.
-inline int64_t hopper_tile_rows(int64_t num_rows, int64_t num_experts) {
+inline int64_t hopper_tile_rows(int64_t num_rows, int64_t num_experts, bool has_fp8_weights = false) {
   constexpr int64_t kFewRows = 48;
+  constexpr int64_t kFewRowsFloat8 = 16;
   constexpr int64_t kManyRows = 200;
   constexpr int64_t kTooManyRows = 560;
-  if (num_rows <= kFewRows * num_experts)
+  if (num_rows <= (has_fp8_weights ? kFewRowsFloat8 : kFewRows) * num_experts)
     return kHopperFewTileRows;
+  if (has_fp8_weights)
+    return kHopperFloat8TileRows;
   const bool fits_wide = num_rows > kManyRows * num_experts && num_rows <= kTooManyRows * num_experts;
   return fits_wide ? kHopperMaxTileRows : kHopperTallTileRows;
 }

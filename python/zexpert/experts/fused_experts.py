@@ -85,6 +85,7 @@ class FusedExperts(MoEExperts):
             num_experts=num_experts,
             hidden_size=hidden_size,
             intermediate_size=intermediate_size,
+            weight_dtype=w2_weight.dtype if w2_weight.element_size() == 1 else None,
             keep_gate_up=torch.is_grad_enabled() and (hidden_states.requires_grad or w2_weight.requires_grad),
         )
         return plan.implementation

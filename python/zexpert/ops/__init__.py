@@ -7,12 +7,14 @@ written, for an argument of a wrong device, dtype, shape or range.
 
 from zexpert.ops.biased_topk import biased_topk
 from zexpert.ops.biased_topk_and_plan import biased_topk_and_plan
+from zexpert.ops.dequantize_blockwise import dequantize_blockwise
 from zexpert.ops.fused_moe import fused_moe
 from zexpert.ops.grouped_mlp import grouped_mlp, grouped_mlp_with_gate_up
 from zexpert.ops.grouped_mlp_hopper import grouped_mlp_hopper
 from zexpert.ops.moe_finalize import moe_finalize
 from zexpert.ops.moe_permute import moe_permute
 from zexpert.ops.moe_plan import moe_plan
+from zexpert.ops.quantize_blockwise import quantize_blockwise
 from zexpert.ops.router_logits import router_logits
 from zexpert.ops.silu_and_mul import silu_and_mul
 from zexpert.ops.types import ConstantExperts, DispatchPlan, ExpertWeights, RoutingResult
@@ -25,6 +27,7 @@ __all__ = [
     "RoutingResult",
     "biased_topk",
     "biased_topk_and_plan",
+    "dequantize_blockwise",
     "fused_moe",
     "grouped_mlp",
     "grouped_mlp_hopper",
@@ -32,6 +35,7 @@ __all__ = [
     "moe_finalize",
     "moe_permute",
     "moe_plan",
+    "quantize_blockwise",
     "router_logits",
     "silu_and_mul",
     "zero_expert_accumulate",

@@ -200,7 +200,7 @@ class ExpertParallelMoERunner(ShardedMoERunner):
         if tokens.num_slots is not None:
             # Other ranks do the work of most slots: no memory for those.
             plan = plan._replace(row_slots=plan.row_slots[: tokens.num_slots])
-        own = ExpertWeights(weights.w13, weights.w2)
+        own = weights._replace(constants=None)
         return self._experts_and_epilogue(tokens.hidden_states, tokens.routing, plan, own, None)
 
     def _output(self, batch: Batch, residual: Tensor | None, weights: ExpertWeights) -> Tensor:

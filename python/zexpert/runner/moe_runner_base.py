@@ -49,7 +49,14 @@ class MoERunnerBase(MoERunner):
     def _check_weights(self, hidden_states: Tensor, weights: ExpertWeights) -> None:
         w13 = weights.w13
         is_quantised = weights.w13_scale_inv is not None
-        if hidden_states.dtype != w13.dtype and not is_quantised:
+        if is_quantised:
+            if not hidden_states.is_floating_point() or hidden_states.element_size() < 2:
+                raise ValueError(
+                    f"hidden_states must be float32, float64, bfloat16 or float16, got {hidden_states.dtype}"
+                )
+        elif w13.is_floating_point() and w13.element_size() < 2:
+            raise ValueError(f"w13_scale_inv must be given with {w13.dtype} weights, whose values need a scale")
+        elif hidden_states.dtype != w13.dtype:
             raise ValueError(f"hidden_states must be of the weights' dtype ({w13.dtype}), got {hidden_states.dtype}")
         if hidden_states.size(-1) != w13.size(2):
             raise ValueError(
