@@ -23,6 +23,7 @@ namespace {
 using testing::ascending;
 using testing::row_tile_starts;
 
+constexpr int kDepthOfInstruction = kInstructionBytes / kElementBytes;
 constexpr int kMaxRows = kHopperMaxTileRows;
 
 TEST(GroupedMlpLayout, RowBoxesFillATile) {
@@ -120,7 +121,7 @@ void matrix_instruction(Sums& sums, int columns, const Elements& memory, uint64_
       const int row = 16 * warp + lane / 4 + 8 * (i / 2 % 2);
       const int column = 8 * (i / 4) + 2 * (lane % 4) + i % 2;
       float& sum = sums[static_cast<size_t>(thread)][static_cast<size_t>(i)];
-      for (int k = 0; k < kInstructionDepth; ++k) sum += operand(memory, a, row, k) * operand(memory, b, column, k);
+      for (int k = 0; k < kDepthOfInstruction; ++k) sum += operand(memory, a, row, k) * operand(memory, b, column, k);
     }
   }
 }

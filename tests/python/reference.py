@@ -308,6 +308,27 @@ def dequantize_blockwise(weight: Tensor, scale_inv: Tensor, dtype: torch.dtype =
     return weight.to(dtype) * scales_of_elements(scale_inv, *weight.shape[-2:]).to(dtype)
 
 
+def quantised_rows(rows: Tensor) -> Tensor:
+    """rows, float64, as float8_e4m3fn with a scale for each row and 128 channels represents them: max / 448."""
+    groups = torch.nn.functional.pad(rows.float(), (0, -rows.shape[1] % 128)).unflatten(1, (-1, 128))
+    scale = groups.abs().amax(2, keepdim=True).clamp(min=1e-10) / 448
+    return ((groups / scale).to(torch.float8_e4m3fn).double() * scale).flatten(1)[:, : rows.shape[1]]
+
+
+def grouped_mlp_quantising_rows(rows: Tensor, expert_offsets: Tensor, w13_weight: Tensor, w2_weight: Tensor) -> Tensor:
+    """grouped_mlp whose rows and activations are quantised, products in float32."""
+    out = rows.new_zeros(rows.shape, dtype=torch.float32)
+    offsets = expert_offsets.tolist()
+    for expert in range(w13_weight.shape[0]):
+        segment = slice(offsets[expert], offsets[expert + 1])
+        if segment.start == segment.stop:
+            continue
+        gate_up = quantised_rows(rows[segment]).float() @ w13_weight[expert].float().T
+        activation = quantised_rows(silu_and_mul(gate_up, dtype=torch.float32))
+        out[segment] = activation.float() @ w2_weight[expert].float().T
+    return out
+
+
 def moe_finalize(
     rows: Tensor,
     slot_rows: Tensor,

@@ -76,6 +76,8 @@ def test_against_reference(implementation: str, hidden_size: int, intermediate_s
     experts = Experts(len(SEGMENTS), hidden_size, intermediate_size)
     expert_offsets = offsets_of(SEGMENTS)
     rows = torch.randn(int(expert_offsets[-1]), hidden_size).to(dtype)
+    if rows.is_cuda and implementation == "auto" and dtype == torch.bfloat16 and hidden_size % 64 == 0:
+        pytest.skip("on a Hopper GPU rows are quantised too: test_cuda_grouped_mlp_fp8.py")
     with unchanged(rows, experts.w13_scale_inv, experts.w2_scale_inv):
         result = grouped_mlp(rows, expert_offsets, implementation=implementation, **experts.weights())
     values = (experts.w13_values, experts.w2_values)
