@@ -317,6 +317,9 @@ TYPED_TEST(GroupedMlp, QuantisedWeightsOfSeveralBlocksOfDepth) {
 }
 
 TYPED_TEST(GroupedMlp, RowsTooLargeForTheQuickLoads) {
+  if (std::is_same_v<TypeParam, Half>) {
+    GTEST_SKIP() << "the results of such rows are infinite in float16";
+  }
   Random random;
   QuantisedCall<TypeParam> call(random, {2, 9}, 140, 20);
   for (int64_t r = 0; r < 11; r += 2) call.values.rows.row(r)[r] = static_cast<TypeParam>(60000.0);
