@@ -82,8 +82,9 @@ void grouped_mlp_cpu(const GroupedMlpParams& params, int64_t max_rows = INT64_MA
 /// Up to this many rows per expert, grouped_mlp_cpu is faster than a matrix-product library: it streams an expert's
 /// weights, and the library's packing pays off only above. Measured crossovers against torch (oneDNN, MKL): about 160
 /// rows in float32 with AVX-512 and 32 without, 48 in float16, 13 in bfloat16 where the processor has matrix units
-/// (AMX). In bfloat16 without AMX this kernel led up to the 64 rows tried. Quantised weights must be dequantised for the
-/// library: with AVX-512, this kernel leads up to about 160 rows; 32, with AMX or without AVX-512, was not measured.
+/// (AMX). In bfloat16 without AMX this kernel led up to the 64 rows tried. Quantised weights must be dequantised for
+/// the library: with AVX-512, this kernel leads up to about 160 rows; 32, with AMX or without AVX-512, was not
+/// measured.
 inline int64_t few_rows_limit(ScalarType type, CpuCapability capability, bool has_fp8_weights = false) {
   if (has_fp8_weights) {
     const bool has_matrix_units = type == ScalarType::kBFloat16 && has_amx_bf16();
