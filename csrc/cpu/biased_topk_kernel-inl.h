@@ -91,7 +91,7 @@ void renormalize(T* weights, int64_t count) {
 /// The weights of the chosen experts, before the scaling factor.
 template <typename T>
 void weigh(const RoutingSpec& spec, const T* scores, T factor, const int32_t* chosen, int64_t count, T* weights) {
-  const int64_t first_drop = spec.num_experts - spec.num_drop_experts();
+  const int64_t first_drop = spec.num_logits - spec.num_drop_experts();
   for (int64_t k = 0; k < count; ++k) {
     const bool is_dropped = spec.drop_before_renormalize && chosen[k] >= first_drop;
     weights[k] = is_dropped ? T(0) : scores[chosen[k]] * factor;
@@ -223,7 +223,7 @@ void differentiate_token(const SharedByRows<T>& shared, const BiasedTopKBackward
                          const Workspace<T>& workspace) {
   const RoutingSpec& spec = params.spec;
   const T* scores = workspace.scores.get();
-  Logit* grad_logits = static_cast<Logit*>(params.grad_logits) + token * spec.num_experts;
+  Logit* grad_logits = static_cast<Logit*>(params.grad_logits) + token * spec.num_logits;
   int32_t chosen[kMaxTopK];
   // Not a structured binding: a lambda could not capture it.
   const Choice<T> choice = choose<Logit>(shared, token, workspace, chosen);
@@ -231,7 +231,7 @@ void differentiate_token(const SharedByRows<T>& shared, const BiasedTopKBackward
 
   double weights[kMaxTopK];
   double gradients[kMaxTopK];
-  const int64_t first_drop = spec.num_experts - spec.num_drop_experts();
+  const int64_t first_drop = spec.num_logits - spec.num_drop_experts();
   for (int64_t k = 0; k < count; ++k) weights[k] = static_cast<double>(scores[chosen[k]] * choice.factor);
   gather_gradients<T>(params, token, chosen, count, gradients);
   if (spec.renormalize) {
@@ -248,15 +248,15 @@ void differentiate_token(const SharedByRows<T>& shared, const BiasedTopKBackward
       double dot = 0;
       for (int64_t k = 0; k < count && !spec.renormalize; ++k) dot += gradients[k] * weights[k];
       if (count > 0) {
-        spread_softmax(scores, choice.factor, static_cast<T>(dot), spec.num_experts, grad_logits);
+        spread_softmax(scores, choice.factor, static_cast<T>(dot), spec.num_logits, grad_logits);
       } else {
-        std::fill(grad_logits, grad_logits + spec.num_experts, Logit(0.0F));
+        std::fill(grad_logits, grad_logits + spec.num_logits, Logit(0.0F));
       }
       for (int64_t k = 0; k < count; ++k) {
         grad_logits[chosen[k]] = static_cast<Logit>(weights[k] * (gradients[k] - dot));
       }
     } else {
-      std::fill(grad_logits, grad_logits + spec.num_experts, Logit(0.0F));
+      std::fill(grad_logits, grad_logits + spec.num_logits, Logit(0.0F));
       for (int64_t k = 0; k < count; ++k) {
         const double slope = weights[k] > 0 ? Scoring::slope(weights[k]) : 0;
         grad_logits[chosen[k]] = static_cast<Logit>(gradients[k] * slope);
