@@ -13,6 +13,7 @@ from zexpert.ops.grouped_mlp_hopper import grouped_mlp_hopper
 from zexpert.ops.moe_finalize import moe_finalize
 from zexpert.ops.moe_permute import moe_permute
 from zexpert.ops.moe_plan import moe_plan
+from zexpert.ops.route import route
 from zexpert.ops.router_logits import router_logits
 from zexpert.ops.silu_and_mul import silu_and_mul
 from zexpert.ops.types import ConstantExperts, DispatchPlan, ExpertWeights, RoutingResult
@@ -32,6 +33,7 @@ __all__ = [
     "moe_finalize",
     "moe_permute",
     "moe_plan",
+    "route",
     "router_logits",
     "silu_and_mul",
     "zero_expert_accumulate",
