@@ -21,5 +21,15 @@ class Float32Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., in_features], any floating dtype -> [..., out_features], float32 (float64 for float64)."""
-        dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
-        return full_precision_linear(input.to(dtype), self.weight.to(dtype))
+        return float32_linear(input, self.weight)
+
+
+def float32_linear(input: Tensor, weight: Tensor) -> Tensor:
+    """input @ weight.T by router_logits: float32 for any dtype of the two, under torch.autocast too, and a row's result
+    does not depend on the other rows. A float64 input is multiplied in float64 by PyTorch."""
+    if input.dtype == torch.float64:
+        return full_precision_linear(input, weight.to(torch.float64))
+    if weight.dtype == torch.float64:
+        weight = weight.float()
+    logits: Tensor = torch.ops.zexpert.router_logits(input, weight)
+    return logits
