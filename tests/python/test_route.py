@@ -161,7 +161,7 @@ BAD_INPUT: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "weight of fewer experts than the spec": (
         {"weight": torch.zeros(12, 8)},
-        r"^num_experts \(the width of the logits\) must be at least 16, the real, identity and constant experts "
+        r"^num_logits \(the width of the logits\) must be at least 16, the real, identity and constant experts "
         r"together, got 12$",
     ),
     "weight of one dimension": (
@@ -174,7 +174,7 @@ BAD_INPUT: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "wide weight": (
         {"weight": WEIGHT.double()},
-        r"^weight must be float32, bfloat16 or float16 beside float32 hidden_states, got float64$",
+        r"^weight must be float32, bfloat16 or float16 with float32 hidden_states, got float64$",
     ),
     "leading dimensions": (
         {"hidden_states": torch.zeros(2, 3, 8)},
