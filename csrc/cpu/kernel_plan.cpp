@@ -17,10 +17,10 @@
 namespace zexpert {
 namespace {
 
-constexpr std::array<std::string_view, 12> kOps = {
-    "biased_topk", "biased_topk_and_plan", "router_logits",      "zero_expert_accumulate",
-    "moe_plan",    "moe_permute",          "silu_and_mul",       "grouped_mlp",
-    "fused_moe",   "moe_finalize",         "quantize_blockwise", "dequantize_blockwise"};
+constexpr std::array<std::string_view, 13> kOps = {
+    "biased_topk",  "biased_topk_and_plan", "router_logits",       "route",       "zero_expert_accumulate",
+    "moe_plan",     "moe_permute",          "silu_and_mul",        "grouped_mlp", "fused_moe",
+    "moe_finalize", "quantize_blockwise",   "dequantize_blockwise"};
 constexpr std::array<std::string_view, 2> kDevices = {"cpu", "cuda"};
 constexpr std::array<std::string_view, 4> kFloatingTypes = {"float32", "float64", "bfloat16", "float16"};
 constexpr std::array<std::string_view, 2> kIndexTypes = {"int32", "int64"};
@@ -234,6 +234,17 @@ KernelPlan plan_router_logits_on_cuda(const KernelQuery& query) {
       "that is a multiple of 8; all else is float32 arithmetic."};
 }
 
+/// route is made of two operators.
+KernelPlan plan_route(const KernelQuery& query) {
+  KernelQuery part = query;
+  part.op = "router_logits";
+  const std::string logits = kernel_plan(part).kernel;
+  part.op = "biased_topk_and_plan";
+  part.dtype = query.dtype == "float64" ? "float64" : "float32";  // of the logits
+  return {query.op, query.device, logits + ", " + kernel_plan(part).kernel,
+          "router_logits and biased_topk_and_plan run one after the other."};
+}
+
 KernelPlan plan_on_cuda(const KernelQuery& query) {
   if (query.op == "router_logits") {
     return plan_router_logits_on_cuda(query);
@@ -287,6 +298,9 @@ KernelPlan kernel_plan(const KernelQuery& query) {
   const char* isa = instruction_set(cpu_capability());
   if (query.op == "grouped_mlp" || query.op == "fused_moe") {
     return plan_experts(query, isa);
+  }
+  if (query.op == "route") {
+    return plan_route(query);
   }
   const bool is_routing = query.op == "biased_topk" || query.op == "biased_topk_and_plan";
   if (is_routing) {

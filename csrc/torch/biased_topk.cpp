@@ -4,6 +4,7 @@
 #include <optional>
 #include <tuple>
 
+#include "torch/biased_topk.h"
 #include "torch/box.h"
 #include "torch/checks.h"
 #include "torch/device.h"
@@ -16,9 +17,6 @@ namespace {
 
 /// topk_weights, topk_ids, zero_weight, constant_weight
 using RoutingTensors = std::tuple<Tensor, Tensor, Tensor, Tensor>;
-
-/// Those four, then expert_offsets, row_slots, slot_rows.
-using PlannedRoutingTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 /// CUDA has no kernels for float64 logits; the error comes before outputs are allocated.
 void check_logits_type(const Tensor& logits) {
@@ -52,9 +50,9 @@ class InputTensors {
   std::optional<Tensor> bias_;
 };
 
-/// Routes, and makes the plan of the choice if `plan` is given.
-RoutingTensors route(const Tensor& logits, const std::optional<Tensor>& bias, const RoutingArguments& routing,
-                     std::optional<DType> indices_dtype, std::optional<PlanTensors>* plan) {
+/// Chooses, and makes the plan of the choice if `plan` is given.
+RoutingTensors choose(const Tensor& logits, const std::optional<Tensor>& bias, const RoutingArguments& routing,
+                      std::optional<DType> indices_dtype, std::optional<PlanTensors>* plan) {
   check_logits_type(logits);
   const RoutingSpec spec = routing.spec();
   const CurrentDevice device(logits);
@@ -101,14 +99,7 @@ RoutingTensors route(const Tensor& logits, const std::optional<Tensor>& bias, co
 
 RoutingTensors biased_topk(const Tensor& logits, const std::optional<Tensor>& bias, const RoutingArguments& routing,
                            std::optional<DType> indices_dtype) {
-  return route(logits, bias, routing, indices_dtype, nullptr);
-}
-
-PlannedRoutingTensors biased_topk_and_plan(const Tensor& logits, const std::optional<Tensor>& bias,
-                                           const RoutingArguments& routing, std::optional<DType> indices_dtype) {
-  std::optional<PlanTensors> plan;
-  const RoutingTensors outputs = route(logits, bias, routing, indices_dtype, &plan);
-  return std::tuple_cat(outputs, *plan);
+  return choose(logits, bias, routing, indices_dtype, nullptr);
 }
 
 Tensor biased_topk_backward(const Tensor& grad_topk_weights, const Tensor& grad_zero_weight,
@@ -159,6 +150,13 @@ Tensor biased_topk_backward(const Tensor& grad_topk_weights, const Tensor& grad_
 }
 
 }  // namespace
+
+PlannedRoutingTensors biased_topk_and_plan(const Tensor& logits, const std::optional<Tensor>& bias,
+                                           const RoutingArguments& routing, std::optional<DType> indices_dtype) {
+  std::optional<PlanTensors> plan;
+  const RoutingTensors outputs = choose(logits, bias, routing, indices_dtype, &plan);
+  return std::tuple_cat(outputs, *plan);
+}
 
 ZEXPERT_OPERATORS(m) {
   m.impl("biased_topk", ZEXPERT_BOX(&biased_topk));

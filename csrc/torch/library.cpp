@@ -26,6 +26,10 @@ STABLE_TORCH_LIBRARY(zexpert, m) {
         "-> (Tensor topk_weights, Tensor topk_ids, Tensor zero_weight, Tensor constant_weight, "
         "Tensor expert_offsets, Tensor row_slots, Tensor slot_rows)");
   m.def("router_logits(Tensor hidden_states, Tensor weight) -> Tensor");
+  m.def("route(Tensor hidden_states, Tensor weight, Tensor? bias, " ZEXPERT_ROUTING_ARGUMENTS
+        ", ScalarType? indices_dtype=None) "
+        "-> (Tensor logits, Tensor topk_weights, Tensor topk_ids, Tensor zero_weight, Tensor constant_weight, "
+        "Tensor expert_offsets, Tensor row_slots, Tensor slot_rows)");
   m.def("zero_expert_accumulate(Tensor hidden_states, Tensor zero_weight) -> Tensor");
   m.def("zero_expert_accumulate.out(Tensor hidden_states, Tensor zero_weight, *, Tensor(a!) out) -> ()");
   m.def(

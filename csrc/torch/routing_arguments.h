@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The arguments of an operator that say how to route: their schema, and how they become a RoutingSpec. An argument that
-// is added here and in RoutingSpec is an argument of biased_topk, biased_topk_and_plan and biased_topk_backward.
+// is added here and in RoutingSpec is an argument of biased_topk, biased_topk_and_plan, biased_topk_backward and route.
 #pragma once
 
 #include <cstdint>

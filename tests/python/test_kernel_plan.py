@@ -17,6 +17,8 @@ import zexpert
 OPS = [
     "biased_topk",
     "biased_topk_and_plan",
+    "router_logits",
+    "route",
     "zero_expert_accumulate",
     "moe_plan",
     "moe_permute",
@@ -29,6 +31,7 @@ OPS = [
 ]
 VECTORISED = [
     "biased_topk",
+    "router_logits",
     "zero_expert_accumulate",
     "silu_and_mul",
     "moe_finalize",
@@ -76,6 +79,13 @@ def test_kernel_names_the_instruction_set_in_use(op: str) -> None:
 def test_choice_and_plan_are_two_kernels_on_a_cpu() -> None:
     names = [zexpert.kernel_plan(op).kernel for op in ("biased_topk", "moe_plan")]
     assert zexpert.kernel_plan("biased_topk_and_plan").kernel == ", ".join(names)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_route_runs_the_kernels_of_its_parts(device: str) -> None:
+    sizes: dict[str, Any] = {"device": device, "dtype": "bfloat16", **DECODING}
+    names = [zexpert.kernel_plan(op, **sizes).kernel for op in ("router_logits", "biased_topk_and_plan")]
+    assert zexpert.kernel_plan("route", **sizes).kernel == ", ".join(names)
 
 
 def test_plan_follows_the_lowered_capability() -> None:
@@ -162,6 +172,7 @@ def test_torch_types_are_taken_as_well_as_names() -> None:
             for op, name in (
                 ("biased_topk", "num_logits"),
                 ("biased_topk_and_plan", "num_logits"),
+                ("route", "num_logits"),
                 ("moe_plan", "num_experts"),
             )
         ),

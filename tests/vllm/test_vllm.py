@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from vllm.model_executor.layers.fused_moe.router.zero_expert_router import ZeroE
 import reference
 from testing import assert_error_rule
 from zexpert.integrations.vllm import register, zero_experts_compute
+from zexpert.ops import router_logits
 
 NUM_EXPERTS, NUM_ZERO_EXPERTS, TOP_K = 6, 3, 4
 BIAS = 0.1 * torch.randn(NUM_EXPERTS + NUM_ZERO_EXPERTS, generator=torch.Generator().manual_seed(0))
@@ -86,6 +88,23 @@ def test_router_keeps_the_contract(num_tokens: int, hidden_size: int, renormaliz
     assert router.zero_expert_output is None
     if num_tokens == 7:
         assert (expected.topk_ids < 0).any()
+
+
+@pytest.mark.usefixtures("vllm_config")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_logits_of_the_router(dtype: torch.dtype) -> None:
+    from vllm.model_executor.models.longcat_flash import LongcatRouter
+
+    config = SimpleNamespace(hidden_size=128, n_routed_experts=NUM_EXPERTS)
+    hidden_states = torch.randn(5, 128).to(dtype)
+    router = LongcatRouter(config, NUM_ZERO_EXPERTS, torch.float32)
+    weight = torch.randn(NUM_EXPERTS + NUM_ZERO_EXPERTS, 128)
+    router.classifier.weight.data.copy_(weight)
+    assert torch.equal(router(hidden_states), router_logits(hidden_states, weight))
+    lower = LongcatRouter(config, NUM_ZERO_EXPERTS, torch.bfloat16)
+    lower.classifier.weight.data.copy_(weight)
+    lower.classifier.quant_method.process_weights_after_loading(lower.classifier)
+    assert lower(hidden_states.bfloat16()).dtype == torch.bfloat16  # vLLM's own
 
 
 @pytest.mark.parametrize("indices_type", [None, torch.int32, torch.int64, torch.uint32])

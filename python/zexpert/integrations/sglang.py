@@ -2,9 +2,9 @@
 """zexpert in SGLang: routing and zero experts of LongCat-Flash.
 
 SGLang calls `register` in every process through the entry point "sglang.srt.plugins". It does nothing unless the
-environment says ZEXPERT_SGLANG=1. Then LongcatFlashMoE.forward takes its weights, ids and zero experts' output from
-biased_topk and zero_expert_accumulate. SGLang's experts stay. Their kernels do not accept negative ids, so a slot that
-chose a zero expert has id 0 and weight 0.
+environment says ZEXPERT_SGLANG=1. Then LongcatFlashMoE.forward takes its float32 logits from router_logits, and its
+weights, ids and zero experts' output from biased_topk and zero_expert_accumulate. SGLang's experts stay. Their kernels
+do not accept negative ids, so a slot that chose a zero expert has id 0 and weight 0.
 
 Two results differ from SGLang's own:
 
@@ -22,6 +22,7 @@ from typing import Any
 
 from torch import Tensor
 
+from zexpert.integrations.engine_router import engine_router_logits
 from zexpert.ops import biased_topk, zero_expert_accumulate
 
 _TARGET = "sglang.srt.models.longcat_flash.LongcatFlashMoE.forward"
@@ -45,7 +46,9 @@ def _forward(self: Any, hidden_states: Tensor) -> Tensor:
     """LongcatFlashMoE.forward: [T, H] -> [T, H]."""
     from sglang.srt.layers.moe.topk import StandardTopKOutput
 
-    router_logits = self.router(hidden_states)
+    router_logits = engine_router_logits(self.router.classifier, hidden_states)
+    if router_logits is None:
+        router_logits = self.router(hidden_states)
     routing = biased_topk(
         router_logits,
         self.router.e_score_correction_bias.data,

@@ -19,11 +19,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from zexpert._autocast import autocast_dtype, full_precision_linear
+from zexpert._autocast import autocast_dtype
 from zexpert.experts.factory import create_experts
 from zexpert.integrations.given_routing import RUNNER
 from zexpert.models.config import require_silu
 from zexpert.ops.quantize_blockwise import SCALE_BLOCK
+from zexpert.models.float32_linear import float32_linear
 from zexpert.ops.types import ExpertWeights
 from zexpert.router.factory import create_fused_moe_router
 from zexpert.runner.chunking_moe_runner import ChunkingMoERunner
@@ -169,11 +170,11 @@ class PatchedRouter(LongcatFlashTopkRouter):  # type: ignore[misc]
     """transformers' router without its choice, which the layer's runner makes from the logits."""
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-        """hidden_states [..., H] -> router_logits [T, N], float32, which transformers records first of all outputs, and
-        the selection bias [N]."""
+        """hidden_states [..., H] -> router_logits [T, N], float32 (float64 for float64), which transformers records
+        first of all outputs, and the selection bias [N]."""
         check_classifier(self)
-        rows = hidden_states.reshape(-1, self.hidden_dim).float()
-        return full_precision_linear(rows, self.classifier.weight.float()), self.e_score_correction_bias
+        rows = hidden_states.reshape(-1, self.hidden_dim)
+        return float32_linear(rows, self.classifier.weight), self.e_score_correction_bias
 
 
 class PatchedExperts(LongcatFlashExperts):  # type: ignore[misc]

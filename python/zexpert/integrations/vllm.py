@@ -4,6 +4,7 @@
 vLLM calls `register` in every process through the entry point "vllm.general_plugins". It does nothing unless the
 environment says ZEXPERT_VLLM=1. Then, for models with zero experts (LongCat-Flash):
 
+- LongcatRouter gets its float32 logits from router_logits.
 - ZeroExpertRouter gets its weights, ids and zero experts' output from biased_topk and zero_expert_accumulate. vLLM's
   contract holds: a slot that chose a zero expert has weight 0 and id 0, and `zero_expert_output` is there once.
 - Its RoutedExperts run zexpert's experts if vLLM keeps plain weights for its Triton kernels (`--moe-backend triton`)
@@ -24,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zexpert.integrations.engine_router import engine_router_logits
 from zexpert.integrations.given_routing import RUNNER
 from zexpert.ops import biased_topk, zero_expert_accumulate
 
@@ -40,11 +42,13 @@ def register() -> None:
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
     from vllm.model_executor.layers.fused_moe.router import zero_expert_router
     from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
+    from vllm.model_executor.models.longcat_flash import LongcatRouter
 
     for module in (fused_moe, zero_expert_router):
         module.zero_experts_compute_triton = zero_experts_compute
     router = zero_expert_router.ZeroExpertRouter
     router._compute_routing = _compute_routing
+    _replace(LongcatRouter, "forward", _router_forward)
     _replace(RoutedExperts, "forward_modular", _forward_modular)
     _replace(MoERunner, "__init__", functools.partial(_init_runner, router_class=router))
 
@@ -68,6 +72,12 @@ def _init_runner(original: Callable[..., None], self: Any, *args: Any, router_cl
     if isinstance(self.router, router_class):
         self.router._zexpert_routed_experts = self.routed_experts  # type: ignore[attr-defined]
         self.routed_experts._zexpert_has_zero_experts = True
+
+
+def _router_forward(original: Callable[..., Tensor], self: Any, hidden_states: Tensor) -> Tensor:
+    """LongcatRouter.forward: [T, H] -> logits [T, N]."""
+    logits = engine_router_logits(self.classifier, hidden_states)
+    return original(self, hidden_states) if logits is None else logits
 
 
 def _compute_routing(

@@ -15,6 +15,7 @@ from zexpert.ops.moe_finalize import moe_finalize
 from zexpert.ops.moe_permute import moe_permute
 from zexpert.ops.moe_plan import moe_plan
 from zexpert.ops.quantize_blockwise import quantize_blockwise
+from zexpert.ops.route import route
 from zexpert.ops.router_logits import router_logits
 from zexpert.ops.silu_and_mul import silu_and_mul
 from zexpert.ops.types import ConstantExperts, DispatchPlan, ExpertWeights, RoutingResult
@@ -36,6 +37,7 @@ __all__ = [
     "moe_permute",
     "moe_plan",
     "quantize_blockwise",
+    "route",
     "router_logits",
     "silu_and_mul",
     "zero_expert_accumulate",

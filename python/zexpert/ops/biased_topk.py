@@ -156,17 +156,26 @@ def backward(
     if not ctx.needs_input_grad[0]:
         return None, None, None
     logits, bias = ctx.saved_tensors
+    gradients = (grad_topk_weights, grad_zero_weight, grad_constant_weight)
+    return logits_gradient(gradients, logits, bias, ctx.top_k, ctx.keywords), None, None
+
+
+def logits_gradient(
+    gradients: tuple[Tensor | None, Tensor | None, Tensor | None],
+    logits: Tensor,
+    bias: Tensor | None,
+    top_k: int,
+    keywords: dict[str, Any],
+) -> Tensor:
+    """The gradient of the logits from those of topk_weights, zero_weight and constant_weight; None stands for zeros."""
     num_tokens, dtype = logits.shape[0], weight_dtype(logits.dtype)
-    if grad_topk_weights is None:
-        grad_topk_weights = logits.new_zeros((num_tokens, ctx.top_k), dtype=dtype)
-    if grad_zero_weight is None:
-        grad_zero_weight = logits.new_zeros((num_tokens,), dtype=dtype)
-    if grad_constant_weight is None:
-        grad_constant_weight = logits.new_zeros((num_tokens, ctx.keywords["num_constant_experts"]), dtype=dtype)
-    grad_logits = torch.ops.zexpert.biased_topk_backward(
-        grad_topk_weights, grad_zero_weight, grad_constant_weight, logits, bias, ctx.top_k, **ctx.keywords
-    )
-    return grad_logits, None, None
+    shapes = ((num_tokens, top_k), (num_tokens,), (num_tokens, keywords["num_constant_experts"]))
+    given = [
+        logits.new_zeros(shape, dtype=dtype) if gradient is None else gradient
+        for gradient, shape in zip(gradients, shapes, strict=True)
+    ]
+    grad_logits: Tensor = torch.ops.zexpert.biased_topk_backward(*given, logits, bias, top_k, **keywords)
+    return grad_logits
 
 
 @register_fake("biased_topk_backward")
