@@ -42,6 +42,15 @@ STABLE_TORCH_LIBRARY(zexpert, m) {
       "moe_finalize(Tensor rows, Tensor slot_rows, Tensor topk_weights, Tensor hidden_states, Tensor zero_weight, "
       "Tensor? residual=None, Tensor? constant_weight=None, Tensor? constant_vectors=None) -> Tensor");
 
+  // Experts spread over ranks: the lists are the same tensor of each rank
+  m.def(
+      "moe_dispatch(Tensor hidden_states, Tensor topk_ids, Tensor topk_weights, Tensor(a!)[] rows, Tensor(b!)[] ids, "
+      "Tensor(c!)[] weights, int rank, int num_local_experts) -> (Tensor slot_rows, Tensor row_tokens)");
+  m.def("moe_combine(Tensor rows, Tensor slot_rows, Tensor? topk_weights, Tensor(a!)[] out, int rank) -> ()");
+  m.def(
+      "rank_barrier(Tensor(a!)[] signals, Tensor(b!) epoch, Tensor(c!) validity, Tensor(d!) absent_rank, int rank, "
+      "int timeout_ms) -> ()");
+
   // Training
   m.def(
       "biased_topk_backward(Tensor grad_topk_weights, Tensor grad_zero_weight, Tensor grad_constant_weight, "
