@@ -24,6 +24,7 @@ EXCHANGES: dict[str, dict[str, Any]] = {
     "ragged in chunks": {"chunk_size": 20},
     "fixed": {"max_tokens": MAX_TOKENS},
     "all_gather": {"max_tokens": MAX_TOKENS},
+    "symmetric": {"max_tokens": MAX_TOKENS},
 }
 
 

@@ -9,6 +9,7 @@ nothing.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,7 @@ from torch.nn import functional as F
 from zexpert.ops.types import DispatchPlan, RoutingResult
 from zexpert.runner.collectives import Collectives, Works, wait
 from zexpert.runner.expert_group import ExpertGroup
+from zexpert.runner.shared_memory import SharedMemory, shared_memory
 
 
 @dataclass
@@ -47,7 +49,13 @@ class Batch:
 
     Attributes:
         lost_rows: 0-dimensional, rows that had no room; None where all have room.
+        validity: [1], 1, or NaN if a rank did not come: to multiply with what other ranks sent; None where it raises.
+        sums_rows: whether the caller must call start_combine_rows instead of start_combine.
     """
+
+    lost_rows: Tensor | None = None
+    validity: Tensor | None = None
+    sums_rows = False
 
     def __init__(
         self, exchange: Exchange, collectives: Collectives, hidden_states: Tensor, routing: RoutingResult
@@ -59,7 +67,6 @@ class Batch:
         self.works: Works = []
         self.rows: Tensor
         self.slots: Tensor
-        self.lost_rows: Tensor | None = None
         self.prepare()
 
     def prepare(self) -> None:
@@ -81,6 +88,10 @@ class Batch:
 
     def start_combine(self, summed: Tensor) -> None:
         """Starts to send the experts' weighted sums [M, H], one for each dispatched row, back."""
+        raise NotImplementedError
+
+    def start_combine_rows(self, rows: Tensor, slot_rows: Tensor, topk_weights: Tensor) -> None:
+        """The same from the experts' rows, of which slot_rows [M, K] names those of each dispatched row."""
         raise NotImplementedError
 
     def finish_combine(self) -> tuple[Tensor, Tensor]:
@@ -311,6 +322,147 @@ class AllGatherBatch(Batch):
         wait(self.exchange.group, self.works)
         slot_rows = torch.arange(self.num_tokens, dtype=torch.int32, device=self.rows.device).unsqueeze(1)
         return self.rows[: self.num_tokens].to(self.hidden_states.dtype), slot_rows
+
+
+class SymmetricExchange(Exchange):
+    """Kernels write rows into the memory of the rank that needs them: no collective, and the host does not wait, so a
+    CUDA graph captures it. The order of sums is fixed.
+
+    Args:
+        max_tokens: most tokens of a rank; every rank has room for as many from each.
+    """
+
+    def __init__(self, group: ExpertGroup, num_local_experts: int, max_tokens: int) -> None:
+        super().__init__(group, num_local_experts)
+        self.max_tokens = max_tokens
+
+    def batches(self, hidden_states: Tensor, routing: RoutingResult) -> list[Batch]:
+        check_max_tokens(hidden_states, self.max_tokens)
+        return [SymmetricBatch(self, Collectives(self.group, hidden_states.device), hidden_states, routing)]
+
+    def memory(self, hidden_states: Tensor, top_k: int) -> SharedMemory:
+        """The memory for tokens like these."""
+        return shared_memory(
+            self.group, hidden_states.device, hidden_states.dtype, self.max_tokens, hidden_states.size(1), top_k
+        )
+
+
+@dataclass
+class Places:
+    """Where the rows of a batch are.
+
+    Attributes:
+        slot_rows: [T, P], the rows of each token, rank by rank; -1 where it was not sent.
+        row_tokens: [P, M], the inverse.
+        ids: [P * M, K], experts of the rows that came; -1 in places without a row.
+    """
+
+    slot_rows: Tensor
+    row_tokens: Tensor
+    ids: Tensor
+
+
+class SymmetricBatch(Batch):
+    """See SymmetricExchange. Without gradients the experts read what other ranks wrote where it is."""
+
+    exchange: SymmetricExchange
+
+    def prepare(self) -> None:
+        self.memory = self.exchange.memory(self.hidden_states, self.routing.topk_ids.size(1))
+        self.memory.check()
+        self.validity = self.memory.validity
+        self.sums_rows = not torch.is_grad_enabled()
+
+    def start_dispatch(self) -> None:
+        memory, routing = self.memory, self.routing
+        slot_rows, row_tokens = memory.dispatch(
+            self.hidden_states.detach(),
+            routing.topk_ids,
+            routing.topk_weights.detach(),
+            self.exchange.num_local_experts,
+        )
+        self.places = Places(slot_rows, row_tokens, memory.own(memory.ids))
+
+    def finish_dispatch(self) -> DispatchedTokens:
+        memory, places = self.memory, self.places
+        if self.sums_rows:
+            memory.barrier()
+            self.rows, weights = memory.own(memory.rows), memory.own(memory.weights)
+        else:
+            self.rows, weights = self.collectives.run(
+                partial(_receive_tokens, memory, places),
+                partial(_return_token_gradients, memory, places),
+                self.hidden_states,
+                self.routing.topk_weights,
+            )
+        num_rows = weights.size(0)
+        routing = RoutingResult(weights, places.ids, weights.new_zeros(num_rows), weights.new_zeros(num_rows, 0))
+        return DispatchedTokens(self.rows, routing, None)
+
+    def start_combine(self, summed: Tensor) -> None:
+        if self.sums_rows:
+            self.memory.combine(summed, _own_places(self.places.ids), None, self.memory.sums)
+            return
+        (self.rows,) = self.collectives.run(
+            partial(_return_sums, self.memory, self.places),
+            partial(_send_sum_gradients, self.memory, self.places),
+            summed,
+        )
+
+    def start_combine_rows(self, rows: Tensor, slot_rows: Tensor, topk_weights: Tensor) -> None:
+        self.memory.combine(rows, slot_rows, topk_weights, self.memory.sums)
+
+    def finish_combine(self) -> tuple[Tensor, Tensor]:
+        if self.sums_rows:
+            self.memory.barrier()
+            self.rows = self.memory.own(self.memory.sums)
+        return self.rows, self.places.slot_rows
+
+
+# ---- Steps of SymmetricBatch with gradients ----
+# What came is copied out of the shared memory: the next exchange overwrites it, and the backward needs it.
+
+
+def _own_places(tokens_or_ids: Tensor) -> Tensor:
+    """[P * M, 1]: the row itself for places with a row, of which `tokens_or_ids` has an entry that is not -1."""
+    rows = torch.arange(tokens_or_ids.size(0), dtype=torch.int32, device=tokens_or_ids.device)
+    return torch.where((tokens_or_ids >= 0).any(dim=1), rows, -1).unsqueeze(1)
+
+
+def _receive_tokens(memory: SharedMemory, places: Places, *_sent: Tensor) -> tuple[Tensor, ...]:
+    memory.barrier()
+    places.ids = places.ids.clone()
+    return memory.received(memory.rows), memory.received(memory.weights)
+
+
+def _return_token_gradients(
+    memory: SharedMemory, places: Places, grad_rows: Tensor, grad_weights: Tensor
+) -> tuple[Tensor, ...]:
+    own_places = _own_places(places.ids)
+    memory.combine(grad_rows, own_places, None, memory.sums)
+    memory.combine(grad_weights, own_places, None, memory.weight_sums)
+    memory.barrier()
+    return _sum_of_ranks(memory, places, memory.sums), _sum_of_ranks(memory, places, memory.weight_sums)
+
+
+def _return_sums(memory: SharedMemory, places: Places, summed: Tensor) -> tuple[Tensor, ...]:
+    memory.combine(summed, _own_places(places.ids), None, memory.sums)
+    memory.barrier()
+    return (memory.received(memory.sums),)
+
+
+def _send_sum_gradients(memory: SharedMemory, places: Places, grad_sums: Tensor) -> tuple[Tensor, ...]:
+    memory.combine(grad_sums, _own_places(places.row_tokens.flatten().unsqueeze(1)), None, memory.rows)
+    memory.barrier()
+    return (memory.received(memory.rows),)
+
+
+def _sum_of_ranks(memory: SharedMemory, places: Places, arrays: list[Tensor]) -> Tensor:
+    """[T, H]: the sum of each token's rows in the order of ranks."""
+    rows, slot_rows = memory.own(arrays), places.slot_rows
+    weights = memory.validity.to(memory.weights[0].dtype).expand(slot_rows.size())
+    nothing = rows.new_zeros(1, 1).expand(slot_rows.size(0), rows.size(1))
+    return torch.ops.zexpert.moe_finalize(rows, slot_rows, weights, nothing, weights.new_zeros(slot_rows.size(0)))
 
 
 def check_max_tokens(hidden_states: Tensor, max_tokens: int) -> None:

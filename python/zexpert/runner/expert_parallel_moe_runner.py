@@ -19,6 +19,7 @@ from zexpert.runner.expert_exchange import (
     Exchange,
     FixedExchange,
     RaggedExchange,
+    SymmetricExchange,
 )
 from zexpert.runner.expert_group import ExpertGroup
 from zexpert.runner.placement import ExpertParallelPlacement
@@ -123,9 +124,10 @@ class ExpertParallelMoERunner(ShardedMoERunner):
             "ragged": ("chunk_size",),
             "fixed": ("max_tokens", "capacity"),
             "all_gather": ("max_tokens",),
+            "symmetric": ("max_tokens",),
         }.get(str(name))
         if allowed is None:
-            raise ValueError(f'name must be "ragged", "fixed" or "all_gather", got {name!r}')
+            raise ValueError(f'name must be "ragged", "fixed", "all_gather" or "symmetric", got {name!r}')
         for argument, bound in {**bounds, "chunk_size": self.chunk_size}.items():
             if bound is not None and argument not in allowed:
                 raise ValueError(f'{argument} must be None with the exchange "{name}", got {bound}')
@@ -140,6 +142,8 @@ class ExpertParallelMoERunner(ShardedMoERunner):
                 raise ValueError(f"capacity must be at most max_tokens ({max_tokens}), got {capacity}")
             if name == "fixed":
                 exchange = FixedExchange(self.group, self.num_local_experts, max_tokens, capacity)
+            elif name == "symmetric":
+                exchange = SymmetricExchange(self.group, self.num_local_experts, max_tokens)
             else:
                 exchange = AllGatherExchange(self.group, self.num_local_experts, max_tokens)
         self.exchange = exchange
@@ -180,7 +184,7 @@ class ExpertParallelMoERunner(ShardedMoERunner):
             # next.
             if batches:
                 batches[0].start_dispatch()
-            batch.start_combine(self._local_experts(batch.finish_dispatch(), weights))
+            self._start_combine(batch, batch.finish_dispatch(), weights)
             if combining is not None:
                 outputs.append(self._output(combining, next(residuals), weights))
             combining = batch  # the one before is released, with its rows
@@ -188,18 +192,32 @@ class ExpertParallelMoERunner(ShardedMoERunner):
         outputs.append(self._output(combining, next(residuals), weights))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
+    def _start_combine(self, batch: Batch, tokens: DispatchedTokens, weights: ExpertWeights) -> None:
+        """Runs this rank's experts and starts to send their weighted sums back."""
+        if batch.sums_rows and not self.experts.reduces:
+            plan, own = self._local_plan(tokens, weights)
+            rows = self.experts(tokens.hidden_states, tokens.routing, plan, own)
+            batch.start_combine_rows(rows, plan.slot_rows, tokens.routing.topk_weights)
+        else:
+            batch.start_combine(self._local_experts(tokens, weights))
+
     def _local_experts(self, tokens: DispatchedTokens, weights: ExpertWeights) -> Tensor:
         """[M, H]: weighted sums over this rank's experts."""
+        plan, own = self._local_plan(tokens, weights)
+        return self._experts_and_epilogue(tokens.hidden_states, tokens.routing, plan, own, None)
+
+    def _local_plan(self, tokens: DispatchedTokens, weights: ExpertWeights) -> tuple[DispatchPlan, ExpertWeights]:
         plan = DispatchPlan(*torch.ops.zexpert.moe_plan(tokens.routing.topk_ids, weights.w13.size(0)))
         if tokens.num_slots is not None:
             # Other ranks do the work of most slots: no memory for those.
             plan = plan._replace(row_slots=plan.row_slots[: tokens.num_slots])
-        own = ExpertWeights(weights.w13, weights.w2)
-        return self._experts_and_epilogue(tokens.hidden_states, tokens.routing, plan, own, None)
+        return plan, ExpertWeights(weights.w13, weights.w2)
 
     def _output(self, batch: Batch, residual: Tensor | None, weights: ExpertWeights) -> Tensor:
         rows, slot_rows = batch.finish_combine()
         ones = torch.ones_like(slot_rows, dtype=batch.routing.zero_weight.dtype)
+        if batch.validity is not None:
+            ones = batch.validity.to(ones.dtype).expand(slot_rows.size())
         out = self._finalize(rows, slot_rows, ones, batch.hidden_states, batch.routing, residual, weights.constants)
         if batch.lost_rows is not None:
             if self.lost_rows.device != batch.lost_rows.device:
