@@ -18,9 +18,8 @@ namespace zexpert {
 namespace {
 
 constexpr std::array<std::string_view, 13> kOps = {
-    "biased_topk", "biased_topk_and_plan", "router_logits", "zero_expert_accumulate",
-    "moe_plan",    "moe_permute",          "silu_and_mul",  "grouped_mlp",
-    "fused_moe",   "moe_finalize",         "moe_dispatch",  "moe_combine",
+    "biased_topk",  "biased_topk_and_plan", "router_logits", "zero_expert_accumulate", "moe_plan",     "moe_permute",
+    "silu_and_mul", "grouped_mlp",          "fused_moe",     "moe_finalize",           "moe_dispatch", "moe_combine",
     "rank_barrier"};
 constexpr std::array<std::string_view, 2> kDevices = {"cpu", "cuda"};
 constexpr std::array<std::string_view, 4> kFloatingTypes = {"float32", "float64", "bfloat16", "float16"};

@@ -78,9 +78,8 @@ void moe_combine_cuda(const MoeCombineParams& params, cudaStream_t stream) {
     for (int64_t rank = 0; rank < params.num_ranks; ++rank) {
       fits = fits && cuda::fits_vectors(params.out.of_rank[rank], params.hidden_size, sizeof(T));
     }
-    cuda::visit_vector<T>(fits, params.hidden_size, [&](auto vector) {
-      cuda::launch_moe_combine<T, decltype(vector)::value>(params, stream);
-    });
+    cuda::visit_vector<T>(fits, params.hidden_size,
+                          [&](auto vector) { cuda::launch_moe_combine<T, decltype(vector)::value>(params, stream); });
   });
 }
 

@@ -1,19 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Experts spread over two GPUs, with NCCL."""
+"""Experts spread over GPUs: NCCL, and memory that GPUs write for each other."""
 
 from __future__ import annotations
 
 import copy
 import gc
+import os
+import time
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from parallel_cases import (
     EXCHANGES,
+    HIDDEN,
     MAX_TOKENS,
     NUM_EXPERTS,
     NUM_TOKENS,
@@ -24,24 +29,44 @@ from parallel_cases import (
     runner_of,
 )
 from testing import assert_equal
+from zexpert import FusedMoE
 
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices")
 
+RANKS = [
+    pytest.param(n, marks=pytest.mark.skipif(torch.cuda.device_count() < n, reason=f"fewer than {n} CUDA devices"))
+    for n in (2, 4)
+]
+FAILURE_TIMEOUT = 5  # seconds
 
-def start(rank: int, folder: str) -> None:
+
+def start(rank: int, num_ranks: int, folder: str, timeout: int = 60) -> None:
     torch.cuda.set_device(rank)
     dist.init_process_group(
         "nccl",
         init_method=f"file://{folder}/rendezvous",
         rank=rank,
-        world_size=2,
-        timeout=timedelta(seconds=60),
+        world_size=num_ranks,
+        timeout=timedelta(seconds=timeout),
         device_id=torch.device("cuda", rank),
     )
 
 
-def compare(rank: int, folder: str) -> None:
-    start(rank, folder)
+def run_rank(rank: int, num_ranks: int, folder: str, body: Callable[[int], None]) -> None:
+    start(rank, num_ranks, folder)
+    body(rank)
+    # A graph that captured NCCL work and still exists would make destroy_process_group wait for ever.
+    gc.collect()
+    torch.cuda.synchronize()
+    dist.destroy_process_group()
+
+
+def run(body: Callable[[int], None], num_ranks: int, folder: Path) -> None:
+    torch.multiprocessing.spawn(run_rank, args=(num_ranks, str(folder), body), nprocs=num_ranks)
+
+
+def compare(rank: int) -> None:
+    """Rank 1 has no token."""
     for exchange in EXCHANGES:
         for dtype in (torch.float32, torch.bfloat16):
             for kind, case in (
@@ -51,26 +76,71 @@ def compare(rank: int, folder: str) -> None:
                 ("identity", "only zero experts"),
             ):
                 assert_as_one_process(dist.group.WORLD, kind, exchange, dtype, case, device="cuda")
-    dist.destroy_process_group()
 
 
-def test_as_one_process(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(compare, args=(str(tmp_path),), nprocs=2)
+@pytest.mark.parametrize("num_ranks", RANKS)
+def test_as_one_process(num_ranks: int, tmp_path: Path) -> None:
+    run(compare, num_ranks, tmp_path)
 
 
-def repeat(rank: int, folder: str) -> None:
-    start(rank, folder)
+def repeat(rank: int) -> None:
     inputs = make_inputs("mixed", NUM_TOKENS[rank])
-    for exchange in ("ragged", "ragged in chunks"):
+    for exchange, times in (("ragged", 3), ("ragged in chunks", 3), ("fixed", 3), ("symmetric", 200)):
         layer = make_parallel("mixed", exchange, dist.group.WORLD, torch.bfloat16).cuda()
         first = results(layer, *inputs)
-        for name, value in results(layer, *inputs).items():
-            assert_equal(value, first[name], f"{exchange}: {name}")
-    dist.destroy_process_group()
+        for _ in range(times):
+            for name, value in results(layer, *inputs).items():
+                assert_equal(value, first[name], f"{exchange}: {name}")
 
 
-def test_repeatable(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(repeat, args=(str(tmp_path),), nprocs=2)
+@pytest.mark.parametrize("num_ranks", RANKS)
+def test_repeatable(num_ranks: int, tmp_path: Path) -> None:
+    run(repeat, num_ranks, tmp_path)
+
+
+def large_layer(max_tokens: int) -> FusedMoE:
+    """Sizes at which Hopper's kernels run, and rows that several blocks write."""
+    torch.manual_seed(0)
+    layer = FusedMoE(
+        64,
+        6,
+        2048,
+        512,
+        zero_expert_type="identity",
+        zero_expert_num=32,
+        params_dtype=torch.bfloat16,
+        device="cuda",
+        expert_parallel_group=dist.group.WORLD,
+        shared_experts=torch.nn.Linear(2048, 2048, dtype=torch.bfloat16, device="cuda"),
+    )
+    runner_of(layer).use_exchange("symmetric", max_tokens)
+    return layer
+
+
+def large_inputs(num_tokens: int, seed: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator("cuda").manual_seed(seed)
+    hidden_states = torch.randn(num_tokens, 2048, device="cuda", generator=generator).bfloat16()
+    return hidden_states, torch.randn(num_tokens, 96, device="cuda", generator=generator)
+
+
+def compare_exchanges(rank: int) -> None:
+    """The same rows in the same places: every bit is that of the exchange "fixed", whatever the numbers of tokens."""
+    layer = large_layer(1000)
+    with torch.no_grad():
+        for step in range(300):
+            num_tokens = (1000, 1, 0, 77, 512, 999)[(step + rank) % 6]
+            inputs = large_inputs(num_tokens, 1000 * step + rank)
+            out = layer(*inputs)
+            if step % 30 == 0:
+                runner_of(layer).use_exchange("fixed", 1000)
+                assert_equal(out, layer(*inputs), f"step {step}")
+                runner_of(layer).use_exchange("symmetric", 1000)
+    runner_of(layer).check_overflow()
+
+
+@pytest.mark.parametrize("num_ranks", RANKS)
+def test_symmetric_is_fixed_bit_for_bit(num_ranks: int, tmp_path: Path) -> None:
+    run(compare_exchanges, num_ranks, tmp_path)
 
 
 def replay_captured(rank: int, exchange: str) -> None:
@@ -94,30 +164,26 @@ def replay_captured(rank: int, exchange: str) -> None:
     for inputs in (first, second):
         for target, source in zip(given, inputs, strict=True):
             target.copy_(source)
-        graph.replay()
+        for _ in range(3):
+            graph.replay()
         assert_equal(out.cpu(), layer(*inputs).cpu(), exchange)
     runner_of(layer).check_overflow()
 
 
-def capture(rank: int, folder: str) -> None:
+def capture(rank: int) -> None:
     """Graphs of the exchanges for which the host does not wait."""
-    start(rank, folder)
     with torch.no_grad():
-        for exchange in ("fixed", "all_gather"):
+        for exchange in ("fixed", "all_gather", "symmetric"):
             replay_captured(rank, exchange)
-    # A graph that captured NCCL work and still exists would make destroy_process_group wait for ever.
-    gc.collect()
-    torch.cuda.synchronize()
-    dist.destroy_process_group()
 
 
-def test_graphs(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(capture, args=(str(tmp_path),), nprocs=2)
+@pytest.mark.parametrize("num_ranks", RANKS)
+def test_graphs(num_ranks: int, tmp_path: Path) -> None:
+    run(capture, num_ranks, tmp_path)
 
 
-def overflow(rank: int, folder: str) -> None:
+def overflow(rank: int) -> None:
     """Nobody waits to know: rows without room make NaN, and check_overflow tells."""
-    start(rank, folder)
     layer = make_parallel("identity", "fixed", dist.group.WORLD, torch.bfloat16).cuda()
     runner_of(layer).use_exchange("fixed", max_tokens=8, capacity=3)
     hidden_states, logits, _ = make_inputs("identity", 5 if rank == 0 else 3)
@@ -129,8 +195,47 @@ def overflow(rank: int, folder: str) -> None:
         with pytest.raises(RuntimeError, match=r"^capacity is too small: rank 0 dropped 2 rows"):
             runner_of(layer).check_overflow()
     runner_of(layer).check_overflow()
-    dist.destroy_process_group()
 
 
 def test_rows_beyond_the_capacity(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(overflow, args=(str(tmp_path),), nprocs=2)
+    run(overflow, 2, tmp_path)
+
+
+def one_rank_fails(rank: int, num_ranks: int, folder: str, how: str) -> None:
+    start(rank, num_ranks, folder, FAILURE_TIMEOUT)
+    layer = make_parallel("identity", "symmetric", dist.group.WORLD, torch.bfloat16).cuda()
+    runner = runner_of(layer)
+    hidden_states, logits, _ = make_inputs("identity", MAX_TOKENS)
+    inputs = hidden_states.cuda().bfloat16(), logits.cuda().float()
+    with torch.no_grad():
+        good = layer(*inputs)
+        torch.cuda.synchronize()
+        dist.barrier()
+        torch.cuda.synchronize()
+        if rank == 1:
+            if how == "raises":
+                too_many = torch.zeros(MAX_TOKENS + 1, HIDDEN, dtype=torch.bfloat16, device="cuda")
+                with pytest.raises(ValueError, match="hidden_states must have at most the exchange's max_tokens"):
+                    layer(too_many, torch.zeros(MAX_TOKENS + 1, logits.size(1), device="cuda"))
+            os._exit(0)
+        begin = time.monotonic()
+        out = layer(*inputs)  # the host does not wait
+        torch.cuda.synchronize()
+        assert time.monotonic() - begin < 4 * FAILURE_TIMEOUT
+        has_rows = good.isfinite().all(dim=1) & out.isnan().all(dim=1)
+        assert has_rows.float().mean() > 0.5, "tokens that other ranks had a part of must be NaN"
+        for call in (lambda: layer(*inputs), runner.check_overflow):
+            with pytest.raises(
+                RuntimeError, match=f"^rank {rank} of the {num_ranks} that share the experts could not exchange rows"
+            ):
+                call()
+    assert float((torch.ones(1000, device="cuda") + 1).sum()) == 2000.0, "the GPU is of use"
+    Path(folder, f"told{rank}").touch()
+    os._exit(0)  # threads of a group that failed must not meet the end of Python
+
+
+@pytest.mark.parametrize("how", ["ends", "raises"])
+@pytest.mark.parametrize("num_ranks", RANKS)
+def test_others_learn_of_a_rank_that_fails(num_ranks: int, how: str, tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(one_rank_fails, args=(num_ranks, str(tmp_path), how), nprocs=num_ranks)
+    assert len(list(tmp_path.glob("told*"))) == num_ranks - 1

@@ -16,7 +16,7 @@ namespace zexpert {
 /// A token is sent once to every rank that owns one of its experts; rank p owns those from p * num_local_experts on.
 /// The i-th token that this rank sends to rank p, in ascending order, goes to row `rank` * max_tokens + i of rank p:
 ///   rows[p][row]       = hidden_states[token]
-///   ids[p][row, k]     = topk_ids[token, k] - p * num_local_experts, -1 where another rank or none does the slot's work
+///   ids[p][row, k]     = topk_ids[token, k] - p * num_local_experts, -1 if that is no expert of rank p
 ///   weights[p][row, k] = topk_weights[token, k]
 /// In the rows of this rank's share that hold no token, ids are -1 and nothing else is written.
 /// Strides count elements. All pointers are to memory that the computing device addresses.

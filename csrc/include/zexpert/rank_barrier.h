@@ -21,7 +21,7 @@ struct RankBarrierParams {
   RankArrays signals;         ///< [num_ranks] int64, 0 at first
   int64_t* epoch = nullptr;   ///< this rank's barriers so far, 0 at first
   float* validity = nullptr;  ///< 1 at first, NaN after a barrier that failed: scale by it what depends on other ranks
-  int32_t* absent_rank = nullptr;  ///< in memory of the host: -1 at first, a rank that did not come after such a barrier
+  int32_t* absent_rank = nullptr;  ///< in host memory: -1 at first, then a rank that did not come
   int64_t rank = 0;                ///< this process's
   int64_t num_ranks = 1;
   int64_t timeout_ms = 0;

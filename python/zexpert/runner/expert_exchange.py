@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from zexpert.ops.types import DispatchPlan, RoutingResult
 from zexpert.runner.collectives import Collectives, Works, wait
 from zexpert.runner.expert_group import ExpertGroup
-from zexpert.runner.shared_memory import SharedMemory, shared_memory
+from zexpert.runner.shared_memory import SharedMemory, shared_memories, shared_memory
 
 
 @dataclass
@@ -115,6 +115,9 @@ class Exchange:
     def batches(self, hidden_states: Tensor, routing: RoutingResult) -> list[Batch]:
         """The batches that exchange all tokens: as many on every rank."""
         raise NotImplementedError
+
+    def check(self) -> None:
+        """Raises RuntimeError if an exchange for which the host did not wait has failed."""
 
     def pack(self, routing: RoutingResult, num_empty: int = 0) -> Tensor:
         """[T + num_empty, 2K]: weights and, as bits of the same dtype, ids: one tensor to send, which carries the
@@ -341,10 +344,18 @@ class SymmetricExchange(Exchange):
         return [SymmetricBatch(self, Collectives(self.group, hidden_states.device), hidden_states, routing)]
 
     def memory(self, hidden_states: Tensor, top_k: int) -> SharedMemory:
-        """The memory for tokens like these."""
-        return shared_memory(
+        """The memory for tokens like these, if no rank failed to come when it was last used."""
+        memory = shared_memory(
             self.group, hidden_states.device, hidden_states.dtype, self.max_tokens, hidden_states.size(1), top_k
         )
+        memory.check()
+        return memory
+
+    def check(self) -> None:
+        for memory in shared_memories(self.group):
+            if memory.validity.is_cuda:
+                torch.cuda.synchronize(memory.validity.device)
+            memory.check()
 
 
 @dataclass
@@ -369,7 +380,6 @@ class SymmetricBatch(Batch):
 
     def prepare(self) -> None:
         self.memory = self.exchange.memory(self.hidden_states, self.routing.topk_ids.size(1))
-        self.memory.check()
         self.validity = self.memory.validity
         self.sums_rows = not torch.is_grad_enabled()
 
@@ -462,7 +472,10 @@ def _sum_of_ranks(memory: SharedMemory, places: Places, arrays: list[Tensor]) ->
     rows, slot_rows = memory.own(arrays), places.slot_rows
     weights = memory.validity.to(memory.weights[0].dtype).expand(slot_rows.size())
     nothing = rows.new_zeros(1, 1).expand(slot_rows.size(0), rows.size(1))
-    return torch.ops.zexpert.moe_finalize(rows, slot_rows, weights, nothing, weights.new_zeros(slot_rows.size(0)))
+    summed: Tensor = torch.ops.zexpert.moe_finalize(
+        rows, slot_rows, weights, nothing, weights.new_zeros(slot_rows.size(0))
+    )
+    return summed
 
 
 def check_max_tokens(hidden_states: Tensor, max_tokens: int) -> None:

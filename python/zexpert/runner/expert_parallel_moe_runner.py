@@ -152,9 +152,10 @@ class ExpertParallelMoERunner(ShardedMoERunner):
         self._agreed = False
 
     def check_overflow(self) -> None:
-        """Raises RuntimeError if rows of this rank had no room since the last check, and forgets them. Waits for the
-        device: call it where you read results anyway."""
+        """Raises RuntimeError if rows of this rank had no room since the last check, and forgets them, or if a rank did
+        not come in time to an exchange "symmetric". Waits for the device: call it where you read results anyway."""
         lost_rows = int(self.lost_rows)
+        self.exchange.check()
         if lost_rows > 0:
             self.lost_rows.zero_()
             raise RuntimeError(

@@ -147,22 +147,23 @@ def open_cuda_segments(group: ExpertGroup, device: torch.device, num_bytes: int)
 def open_cpu_segments(group: ExpertGroup, device: torch.device, num_bytes: int) -> tuple[list[Tensor], object]:
     """The same in memory that the processes of one host share."""
     folder = "/dev/shm" if Path("/dev/shm").is_dir() else tempfile.gettempdir()
-    error: str | None = None
-    segments = []
+    segments: list[Tensor] = []
+    problem: str | None = None
     with tempfile.NamedTemporaryFile(prefix="zexpert-", dir=folder) as file:
         try:
             os.posix_fallocate(file.fileno(), 0, num_bytes)
-        except OSError as failure:
-            error = f"{folder} has no room for {num_bytes} bytes: {failure}"
-        for path in group.gather_objects(file.name):
-            try:
-                if Path(path).stat().st_size == num_bytes:
-                    segments.append(torch.from_file(path, shared=True, size=num_bytes, dtype=torch.uint8))
-            except OSError as failure:
-                error = error or str(failure)
-        for other in group.gather_objects(error):  # all have opened the file, which can go
-            if other is not None:
-                raise RuntimeError(f'the exchange "symmetric" needs CPUs of one host that share memory: {other}')
+        except OSError as error:
+            problem = f"{folder} has no room for {num_bytes} bytes: {error}"
+        paths = group.gather_objects(file.name)
+        missing = [path for path in paths if not Path(path).exists()]
+        if missing:
+            problem = f"{missing[0]} of another rank does not exist here"
+        if problem is None:
+            segments = [torch.from_file(path, shared=True, size=num_bytes, dtype=torch.uint8) for path in paths]
+        # When all have answered, all have mapped the file, which can go.
+        problems = [found for found in group.gather_objects(problem) if found is not None]
+    if problems:
+        raise RuntimeError(f'the exchange "symmetric" needs CPUs of one host that share memory: {problems[0]}')
     return segments, None
 
 
@@ -188,3 +189,8 @@ def shared_memory(
             )
         memory = memories[key] = SharedMemory(group, device, dtype, max_tokens, hidden_size, top_k)
     return memory
+
+
+def shared_memories(group: ExpertGroup) -> list[SharedMemory]:
+    """All memory of the group so far."""
+    return list(_memories.get(group.process_group, {}).values())
