@@ -19,15 +19,23 @@ void signal_all(const RankBarrierParams& params, int64_t value) {
   }
 }
 
-/// The signal of rank `peer`, once it is at least `epoch` or kGaveUp, or the time is over.
-int64_t wait_for(const RankBarrierParams& params, int64_t peer, int64_t epoch,
-                 std::chrono::steady_clock::time_point deadline) {
-  const int64_t* signal = static_cast<const int64_t*>(params.signals.of_rank[params.rank]) + peer;
+/// Waits until all signals are at least `epoch`. Returns a rank that gave up or has not come by the deadline, or -1.
+int64_t find_absent_rank(const RankBarrierParams& params, int64_t epoch,
+                         std::chrono::steady_clock::time_point deadline) {
+  const auto* signals = static_cast<const int64_t*>(params.signals.of_rank[params.rank]);
   constexpr int kTriesAwake = 1000;  // others may need this core to come
   for (int64_t tries = 0;; ++tries) {
-    const int64_t value = load_acquire(signal);
-    if (value >= epoch || value == kGaveUp || std::chrono::steady_clock::now() > deadline) {
-      return value;
+    const bool is_late = std::chrono::steady_clock::now() > deadline;
+    bool all_came = true;
+    for (int64_t peer = 0; peer < params.num_ranks; ++peer) {
+      const int64_t signal = load_acquire(signals + peer);
+      if (signal == kGaveUp || (signal < epoch && is_late)) {
+        return peer;
+      }
+      all_came = all_came && signal >= epoch;
+    }
+    if (all_came) {
+      return -1;
     }
     if (tries < kTriesAwake) {
       std::this_thread::yield();
@@ -45,13 +53,11 @@ void rank_barrier_cpu(const RankBarrierParams& params) {
   const int64_t epoch = ++*params.epoch;
   if (*params.absent_rank < 0) {
     signal_all(params, epoch);
-    for (int64_t peer = 0; peer < params.num_ranks; ++peer) {
-      if (wait_for(params, peer, epoch, deadline) < epoch) {
-        *params.absent_rank = static_cast<int32_t>(peer);
-        *params.validity = std::numeric_limits<float>::quiet_NaN();
-        signal_all(params, kGaveUp);
-        break;
-      }
+    const int64_t absent = find_absent_rank(params, epoch, deadline);
+    if (absent >= 0) {
+      *params.absent_rank = static_cast<int32_t>(absent);
+      *params.validity = std::numeric_limits<float>::quiet_NaN();
+      signal_all(params, kGaveUp);
     }
   }
   ZEXPERT_CHECK(*params.absent_rank < 0, "rank ", *params.absent_rank, " did not come within ", params.timeout_ms,

@@ -25,9 +25,9 @@ __device__ __forceinline__ int64_t nanoseconds() {
 /// A thread per rank.
 __global__ void __launch_bounds__(kMaxRanks) rank_barrier(const RankBarrierParams params) {
   __shared__ int64_t epoch;
-  __shared__ bool has_failed;  // before this barrier
-  __shared__ bool fails;
-  wait_for_previous_kernels();  // what they wrote into other ranks' memory comes before the signals
+  __shared__ bool has_failed;      // before this barrier
+  __shared__ volatile bool fails;  // one thread's failure ends the waiting of all
+  wait_for_previous_kernels();     // what they wrote into other ranks' memory comes before the signals
   let_next_kernel_start();
   const auto peer = static_cast<int>(threadIdx.x);
   if (peer == 0) {
@@ -44,13 +44,14 @@ __global__ void __launch_bounds__(kMaxRanks) rank_barrier(const RankBarrierParam
     // Wait
     int64_t* const here = static_cast<int64_t*>(params.signals.of_rank[params.rank]) + peer;
     const int64_t deadline = nanoseconds() + params.timeout_ms * 1'000'000;
-    int64_t signal = SystemWord<int64_t>(*here).load(::cuda::memory_order_acquire);
-    while (signal < epoch && signal != kGaveUp && nanoseconds() < deadline) {
-      signal = SystemWord<int64_t>(*here).load(::cuda::memory_order_acquire);
-    }
-    if (signal < epoch) {
-      fails = true;
-      SystemWord<int32_t>(*params.absent_rank).store(peer, ::cuda::memory_order_relaxed);
+    while (!fails) {
+      const int64_t signal = SystemWord<int64_t>(*here).load(::cuda::memory_order_acquire);
+      if (signal >= epoch)
+        break;
+      if (signal == kGaveUp || nanoseconds() > deadline) {
+        fails = true;
+        SystemWord<int32_t>(*params.absent_rank).store(peer, ::cuda::memory_order_relaxed);
+      }
     }
   }
   __syncthreads();
