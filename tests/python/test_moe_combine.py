@@ -111,7 +111,10 @@ BAD_INPUT = {
         {"slot_rows": torch.full((15, TOP_K), NUM_ROWS, dtype=torch.int32)},
         r"^slot_rows must lie in \[-1, 11\), got 11$",
     ),
-    "elsewhere": ({"topk_weights": torch.zeros(15, TOP_K, device="meta")}, r"^topk_weights must be on cpu like rows.*$"),
+    "elsewhere": (
+        {"topk_weights": torch.zeros(15, TOP_K, device="meta")},
+        r"^topk_weights must be on cpu like rows.*$",
+    ),
 }
 
 

@@ -172,7 +172,11 @@ BAD_INPUT = {
         r"^weights must have shape \[3, 9, 4\] \[ranks, max_tokens, top_k\], got \[3, 8, 4\]$",
     ),
     "too many tokens": (
-        {"rows": [torch.zeros(3, 3, 8)] * 3, "ids": [torch.zeros(3, 3, 4).int()] * 3, "weights": [torch.zeros(3, 3, 4)] * 3},
+        {
+            "rows": [torch.zeros(3, 3, 8)] * 3,
+            "ids": [torch.zeros(3, 3, 4).int()] * 3,
+            "weights": [torch.zeros(3, 3, 4)] * 3,
+        },
         r"^hidden_states must have at most max_tokens \(3\) tokens, got 4$",
     ),
     "no such expert": (

@@ -8,6 +8,8 @@ nothing.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -80,6 +82,12 @@ class Batch:
     def start_dispatch(self) -> None:
         """Starts to send the tokens to their experts."""
         raise NotImplementedError
+
+    @contextmanager
+    def beside_dispatch(self) -> Iterator[None]:
+        """Inside it the caller computes what does not depend on the exchange. Results are valid after
+        finish_combine."""
+        yield
 
     def finish_dispatch(self) -> DispatchedTokens:
         """Waits for the tokens of the other ranks."""
@@ -382,6 +390,9 @@ class SymmetricBatch(Batch):
         self.memory = self.exchange.memory(self.hidden_states, self.routing.topk_ids.size(1))
         self.validity = self.memory.validity
         self.sums_rows = not torch.is_grad_enabled()
+        self.side_stream: torch.cuda.Stream | None = None
+        if self.sums_rows and self.hidden_states.is_cuda:
+            self.inputs_ready = torch.cuda.current_stream(self.hidden_states.device).record_event()
 
     def start_dispatch(self) -> None:
         memory, routing = self.memory, self.routing
@@ -392,6 +403,17 @@ class SymmetricBatch(Batch):
             self.exchange.num_local_experts,
         )
         self.places = Places(slot_rows, row_tokens, memory.own(memory.ids))
+
+    @contextmanager
+    def beside_dispatch(self) -> Iterator[None]:
+        # The stream waits for the other ranks' rows. What it would compute meanwhile runs on a second one.
+        if not (self.sums_rows and self.hidden_states.is_cuda):
+            yield
+            return
+        self.side_stream = self.memory.side_stream
+        self.side_stream.wait_event(self.inputs_ready)
+        with torch.cuda.stream(self.side_stream):
+            yield
 
     def finish_dispatch(self) -> DispatchedTokens:
         memory, places = self.memory, self.places
@@ -426,6 +448,8 @@ class SymmetricBatch(Batch):
         if self.sums_rows:
             self.memory.barrier()
             self.rows = self.memory.own(self.memory.sums)
+        if self.side_stream is not None:
+            torch.cuda.current_stream(self.rows.device).wait_stream(self.side_stream)
         return self.rows, self.places.slot_rows
 
 

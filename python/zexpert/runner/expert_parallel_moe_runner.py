@@ -175,7 +175,10 @@ class ExpertParallelMoERunner(ShardedMoERunner):
 
         batches = deque(self.exchange.batches(hidden_states, routing))
         batches[0].start_dispatch()
-        residual = self._shared_experts_output(hidden_states)
+        residual: Tensor | None = None
+        if self.shared_experts is not None:
+            with batches[0].beside_dispatch():
+                residual = self._shared_experts_output(hidden_states)
         residuals = iter([None] * len(batches) if residual is None else residual.split([b.num_tokens for b in batches]))
         outputs: list[Tensor] = []
         combining: Batch | None = None

@@ -38,6 +38,7 @@ class SharedMemory:
         ids: of each rank, [P, M, K] int32.
         weights, weight_sums: of each rank, [P, M, K], in the dtype of routing weights.
         validity: [1] float32; NaN once a rank did not come.
+        side_stream: on a GPU, for what runs while rows travel.
 
     Raises:
         RuntimeError: the ranks cannot share memory.
@@ -81,6 +82,7 @@ class SharedMemory:
             self.validity = torch.ones(1, device=device)
             self.absent_rank = torch.full((1,), -1, dtype=torch.int32, pin_memory=device.type == "cuda")
             if device.type == "cuda":
+                self.side_stream = torch.cuda.Stream(device)
                 torch.cuda.synchronize(device)
         group.gather_objects(None)  # nobody signals before all signals are 0
 
