@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     import torch.distributed as dist
     from torch.distributed.device_mesh import DeviceMesh
 
+#: Bytes of token rows for which there is room without knowing how many come. For more, the host waits to know.
+LARGEST_ROWS = 2**32
+
 
 class ExpertParallelMoERunner(ShardedMoERunner):
     """Dispatches each rank's tokens to the ranks that own their experts, and combines the results.
@@ -90,7 +93,7 @@ class ExpertParallelMoERunner(ShardedMoERunner):
         self.num_local_experts = num_experts // self.group.size
         self.placement = ExpertParallelPlacement(self.group, router, num_experts)
         self.chunk_size = chunk_size
-        self.lost_rows = torch.zeros((), dtype=torch.int64)
+        self.lost_rows = torch.zeros((), dtype=torch.int64, device="cpu")  # also of a layer made on another device
         self.use_exchange("ragged")
 
     def use_exchange(self, name: str, max_tokens: int | None = None, capacity: int | None = None) -> None:
@@ -102,6 +105,15 @@ class ExpertParallelMoERunner(ShardedMoERunner):
             it.
         "all_gather": every rank gathers max_tokens rows of every rank, and a reduce-scatter in float32 adds up the
             results; the library chooses the order. The fewest steps, for few tokens; a CUDA graph captures it.
+        "symmetric": kernels write exactly the rows there are into the memory of other ranks, in places known
+            beforehand. No collective, and the host does not wait; a CUDA graph captures it. For GPUs connected by
+            NVLink, and CPUs of one host. The ranks allocate the memory, 2 * P * max_tokens rows on each, at the first
+            call; all layers of the group that need the same use it in turn, so they must run on one stream. If a rank
+            does not come within the process group's timeout, outputs on a GPU are NaN, and the next call and
+            check_overflow raise RuntimeError.
+
+        Without "ragged" the experts have room for top_k slots of each row that may come. Where that is more than 4 GiB,
+        the host waits once to learn how many come, unless a CUDA graph is being captured.
 
         A token sends a rank one row at most, so a capacity of max_tokens, the default, is always enough. A smaller one
         sends less, and can be too small for a routing. No token is then silently wrong: on the CPU forward raises
@@ -109,7 +121,7 @@ class ExpertParallelMoERunner(ShardedMoERunner):
         concerned are NaN and check_overflow raises.
 
         Args:
-            name: "ragged", "fixed" or "all_gather".
+            name: "ragged", "fixed", "all_gather" or "symmetric".
             max_tokens: most tokens of any rank; required except for "ragged".
             capacity: rows from each rank to each, at most max_tokens; for "fixed".
 
@@ -211,10 +223,17 @@ class ExpertParallelMoERunner(ShardedMoERunner):
         return self._experts_and_epilogue(tokens.hidden_states, tokens.routing, plan, own, None)
 
     def _local_plan(self, tokens: DispatchedTokens, weights: ExpertWeights) -> tuple[DispatchPlan, ExpertWeights]:
+        """The plan of this rank's experts, and their weights."""
         plan = DispatchPlan(*torch.ops.zexpert.moe_plan(tokens.routing.topk_ids, weights.w13.size(0)))
-        if tokens.num_slots is not None:
+        num_slots = tokens.num_slots
+        if num_slots is None:
+            row_bytes = tokens.hidden_states.size(1) * tokens.hidden_states.element_size()
+            is_large = plan.row_slots.numel() * row_bytes > LARGEST_ROWS
+            if is_large and not (plan.row_slots.is_cuda and torch.cuda.is_current_stream_capturing()):
+                num_slots = int(plan.expert_offsets[-1])
+        if num_slots is not None:
             # Other ranks do the work of most slots: no memory for those.
-            plan = plan._replace(row_slots=plan.row_slots[: tokens.num_slots])
+            plan = plan._replace(row_slots=plan.row_slots[:num_slots])
         return plan, ExpertWeights(weights.w13, weights.w2)
 
     def _output(self, batch: Batch, residual: Tensor | None, weights: ExpertWeights) -> Tensor:
