@@ -37,7 +37,8 @@ from zexpert_tools.cluster_plan import Cluster, MoEShape, plan_layer
 
 TOP_K = 12
 CHECKED_TOKENS = 16
-SMALL_BATCH = 512  # tokens to which the exchanges of a fixed size are for
+SMALL_BATCH = 512  # tokens to which the exchanges that send rows of a fixed number are for
+BOUNDED = ("symmetric", "fixed", "all_gather")  # exchanges with a bound on tokens
 
 
 @dataclass
@@ -186,6 +187,7 @@ def run_case(options: argparse.Namespace, num_tokens: int, device: torch.device,
     assert isinstance(runner, ExpertParallelMoERunner)
     all_slots = AllSlots(parallel)
     contenders: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+        "symmetric": parallel,
         "ragged": parallel,
         "ragged, 4 chunks": in_chunks,
         "all slots": all_slots,
@@ -199,7 +201,7 @@ def run_case(options: argparse.Namespace, num_tokens: int, device: torch.device,
     if alone is not None:
         result.seconds["one rank"], expected, plain = alone
     for name, contender in contenders.items():
-        runner.use_exchange(*((name, num_tokens) if name in ("fixed", "all_gather") else ("ragged",)))
+        runner.use_exchange(*((name, num_tokens) if name in BOUNDED else ("ragged",)))
         out = contender(*inputs)
         if alone is not None:
             result.checks[name] = harness.check_error(out[sampled], plain, expected)
@@ -211,6 +213,7 @@ def run_case(options: argparse.Namespace, num_tokens: int, device: torch.device,
     (batch,) = runner.exchange.batches(hidden_states, routing_of(*inputs))
     assert isinstance(batch, RaggedBatch)
     result.bytes_sent = {
+        "symmetric": batch_bytes(batch, rank),
         "ragged": batch_bytes(batch, rank),
         "all slots": batch_bytes(all_slots.start(*inputs)[0], rank),
     }

@@ -6,6 +6,8 @@ from __future__ import annotations
 import copy
 import gc
 import os
+import shutil
+import tempfile
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -15,6 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from parallel_cases import (
     EXCHANGES,
@@ -23,7 +26,9 @@ from parallel_cases import (
     NUM_EXPERTS,
     NUM_TOKENS,
     assert_as_one_process,
+    assert_slices_as_one_process,
     make_inputs,
+    make_layer,
     make_parallel,
     results,
     runner_of,
@@ -37,7 +42,7 @@ RANKS = [
     pytest.param(n, marks=pytest.mark.skipif(torch.cuda.device_count() < n, reason=f"fewer than {n} CUDA devices"))
     for n in (2, 4)
 ]
-FAILURE_TIMEOUT = 5  # seconds
+FAILURE_TIMEOUT = 8  # seconds
 
 
 def start(rank: int, num_ranks: int, folder: str, timeout: int = 60) -> None:
@@ -180,6 +185,104 @@ def capture(rank: int) -> None:
 @pytest.mark.parametrize("num_ranks", RANKS)
 def test_graphs(num_ranks: int, tmp_path: Path) -> None:
     run(capture, num_ranks, tmp_path)
+
+
+def slices(rank: int) -> None:
+    for num_tokens in (0, 60):
+        assert_slices_as_one_process(dist.group.WORLD, num_tokens, device="cuda")
+
+
+@pytest.mark.parametrize("num_ranks", RANKS)
+def test_tensor_parallel(num_ranks: int, tmp_path: Path) -> None:
+    run(slices, num_ranks, tmp_path)
+
+
+def checkpoints(rank: int) -> None:
+    """What all ranks save, half of them load."""
+    import torch.distributed.checkpoint as dcp
+
+    num_ranks = dist.get_world_size()
+    folders = [tempfile.mkdtemp() if rank == 0 else None]
+    dist.broadcast_object_list(folders)
+    dcp.save(make_layer("mixed", expert_parallel_group=dist.group.WORLD).cuda().state_dict(), checkpoint_id=folders[0])
+    half = dist.new_group(list(range(num_ranks // 2)))
+    if rank < num_ranks // 2:
+        expected = make_layer("mixed", expert_parallel_group=half)
+        layer = make_layer("mixed", expert_parallel_group=half).cuda()
+        with torch.no_grad():
+            for parameter in layer.parameters():
+                parameter.zero_()
+        state = layer.state_dict()
+        dcp.load(state, checkpoint_id=folders[0], process_group=half)
+        layer.load_state_dict(state)
+        for name, parameter in layer.named_parameters():
+            assert_equal(parameter.detach().cpu(), expected.get_parameter(name).detach(), name)
+    dist.barrier()
+    if rank == 0:
+        shutil.rmtree(folders[0])
+
+
+@pytest.mark.parametrize("num_ranks", RANKS)
+def test_checkpoint_of_all_ranks_under_half(num_ranks: int, tmp_path: Path) -> None:
+    run(checkpoints, num_ranks, tmp_path)
+
+
+class Residual(torch.nn.Module):
+    """x + MoE(x) after a linear layer."""
+
+    def __init__(self, group: dist.ProcessGroup | DeviceMesh | None) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.linear = torch.nn.Linear(HIDDEN, HIDDEN)
+        self.classifier = torch.nn.Linear(HIDDEN, NUM_EXPERTS + 3)
+        self.moe = make_layer("identity", expert_parallel_group=group)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        hidden_states = self.linear(hidden_states)
+        out: Tensor = hidden_states + self.moe(hidden_states, self.classifier(hidden_states))
+        return out
+
+
+def train_sharded(rank: int) -> None:
+    """FSDP2 over all ranks, experts over the ranks of a row of the mesh: the losses of one GPU, for 50 steps."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    num_ranks = dist.get_world_size()
+    mesh = init_device_mesh("cuda", (num_ranks // 2, 2), mesh_dim_names=("data", "expert"))
+    flat = init_device_mesh("cuda", (num_ranks,))
+    for exchange in ("ragged", "symmetric"):
+        model, alone = Residual(mesh["expert"]).cuda(), Residual(None).cuda()
+        if exchange == "symmetric":
+            runner_of(model.moe).use_exchange(exchange, MAX_TOKENS)
+        experts = [model.moe.w13_weight, model.moe.w2_weight]
+        fully_shard(model, mesh=flat, ignored_params=set(experts))
+        optimizers = [torch.optim.SGD(each.parameters(), lr=0.1) for each in (model, alone)]
+        losses = []
+        for step in range(50):
+            generator = torch.Generator("cuda").manual_seed(step)
+            inputs = torch.randn(num_ranks, MAX_TOKENS, HIDDEN, device="cuda", generator=generator)
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            loss = (model(inputs[rank]) - inputs[rank].tanh()).square().mean()
+            loss.backward()
+            for weight in experts:
+                dist.all_reduce(weight.grad, group=mesh["data"].get_group())
+                weight.grad /= num_ranks
+            loss_alone = (alone(inputs.flatten(0, 1)) - inputs.flatten(0, 1).tanh()).square().mean()
+            loss_alone.backward()
+            for optimizer in optimizers:
+                optimizer.step()
+            mean = loss.detach().clone()
+            dist.all_reduce(mean, dist.ReduceOp.AVG)
+            losses.append((float(mean), float(loss_alone)))
+        assert losses[-1][1] < 0.7 * losses[0][1], "it learns"
+        torch.testing.assert_close(*torch.tensor(losses, dtype=torch.float64).unbind(1), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("num_ranks", RANKS)
+def test_training_on_a_mesh(num_ranks: int, tmp_path: Path) -> None:
+    run(train_sharded, num_ranks, tmp_path)
 
 
 def overflow(rank: int) -> None:
