@@ -15,27 +15,28 @@ namespace zexpert {
 namespace cuda {
 namespace {
 
-constexpr int kThreads = 128;
-constexpr int kBlocksPerMultiprocessor = 8;
+constexpr int kThreads = 128;  // for a part of a row
+constexpr int kMostThreads = 1024;
 
-/// A thread per vector of a row at a time. Blocks next to each other write to different ranks, and every rank begins
-/// with another.
+/// A thread per vector of a row's part at a time. Neighbours write to different ranks, and every rank begins with
+/// another.
 template <typename T, int kVector>
-__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
-    moe_combine(const MoeCombineParams params, const int blocks_per_row) {
+__global__ void __launch_bounds__(kMostThreads)
+    moe_combine(const MoeCombineParams params, const int threads_per_part, const int parts_per_row) {
   using A = typename Computed<T>::type;
-  constexpr int kRowsAtOnce = 8 * int{sizeof(float)} / int{sizeof(A)};
+  constexpr int kRowsAtOnce = 6 * int{sizeof(float)} / int{sizeof(A)};
   wait_for_previous_kernels();
   let_next_kernel_start();
   const auto num_ranks = static_cast<int>(params.num_ranks);
-  const int64_t num_blocks = params.num_ranks * params.max_tokens * blocks_per_row;
-  for (int64_t n = blockIdx.x; n < num_blocks; n += gridDim.x) {
-    const auto in_order = static_cast<int>(n / blocks_per_row);
-    const auto block_of_row = static_cast<int>(n % blocks_per_row);
+  const int64_t num_parts = params.num_ranks * params.max_tokens * parts_per_row;
+  const OwnUnits own = own_units(threads_per_part);
+  for (int64_t n = own.first; n < num_parts; n += own.step) {
+    const auto in_order = static_cast<int>(n / parts_per_row);
+    const auto part = static_cast<int>(n % parts_per_row);
     const int position = in_order / num_ranks;
     const int peer = (in_order % num_ranks + static_cast<int>(params.rank)) % num_ranks;
     const int64_t token = peer * params.max_tokens + position;
-    const int64_t column = (int64_t{block_of_row} * blockDim.x + threadIdx.x) * kVector;
+    const int64_t column = (int64_t{part} * threads_per_part + own.thread) * kVector;
     const bool active = column < params.hidden_size;
     const A* const weights =
         params.topk_weights == nullptr ? nullptr : static_cast<const A*>(params.topk_weights) + token * params.top_k;
@@ -57,11 +58,11 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
 template <typename T, int kVector>
 void launch_moe_combine(const MoeCombineParams& params, cudaStream_t stream) {
   const int threads = threads_for_row<kVector>(params.hidden_size, kThreads);
-  const int64_t blocks_per_row = blocks_for_row<kVector>(params.hidden_size, threads);
-  const int64_t num_blocks = std::min<int64_t>(params.num_ranks * params.max_tokens * blocks_per_row,
-                                               int64_t{num_multiprocessors()} * kBlocksPerMultiprocessor);
-  launch("moe_combine", &moe_combine<T, kVector>, num_blocks, threads, 0, stream, params,
-         static_cast<int>(blocks_per_row));
+  const int64_t parts_per_row = blocks_for_row<kVector>(params.hidden_size, threads);
+  const WalkingGrid grid = walking_grid(params.num_ranks * params.max_tokens * parts_per_row, threads,
+                                        static_cast<int>(params.most_multiprocessors));
+  launch("moe_combine", &moe_combine<T, kVector>, grid.num_blocks, grid.units_per_block * threads, 0, stream, params,
+         threads, static_cast<int>(parts_per_row));
 }
 
 }  // namespace

@@ -16,8 +16,8 @@ namespace cuda {
 namespace {
 
 constexpr int kPlaceThreads = 1024;
-constexpr int kSendThreads = 256;
-constexpr int kSendBlocksPerMultiprocessor = 8;
+constexpr int kSendThreads = 256;  // for a row
+constexpr int kMostSendThreads = 1024;
 
 /// A block per rank: places the tokens that are sent to it, kPlaceThreads at a time.
 template <typename Id>
@@ -53,22 +53,23 @@ __global__ void __launch_bounds__(kPlaceThreads) place_tokens(const MoeDispatchP
   }
 }
 
-/// A block per row at a time. Blocks next to each other write to different ranks, and every rank begins with another.
+/// kSendThreads threads per row at a time. Neighbours write to different ranks, and every rank begins with another.
 template <typename T, int kVector, typename Id>
-__global__ void __launch_bounds__(kSendThreads, kSendBlocksPerMultiprocessor)
-    send_rows(const MoeDispatchParams params) {
+__global__ void __launch_bounds__(kMostSendThreads) send_rows(const MoeDispatchParams params) {
   using Weight = typename Computed<T>::type;
   using Elements = Vector<T, kVector>;
   wait_for_previous_kernels();
   let_next_kernel_start();
   const auto num_ranks = static_cast<int>(params.num_ranks);
   const auto num_rows = static_cast<int>(params.num_ranks * params.max_tokens);
-  for (int n = static_cast<int>(blockIdx.x); n < num_rows; n += static_cast<int>(gridDim.x)) {
+  const OwnUnits own = own_units(kSendThreads);
+  for (int64_t unit = own.first; unit < num_rows; unit += own.step) {
+    const auto n = static_cast<int>(unit);
     const int position = n / num_ranks;
     const int peer = (n % num_ranks + static_cast<int>(params.rank)) % num_ranks;
     const int64_t token = params.row_tokens[peer * params.max_tokens + position];
     const int64_t row = params.rank * params.max_tokens + position;
-    for (int64_t k = threadIdx.x; k < params.top_k; k += kSendThreads) {
+    for (int64_t k = own.thread; k < params.top_k; k += kSendThreads) {
       int64_t local = -1;
       if (token >= 0) {
         const int64_t slot = token * params.top_k + k;
@@ -84,7 +85,7 @@ __global__ void __launch_bounds__(kSendThreads, kSendBlocksPerMultiprocessor)
     const T* __restrict__ source = static_cast<const T*>(params.hidden_states) + token * params.hidden_row_stride;
     T* __restrict__ target = static_cast<T*>(params.rows.of_rank[peer]) + row * params.hidden_size;
 #pragma unroll 4
-    for (int64_t i = int64_t{threadIdx.x} * kVector; i < params.hidden_size; i += int64_t{kSendThreads} * kVector) {
+    for (int64_t i = int64_t{own.thread} * kVector; i < params.hidden_size; i += int64_t{kSendThreads} * kVector) {
       *reinterpret_cast<Elements*>(target + i) = *reinterpret_cast<const Elements*>(source + i);
     }
   }
@@ -101,10 +102,11 @@ void launch_moe_dispatch(const MoeDispatchParams& params, cudaStream_t stream) {
   for (int64_t rank = 0; rank < params.num_ranks; ++rank) {
     fits = fits && fits_vectors(params.rows.of_rank[rank], params.hidden_size, sizeof(T));
   }
-  const int64_t num_blocks = std::min<int64_t>(params.num_ranks * params.max_tokens,
-                                               int64_t{num_multiprocessors()} * kSendBlocksPerMultiprocessor);
+  const WalkingGrid grid =
+      walking_grid(params.num_ranks * params.max_tokens, kSendThreads, static_cast<int>(params.most_multiprocessors));
   visit_vector<T>(fits, params.hidden_size, [&](auto vector) {
-    launch(name, &send_rows<T, vector.value, Id>, num_blocks, kSendThreads, 0, stream, params);
+    launch(name, &send_rows<T, vector.value, Id>, grid.num_blocks, grid.units_per_block * kSendThreads, 0, stream,
+           params);
   });
 }
 

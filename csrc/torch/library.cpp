@@ -45,8 +45,11 @@ STABLE_TORCH_LIBRARY(zexpert, m) {
   // Experts spread over ranks: the lists are the same tensor of each rank
   m.def(
       "moe_dispatch(Tensor hidden_states, Tensor topk_ids, Tensor topk_weights, Tensor(a!)[] rows, Tensor(b!)[] ids, "
-      "Tensor(c!)[] weights, int rank, int num_local_experts) -> (Tensor slot_rows, Tensor row_tokens)");
-  m.def("moe_combine(Tensor rows, Tensor slot_rows, Tensor? topk_weights, Tensor(a!)[] out, int rank) -> ()");
+      "Tensor(c!)[] weights, int rank, int num_local_experts, *, int most_multiprocessors=0) "
+      "-> (Tensor slot_rows, Tensor row_tokens)");
+  m.def(
+      "moe_combine(Tensor rows, Tensor slot_rows, Tensor? topk_weights, Tensor(a!)[] out, int rank, *, "
+      "int most_multiprocessors=0) -> ()");
   m.def(
       "rank_barrier(Tensor(a!)[] signals, Tensor(b!) epoch, Tensor(c!) validity, Tensor(d!) absent_rank, int rank, "
       "int timeout_ms) -> ()");

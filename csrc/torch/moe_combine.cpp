@@ -14,7 +14,7 @@ ZEXPERT_DEVICE_NAMESPACE_BEGIN
 namespace {
 
 void moe_combine(const Tensor& rows, const Tensor& slot_rows, const std::optional<Tensor>& topk_weights,
-                 const TensorList& out, int64_t rank) {
+                 const TensorList& out, int64_t rank, int64_t most_multiprocessors) {
   const CurrentDevice device(rows);
   check_device(slot_rows, "slot_rows", rows, "rows");
   if (topk_weights) {
@@ -57,6 +57,7 @@ void moe_combine(const Tensor& rows, const Tensor& slot_rows, const std::optiona
   params.num_rows = rows.size(0);
   params.hidden_size = hidden_size;
   params.rows_row_stride = expert_rows.stride(0);
+  params.most_multiprocessors = most_multiprocessors;
   std::optional<Tensor> weights;
   if (topk_weights) {
     weights = as_contiguous(*topk_weights);

@@ -14,7 +14,7 @@ namespace {
 
 std::tuple<Tensor, Tensor> moe_dispatch(const Tensor& hidden_states, const Tensor& topk_ids, const Tensor& topk_weights,
                                         const TensorList& rows, const TensorList& ids, const TensorList& weights,
-                                        int64_t rank, int64_t num_local_experts) {
+                                        int64_t rank, int64_t num_local_experts, int64_t most_multiprocessors) {
   const CurrentDevice device(hidden_states);
   check_device(topk_ids, "topk_ids", hidden_states, "hidden_states");
   check_device(topk_weights, "topk_weights", hidden_states, "hidden_states");
@@ -68,6 +68,7 @@ std::tuple<Tensor, Tensor> moe_dispatch(const Tensor& hidden_states, const Tenso
   params.top_k = top_k;
   params.hidden_size = hidden_size;
   params.hidden_row_stride = tokens.stride(0);
+  params.most_multiprocessors = most_multiprocessors;
   ZEXPERT_LAUNCH(moe_dispatch, params, device);
   return {slot_rows, row_tokens};
 }

@@ -25,6 +25,7 @@ EXCHANGES: dict[str, dict[str, Any]] = {
     "fixed": {"max_tokens": MAX_TOKENS},
     "all_gather": {"max_tokens": MAX_TOKENS},
     "symmetric": {"max_tokens": MAX_TOKENS},
+    "symmetric in chunks": {"max_tokens": MAX_TOKENS, "chunk_size": 11},
 }
 
 
@@ -69,7 +70,7 @@ def make_parallel(kind: str, exchange: str, group: Any, dtype: torch.dtype = tor
     arguments = dict(EXCHANGES[exchange])
     layer = make_layer(kind, dtype, expert_parallel_group=group, chunk_size=arguments.pop("chunk_size", None), **extra)
     if arguments:
-        runner_of(layer).use_exchange(exchange, **arguments)
+        runner_of(layer).use_exchange(exchange.removesuffix(" in chunks"), **arguments)
     return layer
 
 

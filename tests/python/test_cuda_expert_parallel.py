@@ -90,7 +90,13 @@ def test_as_one_process(num_ranks: int, tmp_path: Path) -> None:
 
 def repeat(rank: int) -> None:
     inputs = make_inputs("mixed", NUM_TOKENS[rank])
-    for exchange, times in (("ragged", 3), ("ragged in chunks", 3), ("fixed", 3), ("symmetric", 200)):
+    for exchange, times in (
+        ("ragged", 3),
+        ("ragged in chunks", 3),
+        ("fixed", 3),
+        ("symmetric", 200),
+        ("symmetric in chunks", 50),
+    ):
         layer = make_parallel("mixed", exchange, dist.group.WORLD, torch.bfloat16).cuda()
         first = results(layer, *inputs)
         for _ in range(times):
@@ -103,7 +109,7 @@ def test_repeatable(num_ranks: int, tmp_path: Path) -> None:
     run(repeat, num_ranks, tmp_path)
 
 
-def large_layer(max_tokens: int) -> FusedMoE:
+def large_layer(max_tokens: int, chunk_size: int | None) -> FusedMoE:
     """Sizes at which Hopper's kernels run, and rows that several blocks write."""
     torch.manual_seed(0)
     layer = FusedMoE(
@@ -116,6 +122,7 @@ def large_layer(max_tokens: int) -> FusedMoE:
         params_dtype=torch.bfloat16,
         device="cuda",
         expert_parallel_group=dist.group.WORLD,
+        chunk_size=chunk_size,
         shared_experts=torch.nn.Linear(2048, 2048, dtype=torch.bfloat16, device="cuda"),
     )
     runner_of(layer).use_exchange("symmetric", max_tokens)
@@ -129,17 +136,19 @@ def large_inputs(num_tokens: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def compare_exchanges(rank: int) -> None:
-    """The same rows in the same places: every bit is that of the exchange "fixed", whatever the numbers of tokens."""
-    layer = large_layer(1000)
+    """The same rows in the same places: every bit is that of the exchange "fixed", whatever the numbers of tokens; with
+    chunks, where the products have other numbers of rows, of the chunks' own first results."""
+    layer, in_chunks, fixed = large_layer(1000, None), large_layer(1000, 300), large_layer(1000, None)
+    runner_of(fixed).use_exchange("fixed", 1000)
     with torch.no_grad():
         for step in range(300):
             num_tokens = (1000, 1, 0, 77, 512, 999)[(step + rank) % 6]
             inputs = large_inputs(num_tokens, 1000 * step + rank)
-            out = layer(*inputs)
+            out, chunked = layer(*inputs), in_chunks(*inputs)
             if step % 30 == 0:
-                runner_of(layer).use_exchange("fixed", 1000)
-                assert_equal(out, layer(*inputs), f"step {step}")
-                runner_of(layer).use_exchange("symmetric", 1000)
+                assert_equal(out, fixed(*inputs), f"step {step}")
+                assert_equal(chunked, in_chunks(*inputs), f"step {step} in chunks")
+                torch.testing.assert_close(chunked, out)
     runner_of(layer).check_overflow()
 
 
@@ -178,7 +187,7 @@ def replay_captured(rank: int, exchange: str) -> None:
 def capture(rank: int) -> None:
     """Graphs of the exchanges for which the host does not wait."""
     with torch.no_grad():
-        for exchange in ("fixed", "all_gather", "symmetric"):
+        for exchange in ("fixed", "all_gather", "symmetric", "symmetric in chunks"):
             replay_captured(rank, exchange)
 
 

@@ -32,14 +32,18 @@ struct MoeCombineParams {
   int64_t num_rows = 0;
   int64_t hidden_size = 0;
   int64_t rows_row_stride = 0;
+  int64_t most_multiprocessors = 0;  ///< of a GPU that the kernel may occupy; 0: all
 
   bool is_empty() const { return max_tokens == 0 || top_k == 0 || hidden_size == 0; }
 
   /// Throws Error for a size out of range, a missing array or a type that is not floating.
   void validate() const {
     detail::check_ranks(rank, num_ranks);
-    detail::check_sizes(
-        {{"max_tokens", max_tokens}, {"top_k", top_k}, {"num_rows", num_rows}, {"hidden_size", hidden_size}});
+    detail::check_sizes({{"max_tokens", max_tokens},
+                         {"top_k", top_k},
+                         {"num_rows", num_rows},
+                         {"hidden_size", hidden_size},
+                         {"most_multiprocessors", most_multiprocessors}});
     ZEXPERT_CHECK(max_tokens <= std::numeric_limits<int32_t>::max() / num_ranks,
                   "num_ranks * max_tokens must be below 2^31, got ", num_ranks, " * ", max_tokens);
     detail::check_floating(data_type);

@@ -40,6 +40,7 @@ struct MoeDispatchParams {
   int64_t top_k = 0;
   int64_t hidden_size = 0;
   int64_t hidden_row_stride = 0;
+  int64_t most_multiprocessors = 0;  ///< of a GPU that the kernel may occupy; 0: all
 
   bool is_empty() const { return max_tokens == 0; }
 
@@ -50,7 +51,8 @@ struct MoeDispatchParams {
                          {"num_local_experts", num_local_experts},
                          {"num_tokens", num_tokens},
                          {"top_k", top_k},
-                         {"hidden_size", hidden_size}});
+                         {"hidden_size", hidden_size},
+                         {"most_multiprocessors", most_multiprocessors}});
     ZEXPERT_CHECK(num_tokens <= max_tokens, "num_tokens must be at most max_tokens (", max_tokens, "), got ",
                   num_tokens);
     ZEXPERT_CHECK(max_tokens <= std::numeric_limits<int32_t>::max() / num_ranks,

@@ -16,6 +16,7 @@ def moe_dispatch(
     weights: list[Tensor],
     rank: int,
     num_local_experts: int,
+    most_multiprocessors: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Writes every token once to each of the P ranks that own one of its experts, with its ids and weights there. Rank
     p owns the experts from p * num_local_experts on.
@@ -33,6 +34,7 @@ def moe_dispatch(
         weights: of each rank, [P, M, K], type of topk_weights.
         rank: this process's, in [0, P).
         num_local_experts: experts of a rank.
+        most_multiprocessors: of a GPU that the kernel may occupy, so that another one runs beside it; 0 for all.
 
     Returns:
         slot_rows: [T, P] int32, p * M + i where the token is sent to rank p, else -1.
@@ -44,7 +46,15 @@ def moe_dispatch(
     Source: the dispatch of expert parallelism in GShard, arXiv 2006.16668, with one row per token and rank.
     """
     slot_rows, row_tokens = torch.ops.zexpert.moe_dispatch(
-        hidden_states, topk_ids, topk_weights, rows, ids, weights, rank, num_local_experts
+        hidden_states,
+        topk_ids,
+        topk_weights,
+        rows,
+        ids,
+        weights,
+        rank,
+        num_local_experts,
+        most_multiprocessors=most_multiprocessors,
     )
     return slot_rows, row_tokens
 
@@ -59,6 +69,8 @@ def _moe_dispatch_fake(
     weights: list[Tensor],
     rank: int,
     num_local_experts: int,
+    *,
+    most_multiprocessors: int = 0,
 ) -> tuple[Tensor, Tensor]:
     check_devices("hidden_states", hidden_states, topk_ids=topk_ids, topk_weights=topk_weights, rows=rows[0])
     num_ranks, max_tokens = rows[0].shape[:2]

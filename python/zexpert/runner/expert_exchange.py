@@ -341,20 +341,44 @@ class SymmetricExchange(Exchange):
 
     Args:
         max_tokens: most tokens of a rank; every rank has room for as many from each.
+        chunk_size: most tokens in a batch; None for all. The rows of one batch travel while the experts work on the one
+            before. As many batches as max_tokens needs, on every rank.
     """
 
-    def __init__(self, group: ExpertGroup, num_local_experts: int, max_tokens: int) -> None:
+    def __init__(
+        self, group: ExpertGroup, num_local_experts: int, max_tokens: int, chunk_size: int | None = None
+    ) -> None:
         super().__init__(group, num_local_experts)
         self.max_tokens = max_tokens
+        self.chunk_size = max_tokens if chunk_size is None else min(chunk_size, max_tokens)
+        self.num_chunks = -(-max_tokens // self.chunk_size)
 
     def batches(self, hidden_states: Tensor, routing: RoutingResult) -> list[Batch]:
         check_max_tokens(hidden_states, self.max_tokens)
-        return [SymmetricBatch(self, Collectives(self.group, hidden_states.device), hidden_states, routing)]
+        collectives = Collectives(self.group, hidden_states.device)
+        return [
+            SymmetricBatch(
+                self,
+                collectives,
+                hidden_states[chunk * self.chunk_size : (chunk + 1) * self.chunk_size],
+                RoutingResult(*(tensor[chunk * self.chunk_size : (chunk + 1) * self.chunk_size] for tensor in routing)),
+                chunk,
+            )
+            for chunk in range(self.num_chunks)
+        ]
 
-    def memory(self, hidden_states: Tensor, top_k: int) -> SharedMemory:
-        """The memory for tokens like these, if no rank failed to come when it was last used."""
+    def memory(self, hidden_states: Tensor, top_k: int, chunk: int) -> SharedMemory:
+        """The memory for a chunk of tokens like these, if no rank failed to come when it was last used."""
+        # The chunk before is with its experts, and the sums of the one before that may not have been read.
+        num_lanes = 3
         memory = shared_memory(
-            self.group, hidden_states.device, hidden_states.dtype, self.max_tokens, hidden_states.size(1), top_k
+            self.group,
+            hidden_states.device,
+            hidden_states.dtype,
+            self.chunk_size,
+            hidden_states.size(1),
+            top_k,
+            chunk % num_lanes,
         )
         memory.check()
         return memory
@@ -381,43 +405,96 @@ class Places:
     ids: Tensor
 
 
+#: Multiprocessors of a GPU that send rows while the others multiply: enough for NVLink.
+SENDING_MULTIPROCESSORS = 32
+
+
 class SymmetricBatch(Batch):
-    """See SymmetricExchange. Without gradients the experts read what other ranks wrote where it is."""
+    """See SymmetricExchange. Without gradients the experts read what other ranks wrote where it is, and on a GPU a side
+    stream works meanwhile: for shared experts, and for all chunks but the first one's dispatch and the last one's
+    combine, beside which no experts work.
+
+    Args:
+        chunk: its place in the batches.
+    """
 
     exchange: SymmetricExchange
 
+    def __init__(
+        self,
+        exchange: SymmetricExchange,
+        collectives: Collectives,
+        hidden_states: Tensor,
+        routing: RoutingResult,
+        chunk: int,
+    ) -> None:
+        self.chunk = chunk
+        super().__init__(exchange, collectives, hidden_states, routing)
+
     def prepare(self) -> None:
-        self.memory = self.exchange.memory(self.hidden_states, self.routing.topk_ids.size(1))
+        self.memory = self.exchange.memory(self.hidden_states, self.routing.topk_ids.size(1), self.chunk)
         self.validity = self.memory.validity
         self.sums_rows = not torch.is_grad_enabled()
-        self.side_stream: torch.cuda.Stream | None = None
-        if self.sums_rows and self.hidden_states.is_cuda:
-            self.inputs_ready = torch.cuda.current_stream(self.hidden_states.device).record_event()
+        self.has_side_stream = self.sums_rows and self.hidden_states.is_cuda
+        self.beside: list[torch.cuda.Event] = []  # what runs on the side stream
+        self.kept: tuple[Tensor, ...] = ()  # what it reads
+        if self.has_side_stream:
+            self.side_stream = self.exchange.memory(self.hidden_states, self.routing.topk_ids.size(1), 0).side_stream
+            self.inputs_ready = self.now()
+
+    @contextmanager
+    def on_side_stream(self, after: torch.cuda.Event) -> Iterator[None]:
+        """Inside it work goes to the side stream, and starts after the event. Everything that the side stream reads or
+        frees was used before an event that it waits for, so memory needs no other care."""
+        self.side_stream.wait_event(after)
+        with torch.cuda.stream(self.side_stream):
+            yield
+            self.beside.append(self.side_stream.record_event())
+
+    def wait_for_side_stream(self) -> None:
+        for event in self.beside:
+            torch.cuda.current_stream(self.hidden_states.device).wait_event(event)
+        self.beside.clear()
+        self.kept = ()
+
+    def now(self) -> torch.cuda.Event:
+        """All work on the current stream so far."""
+        event: torch.cuda.Event = torch.cuda.current_stream(self.hidden_states.device).record_event()
+        return event
 
     def start_dispatch(self) -> None:
+        if self.has_side_stream and self.chunk > 0:
+            with self.on_side_stream(self.now()):
+                self.dispatch(SENDING_MULTIPROCESSORS)
+        else:
+            self.dispatch()
+
+    def dispatch(self, most_multiprocessors: int = 0) -> None:
+        """Writes the tokens into other ranks' memory."""
         memory, routing = self.memory, self.routing
         slot_rows, row_tokens = memory.dispatch(
             self.hidden_states.detach(),
             routing.topk_ids,
             routing.topk_weights.detach(),
             self.exchange.num_local_experts,
+            most_multiprocessors,
         )
         self.places = Places(slot_rows, row_tokens, memory.own(memory.ids))
 
     @contextmanager
     def beside_dispatch(self) -> Iterator[None]:
-        # The stream waits for the other ranks' rows. What it would compute meanwhile runs on a second one.
-        if not (self.sums_rows and self.hidden_states.is_cuda):
-            yield
-            return
-        self.side_stream = self.memory.side_stream
-        self.side_stream.wait_event(self.inputs_ready)
-        with torch.cuda.stream(self.side_stream):
+        # The stream waits for the other ranks' rows. What it would compute meanwhile runs on the other one.
+        if self.has_side_stream:
+            with self.on_side_stream(self.inputs_ready):
+                yield
+        else:
             yield
 
     def finish_dispatch(self) -> DispatchedTokens:
         memory, places = self.memory, self.places
         if self.sums_rows:
+            if self.chunk > 0:
+                self.wait_for_side_stream()
             memory.barrier()
             self.rows, weights = memory.own(memory.rows), memory.own(memory.weights)
         else:
@@ -442,14 +519,19 @@ class SymmetricBatch(Batch):
         )
 
     def start_combine_rows(self, rows: Tensor, slot_rows: Tensor, topk_weights: Tensor) -> None:
-        self.memory.combine(rows, slot_rows, topk_weights, self.memory.sums)
+        memory = self.memory
+        if self.has_side_stream and self.chunk < self.exchange.num_chunks - 1:
+            self.kept = (rows, slot_rows, topk_weights)
+            with self.on_side_stream(self.now()):
+                memory.combine(rows, slot_rows, topk_weights, memory.sums, SENDING_MULTIPROCESSORS)
+        else:
+            memory.combine(rows, slot_rows, topk_weights, memory.sums)
 
     def finish_combine(self) -> tuple[Tensor, Tensor]:
         if self.sums_rows:
+            self.wait_for_side_stream()
             self.memory.barrier()
             self.rows = self.memory.own(self.memory.sums)
-        if self.side_stream is not None:
-            torch.cuda.current_stream(self.rows.device).wait_stream(self.side_stream)
         return self.rows, self.places.slot_rows
 
 

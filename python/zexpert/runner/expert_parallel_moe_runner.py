@@ -136,7 +136,7 @@ class ExpertParallelMoERunner(ShardedMoERunner):
             "ragged": ("chunk_size",),
             "fixed": ("max_tokens", "capacity"),
             "all_gather": ("max_tokens",),
-            "symmetric": ("max_tokens",),
+            "symmetric": ("max_tokens", "chunk_size"),
         }.get(str(name))
         if allowed is None:
             raise ValueError(f'name must be "ragged", "fixed", "all_gather" or "symmetric", got {name!r}')
@@ -155,7 +155,7 @@ class ExpertParallelMoERunner(ShardedMoERunner):
             if name == "fixed":
                 exchange = FixedExchange(self.group, self.num_local_experts, max_tokens, capacity)
             elif name == "symmetric":
-                exchange = SymmetricExchange(self.group, self.num_local_experts, max_tokens)
+                exchange = SymmetricExchange(self.group, self.num_local_experts, max_tokens, self.chunk_size)
             else:
                 exchange = AllGatherExchange(self.group, self.num_local_experts, max_tokens)
         self.exchange = exchange

@@ -82,12 +82,17 @@ class SharedMemory:
             self.validity = torch.ones(1, device=device)
             self.absent_rank = torch.full((1,), -1, dtype=torch.int32, pin_memory=device.type == "cuda")
             if device.type == "cuda":
-                self.side_stream = torch.cuda.Stream(device)
+                self.side_stream = torch.cuda.Stream(device, priority=-1)
                 torch.cuda.synchronize(device)
         group.gather_objects(None)  # nobody signals before all signals are 0
 
     def dispatch(
-        self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, num_local_experts: int
+        self,
+        hidden_states: Tensor,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        num_local_experts: int,
+        most_multiprocessors: int = 0,
     ) -> tuple[Tensor, Tensor]:
         """See zexpert.ops.moe_dispatch."""
         slot_rows, row_tokens = torch.ops.zexpert.moe_dispatch(
@@ -99,12 +104,22 @@ class SharedMemory:
             self.weights,
             self.group.rank,
             num_local_experts,
+            most_multiprocessors=most_multiprocessors,
         )
         return slot_rows, row_tokens
 
-    def combine(self, rows: Tensor, slot_rows: Tensor, topk_weights: Tensor | None, out: list[Tensor]) -> None:
+    def combine(
+        self,
+        rows: Tensor,
+        slot_rows: Tensor,
+        topk_weights: Tensor | None,
+        out: list[Tensor],
+        most_multiprocessors: int = 0,
+    ) -> None:
         """See zexpert.ops.moe_combine."""
-        torch.ops.zexpert.moe_combine(rows, slot_rows, topk_weights, out, self.group.rank)
+        torch.ops.zexpert.moe_combine(
+            rows, slot_rows, topk_weights, out, self.group.rank, most_multiprocessors=most_multiprocessors
+        )
 
     def barrier(self) -> None:
         """See zexpert.ops.rank_barrier."""
@@ -173,15 +188,22 @@ _memories: WeakKeyDictionary[dist.ProcessGroup, dict[object, SharedMemory]] = We
 
 
 def shared_memory(
-    group: ExpertGroup, device: torch.device, dtype: torch.dtype, max_tokens: int, hidden_size: int, top_k: int
+    group: ExpertGroup,
+    device: torch.device,
+    dtype: torch.dtype,
+    max_tokens: int,
+    hidden_size: int,
+    top_k: int,
+    lane: int = 0,
 ) -> SharedMemory:
-    """The group's memory for these sizes, which its layers use in turn. Made at the first call, by all ranks.
+    """The group's memory for these sizes, which its layers use in turn. Made at the first call, by all ranks. Each lane
+    has its own.
 
     Raises:
         RuntimeError: the ranks cannot share memory; or it would be made while a CUDA graph is captured.
     """
     memories = _memories.setdefault(group.process_group, {})
-    key = (device, dtype, max_tokens, hidden_size, top_k)
+    key = (device, dtype, max_tokens, hidden_size, top_k, lane)
     memory = memories.get(key)
     if memory is None:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
