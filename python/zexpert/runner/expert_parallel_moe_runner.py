@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     import torch.distributed as dist
     from torch.distributed.device_mesh import DeviceMesh
 
+#: What the operators of the exchange "symmetric" accept.
+MOST_SHARING_RANKS = 64
 #: Bytes of token rows for which there is room without knowing how many come. For more, the host waits to know.
 LARGEST_ROWS = 2**32
 
@@ -155,6 +157,11 @@ class ExpertParallelMoERunner(ShardedMoERunner):
             if name == "fixed":
                 exchange = FixedExchange(self.group, self.num_local_experts, max_tokens, capacity)
             elif name == "symmetric":
+                if self.group.size > MOST_SHARING_RANKS:
+                    raise ValueError(
+                        f'the ranks must be at most {MOST_SHARING_RANKS} with the exchange "symmetric", '
+                        f"got {self.group.size}"
+                    )
                 exchange = SymmetricExchange(self.group, self.num_local_experts, max_tokens, self.chunk_size)
             else:
                 exchange = AllGatherExchange(self.group, self.num_local_experts, max_tokens)
