@@ -37,6 +37,7 @@ def expected_combine(rows: Tensor, slot_rows: Tensor, weights: Tensor | None, ou
         out[peer][rank][has_slots[peer]] = sums[peer][has_slots[peer]]
 
 
+@pytest.mark.every_device("moe_combine")
 @pytest.mark.cpu_paths
 @pytest.mark.parametrize("weighted", [True, False], ids=["weighted", "unweighted"])
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
@@ -54,6 +55,7 @@ def test_against_moe_finalize(hidden_size: int, dtype: torch.dtype, weighted: bo
     assert bool((actual[1] == UNWRITTEN).all()), "rank 1 had no places with slots"
 
 
+@pytest.mark.every_device("moe_combine")
 def test_layouts() -> None:
     rows, slot_rows = torch.randn(NUM_ROWS, 57), random_slots()
     weights = torch.rand(slot_rows.shape)
@@ -66,6 +68,7 @@ def test_layouts() -> None:
             assert_equal(out[peer], expected[peer], name)
 
 
+@pytest.mark.every_device("moe_combine")
 def test_nothing_to_do() -> None:
     out = out_of_ranks(8, torch.float32)
     with unchanged(*out):

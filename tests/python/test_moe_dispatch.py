@@ -59,6 +59,7 @@ def expected_dispatch(
     return slot_rows, row_tokens
 
 
+@pytest.mark.every_device("moe_dispatch")
 @pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64], ids=str)
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
 @pytest.mark.parametrize("hidden_size", [0, 1, 257])
@@ -77,6 +78,7 @@ def test_against_a_loop(num_tokens: int, hidden_size: int, dtype: torch.dtype, i
             assert_equal(values[peer], rights[peer], f"{name} of rank {peer}")
 
 
+@pytest.mark.every_device("moe_dispatch")
 def test_many_tokens() -> None:
     """Enough for several threads."""
     actual, expected = shared_memory(64, torch.float32, 3000), shared_memory(64, torch.float32, 3000)
@@ -88,6 +90,7 @@ def test_many_tokens() -> None:
         assert_equal(actual[0][peer], expected[0][peer], f"rows of rank {peer}")
 
 
+@pytest.mark.every_device("moe_dispatch")
 def test_layouts() -> None:
     hidden_states, topk_ids, topk_weights = random_tokens(7, 57, torch.float32)
     expected = shared_memory(57, torch.float32)
@@ -100,6 +103,7 @@ def test_layouts() -> None:
             assert_equal(memory[2][peer], expected[2][peer], name)
 
 
+@pytest.mark.every_device("moe_dispatch")
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
 def test_there_and_back(dtype: torch.dtype) -> None:
     """Experts that double a row: combine and the sum over ranks give what one process computes, every weight a power of
