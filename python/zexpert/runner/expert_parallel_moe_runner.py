@@ -58,8 +58,8 @@ class ExpertParallelMoERunner(ShardedMoERunner):
         num_experts: E, experts of all ranks: the router's, or with an expert map the physical ones. Rank p holds those
             from p * E / P on.
         group: the ranks: a torch.distributed.ProcessGroup, or a DeviceMesh of one dimension.
-        chunk_size: most tokens to exchange at a time, by the "ragged" exchange: rows of one chunk are exchanged while
-            the experts work on the chunk before. None for all.
+        chunk_size: most tokens to exchange at a time, by the exchanges "ragged" and "symmetric": rows of one chunk are
+            exchanged while the experts work on the chunk before. None for all.
         The others are MoERunner's.
 
     Attributes:
