@@ -356,15 +356,14 @@ class SymmetricExchange(Exchange):
     def batches(self, hidden_states: Tensor, routing: RoutingResult) -> list[Batch]:
         check_max_tokens(hidden_states, self.max_tokens)
         collectives = Collectives(self.group, hidden_states.device)
+        if self.num_chunks == 1:
+            return [SymmetricBatch(self, collectives, hidden_states, routing, 0)]
+        chunks = [slice(i * self.chunk_size, (i + 1) * self.chunk_size) for i in range(self.num_chunks)]
         return [
             SymmetricBatch(
-                self,
-                collectives,
-                hidden_states[chunk * self.chunk_size : (chunk + 1) * self.chunk_size],
-                RoutingResult(*(tensor[chunk * self.chunk_size : (chunk + 1) * self.chunk_size] for tensor in routing)),
-                chunk,
+                self, collectives, hidden_states[chunk], RoutingResult(*(tensor[chunk] for tensor in routing)), i
             )
-            for chunk in range(self.num_chunks)
+            for i, chunk in enumerate(chunks)
         ]
 
     def memory(self, hidden_states: Tensor, top_k: int, chunk: int) -> SharedMemory:
