@@ -15,7 +15,6 @@ from torch import Tensor
 from layer_cases import HIDDEN, LAYERS, SharedExperts
 from parallel_cases import (
     EXCHANGES,
-    MAX_TOKENS,
     NUM_EXPERTS,
     NUM_TOKENS,
     TOP_K,
@@ -187,10 +186,12 @@ def with_rubbish(group: Any) -> None:
     layer = make_parallel("mixed", "symmetric", group)
     inputs = make_inputs("mixed", NUM_TOKENS[dist.get_rank(group)])
     first = results(layer, *inputs)
-    (memory,) = [each for each in shared_memories(runner_of(layer).group) if each.rows[0].size(1) == MAX_TOKENS]
-    for arrays in (memory.rows, memory.sums, memory.weights, memory.weight_sums):
-        memory.own(arrays).fill_(torch.nan)
-    memory.own(memory.ids).fill_(1 << 30)
+    memories = shared_memories(runner_of(layer).group)
+    assert memories
+    for memory in memories:
+        for arrays in (memory.rows, memory.sums, memory.weights, memory.weight_sums):
+            memory.own(arrays).fill_(torch.nan)
+        memory.own(memory.ids).fill_(1 << 30)
     dist.barrier(group=group)
     for name, value in results(layer, *inputs).items():
         assert_equal(value, first[name], name)

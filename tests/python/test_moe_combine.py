@@ -97,7 +97,7 @@ BAD_INPUT = {
     ),
     "wide topk_weights": (
         {"topk_weights": torch.zeros(15, 4).double()},
-        r"^topk_weights must be float32 beside float32 rows, got float64$",
+        r"^topk_weights must be float32 with float32 rows, got float64$",
     ),
     "topk_weights of another shape": (
         {"topk_weights": torch.zeros(15, 3)},

@@ -150,7 +150,7 @@ BAD_INPUT = {
     "floating topk_ids": ({"topk_ids": torch.zeros(4, TOP_K)}, r"^topk_ids must be int32 or int64, got float32$"),
     "wide topk_weights": (
         {"topk_weights": torch.zeros(4, TOP_K).double()},
-        r"^topk_weights must be float32 beside float32 hidden_states, got float64$",
+        r"^topk_weights must be float32 with float32 hidden_states, got float64$",
     ),
     "topk_weights of another shape": (
         {"topk_weights": torch.zeros(4, 3)},
