@@ -284,7 +284,7 @@ def train_sharded(rank: int) -> None:
                 optimizer.step()
             mean = loss.detach().clone()
             dist.all_reduce(mean, dist.ReduceOp.AVG)
-            losses.append((float(mean), float(loss_alone)))
+            losses.append((float(mean), float(loss_alone.detach())))
         assert losses[-1][1] < 0.7 * losses[0][1], "it learns"
         torch.testing.assert_close(*torch.tensor(losses, dtype=torch.float64).unbind(1), rtol=1e-4, atol=0)
 
