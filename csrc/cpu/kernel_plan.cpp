@@ -17,10 +17,11 @@
 namespace zexpert {
 namespace {
 
-constexpr std::array<std::string_view, 13> kOps = {
-    "biased_topk",  "biased_topk_and_plan", "router_logits",       "route",       "zero_expert_accumulate",
-    "moe_plan",     "moe_permute",          "silu_and_mul",        "grouped_mlp", "fused_moe",
-    "moe_finalize", "quantize_blockwise",   "dequantize_blockwise"};
+constexpr std::array<std::string_view, 16> kOps = {
+    "biased_topk",  "biased_topk_and_plan", "router_logits",        "route",        "zero_expert_accumulate",
+    "moe_plan",     "moe_permute",          "silu_and_mul",         "grouped_mlp",  "fused_moe",
+    "moe_finalize", "quantize_blockwise",   "dequantize_blockwise", "moe_dispatch", "moe_combine",
+    "rank_barrier"};
 constexpr std::array<std::string_view, 2> kDevices = {"cpu", "cuda"};
 constexpr std::array<std::string_view, 4> kFloatingTypes = {"float32", "float64", "bfloat16", "float16"};
 constexpr std::array<std::string_view, 2> kIndexTypes = {"int32", "int64"};
@@ -256,6 +257,13 @@ KernelPlan plan_on_cuda(const KernelQuery& query) {
     return {query.op, "cuda", query.op,
             "A block copies a row; with slot_rows, a thread its part of a token to all rows."};
   }
+  if (query.op == "moe_dispatch") {
+    return {query.op, "cuda", "place_tokens, send_rows",
+            "A block places the tokens for a rank, then a block writes a row at a time."};
+  }
+  if (query.op == "rank_barrier") {
+    return {query.op, "cuda", query.op, "A thread signals to a rank and waits for it."};
+  }
   if (query.op == "biased_topk") {
     return plan_biased_topk_on_cuda(query);
   }
@@ -317,8 +325,14 @@ KernelPlan kernel_plan(const KernelQuery& query) {
   if (is_index_op) {
     return {query.op, "cpu", "counting_sort", "The slots are counted and placed by integer code without vectors."};
   }
-  if (query.op == "moe_permute") {
+  if (query.op == "moe_permute" || query.op == "moe_dispatch") {
     return {query.op, "cpu", "row_copy", "Rows are copied whole, whatever their type."};
+  }
+  if (query.op == "rank_barrier") {
+    return {query.op, "cpu", query.op, "Signals are words of memory that the processes share."};
+  }
+  if (query.op == "moe_combine") {
+    return {query.op, "cpu", std::string("moe_finalize_") + isa, "A row is a sum as moe_finalize forms it."};
   }
   const std::string kernel =
       query.op == "biased_topk_and_plan" ? std::string("biased_topk_") + isa + ", counting_sort" : query.op + "_" + isa;

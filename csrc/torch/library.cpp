@@ -48,6 +48,17 @@ STABLE_TORCH_LIBRARY(zexpert, m) {
 
   m.def("quantize_blockwise(Tensor weight) -> (Tensor weight, Tensor scale_inv)");
   m.def("dequantize_blockwise(Tensor weight, Tensor scale_inv, *, ScalarType dtype) -> Tensor");
+  // Experts spread over ranks: the lists are the same tensor of each rank
+  m.def(
+      "moe_dispatch(Tensor hidden_states, Tensor topk_ids, Tensor topk_weights, Tensor(a!)[] rows, Tensor(b!)[] ids, "
+      "Tensor(c!)[] weights, int rank, int num_local_experts, *, int most_multiprocessors=0) "
+      "-> (Tensor slot_rows, Tensor row_tokens)");
+  m.def(
+      "moe_combine(Tensor rows, Tensor slot_rows, Tensor? topk_weights, Tensor(a!)[] out, int rank, *, "
+      "int most_multiprocessors=0) -> ()");
+  m.def(
+      "rank_barrier(Tensor(a!)[] signals, Tensor(b!) epoch, Tensor(c!) validity, Tensor(d!) absent_rank, int rank, "
+      "int timeout_ms) -> ()");
 
   // Training
   m.def(

@@ -373,8 +373,8 @@ def test_expert_parallel_runs(tmp_path: Path) -> None:
     arguments = ["--device", "cpu", *sizes, "--repeats", "1"]
     report = run_benchmark(gpu_expert_parallel, arguments, tmp_path / "expert_parallel.json")
     few, many = report["results"]  # type: ignore[misc]
-    assert set(few["checks"]) == {"ragged", "ragged, 4 chunks", "all slots", "fixed", "all_gather"}
-    assert set(many["seconds"]) == {"one rank", "ragged", "ragged, 4 chunks", "all slots"}
+    assert set(few["checks"]) == {"symmetric", "ragged", "ragged, 4 chunks", "all slots", "fixed", "all_gather"}
+    assert set(many["seconds"]) == {"one rank", "symmetric", "ragged", "ragged, 4 chunks", "all slots"}
     assert 0 < many["bytes_sent"]["ragged"] < many["bytes_sent"]["all slots"]
     with pytest.raises(SystemExit) as stop:
         gpu_expert_parallel.main(["--device", "cpu", "--experts", "9"])

@@ -28,6 +28,9 @@ OPS = [
     "moe_finalize",
     "quantize_blockwise",
     "dequantize_blockwise",
+    "moe_dispatch",
+    "moe_combine",
+    "rank_barrier",
 ]
 VECTORISED = [
     "biased_topk",
@@ -149,7 +152,7 @@ def test_torch_types_are_taken_as_well_as_names() -> None:
 @pytest.mark.parametrize(
     ("op", "arguments", "message"),
     [
-        ("top_k", {}, r'^op must be "biased_topk", .* or "dequantize_blockwise", got "top_k"$'),
+        ("top_k", {}, r'^op must be "biased_topk", .* or "rank_barrier", got "top_k"$'),
         ("biased_topk", {"device": "tpu"}, r'^device must be "cpu" or "cuda", got "tpu"$'),
         ("biased_topk", {"dtype": torch.int8}, r'^dtype must be "float32", .* or "float16", got "int8"$'),
         ("moe_plan", {"dtype": "float32"}, r'^dtype \(of moe_plan\'s ids\) must be "int32" or "int64", got "float32"$'),
@@ -250,6 +253,9 @@ def test_bad_questions_get_a_sentence(op: str, arguments: dict[str, Any], messag
         ("moe_permute", {}, "cuda", "moe_permute"),
         ("silu_and_mul", {}, "cuda", "silu_and_mul"),
         ("moe_finalize", {}, "cuda", "moe_finalize"),
+        ("moe_dispatch", {}, "cuda", "place_tokens, send_rows"),
+        ("moe_combine", {}, "cuda", "moe_combine"),
+        ("rank_barrier", {}, "cuda", "rank_barrier"),
         ("grouped_mlp", {"compute_capability": 8}, "torch", "loop"),
         ("fused_moe", {"dtype": "float16", "compute_capability": 8, "keep_gate_up": False}, "torch", "loop"),
         ("fused_moe", {"dtype": "float16", "compute_capability": 9}, "torch", "loop"),

@@ -26,13 +26,22 @@ class FusedExperts(MoEExperts):
         self, hidden_states: Tensor, routing: RoutingResult, plan: DispatchPlan, weights: ExpertWeights
     ) -> Tensor:
         """[T * K, H], or as many rows as plan.row_slots has; rows past the last offset are unspecified."""
+        top_k = routing.topk_ids.size(1)
+        row_slots: Tensor | None = plan.row_slots
+        if hidden_states.is_cuda and weights.w13_scale_inv is None:
+            # Every implementation there permutes the tokens. With slot_rows that reads a token once, not once per row.
+            # Quantised weights have their tokens quantised in the same pass.
+            hidden_states = torch.ops.zexpert.moe_permute(
+                hidden_states, plan.row_slots, plan.expert_offsets, top_k, plan.slot_rows
+            )
+            row_slots, top_k = None, 1
         rows: Tensor = torch.ops.zexpert.grouped_mlp(
             hidden_states,
             plan.expert_offsets,
             weights.w13,
             weights.w2,
-            plan.row_slots,
-            routing.topk_ids.size(1),
+            row_slots,
+            top_k,
             weights.w13_scale_inv,
             weights.w2_scale_inv,
             implementation=self.name,
