@@ -15,7 +15,7 @@ void moe_combine_cpu(const MoeCombineParams& params) {
   }
   const int64_t num_slots = params.num_ranks * params.max_tokens * params.top_k;
   const int64_t bad = find_out_of_range(params.slot_rows, num_slots, -1, params.num_rows);
-  ZEXPERT_CHECK(bad < 0, "slot_rows must lie in [-1, ", params.num_rows, "), got ", params.slot_rows[bad]);
+  ZEXPERT_CHECK(bad < 0, "slot_rows must be in [-1, ", params.num_rows, "), got ", params.slot_rows[bad]);
 
   const auto has_row = [&](int64_t row) {
     const int32_t* slots = params.slot_rows + row * params.top_k;

@@ -70,7 +70,7 @@ void moe_dispatch_cpu(const MoeDispatchParams& params) {
     const auto* topk_ids = static_cast<const Id*>(params.topk_ids);
     const int64_t num_experts = params.num_ranks * params.num_local_experts;
     const int64_t bad = find_out_of_range(topk_ids, params.num_tokens * params.top_k, -1, num_experts);
-    ZEXPERT_CHECK(bad < 0, "topk_ids must lie in [-1, ", num_experts, "), got ", topk_ids[bad]);
+    ZEXPERT_CHECK(bad < 0, "topk_ids must be in [-1, ", num_experts, "), got ", topk_ids[bad]);
     place_tokens<Id>(params);
 
     // Below this many bytes a range costs less than waking a thread.

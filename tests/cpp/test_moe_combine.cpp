@@ -120,7 +120,7 @@ TYPED_TEST(MoeCombine, RefusesRowsOutOfRangeAndWritesNothing) {
     Case<T> given(random, 4, 8);
     given.slot_rows.back() = bad;
     EXPECT_EQ(error_of([&] { moe_combine_cpu(given.params); }),
-              "slot_rows must lie in [-1, 11), got " + std::to_string(bad));
+              "slot_rows must be in [-1, 11), got " + std::to_string(bad));
     for (const Rows<T>& out : given.out) EXPECT_TRUE(out.untouched());
   }
 }

@@ -149,7 +149,7 @@ TYPED_TEST(MoeDispatch, RefusesIdsOutOfRangeAndWritesNothing) {
     Case<T> given(random, 4, 4, 8);
     given.topk_ids[9] = bad;
     EXPECT_EQ(error_of([&] { moe_dispatch_cpu(given.params); }),
-              "topk_ids must lie in [-1, 15), got " + std::to_string(bad));
+              "topk_ids must be in [-1, 15), got " + std::to_string(bad));
     for (const Received<T>& received : given.received) {
       EXPECT_TRUE(received.rows.untouched());
       EXPECT_EQ(received.ids[0], kUnwritten);

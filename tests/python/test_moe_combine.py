@@ -112,7 +112,7 @@ BAD_INPUT = {
     ),
     "no such row": (
         {"slot_rows": torch.full((15, TOP_K), NUM_ROWS, dtype=torch.int32)},
-        r"^slot_rows must lie in \[-1, 11\), got 11$",
+        r"^slot_rows must be in \[-1, 11\), got 11$",
     ),
     "elsewhere": (
         {"topk_weights": torch.zeros(15, TOP_K, device="meta")},

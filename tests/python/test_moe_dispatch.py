@@ -185,7 +185,7 @@ BAD_INPUT = {
     ),
     "no such expert": (
         {"topk_ids": torch.full((4, TOP_K), 15)},
-        r"^topk_ids must lie in \[-1, 15\), got 15$",
+        r"^topk_ids must be in \[-1, 15\), got 15$",
     ),
     "negative num_local_experts": ({"num_local_experts": -1}, r"^num_local_experts must not be negative, got -1$"),
     "elsewhere": (

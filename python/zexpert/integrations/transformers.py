@@ -23,8 +23,8 @@ from zexpert._autocast import autocast_dtype
 from zexpert.experts.factory import create_experts
 from zexpert.integrations.given_routing import RUNNER
 from zexpert.models.config import require_silu
-from zexpert.ops.quantize_blockwise import SCALE_BLOCK
 from zexpert.models.float32_linear import float32_linear
+from zexpert.ops.quantize_blockwise import SCALE_BLOCK
 from zexpert.ops.types import ExpertWeights
 from zexpert.router.factory import create_fused_moe_router
 from zexpert.runner.chunking_moe_runner import ChunkingMoERunner
