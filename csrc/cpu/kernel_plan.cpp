@@ -148,7 +148,7 @@ KernelPlan plan_cpu_experts(const KernelQuery& query, const GroupedMlpCall& call
 }
 
 KernelPlan plan_hopper_experts(const KernelQuery& query, const GroupedMlpCall& call) {
-  const std::string kernel = call.has_fp8_weights ? "grouped_product, float8" : "grouped_product";
+  const std::string kernel = call.has_fp8_weights ? "grouped_product_fp8" : "grouped_product";
   const std::optional<int64_t> num_rows = known_rows(query);
   if (!num_rows || !query.num_experts) {
     return {query.op, "cuda", kernel, "The rows of an expert decide on the tiles."};
