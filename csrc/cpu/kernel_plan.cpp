@@ -17,10 +17,10 @@
 namespace zexpert {
 namespace {
 
-constexpr std::array<std::string_view, 10> kOps = {
-    "biased_topk", "biased_topk_and_plan", "router_logits", "zero_expert_accumulate",
-    "moe_plan",    "moe_permute",          "silu_and_mul",  "grouped_mlp",
-    "fused_moe",   "moe_finalize"};
+constexpr std::array<std::string_view, 11> kOps = {
+    "biased_topk", "biased_topk_and_plan", "biased_topk_choices", "router_logits", "zero_expert_accumulate",
+    "moe_plan",    "moe_permute",          "silu_and_mul",        "grouped_mlp",   "fused_moe",
+    "moe_finalize"};
 constexpr std::array<std::string_view, 2> kDevices = {"cpu", "cuda"};
 constexpr std::array<std::string_view, 4> kFloatingTypes = {"float32", "float64", "bfloat16", "float16"};
 constexpr std::array<std::string_view, 2> kIndexTypes = {"int32", "int64"};
@@ -233,7 +233,7 @@ KernelPlan plan_on_cuda(const KernelQuery& query) {
     return {query.op, "cuda", query.op,
             "A block copies a row; with slot_rows, a thread its part of a token to all rows."};
   }
-  if (query.op == "biased_topk") {
+  if (query.op == "biased_topk" || query.op == "biased_topk_choices") {
     return plan_biased_topk_on_cuda(query);
   }
   if (query.op == "biased_topk_and_plan") {
@@ -268,7 +268,8 @@ KernelPlan kernel_plan(const KernelQuery& query) {
   if (query.op == "grouped_mlp" || query.op == "fused_moe") {
     return plan_experts(query, isa);
   }
-  const bool is_routing = query.op == "biased_topk" || query.op == "biased_topk_and_plan";
+  const bool is_routing =
+      query.op == "biased_topk" || query.op == "biased_topk_and_plan" || query.op == "biased_topk_choices";
   if (is_routing) {
     check_routing(query);
   }

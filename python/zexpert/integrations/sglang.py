@@ -18,8 +18,11 @@ Written for SGLang 0.5.23.
 from __future__ import annotations
 
 import os
+from base64 import b64decode
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from zexpert.ops import biased_topk, zero_expert_accumulate
@@ -57,3 +60,33 @@ def _forward(self: Any, hidden_states: Tensor) -> Tensor:
     out: Tensor = self.experts(hidden_states, chosen)
     out *= self.routed_scaling_factor
     return zero_expert_accumulate(hidden_states, routing.zero_weight * self.routed_scaling_factor, out=out)
+
+
+def routed_experts(response: Mapping[str, Any], *, num_layers: int, top_k: int) -> Tensor:
+    """The experts that a request's tokens chose, as zexpert.choices.record_of_routed_experts accepts them.
+
+    Args:
+        response: what SGLang's /generate returns for a request with return_routed_experts: its
+            meta_info["routed_experts"] is base64 of int32.
+        num_layers: L, the layers that SGLang counts, num_hidden_layers of the model's configuration.
+        top_k: K.
+
+    Returns:
+        [tokens, L, K] int32: all tokens but the last, from the request's routed_experts_start_len on.
+
+    Raises:
+        ValueError: if the response has no such entry, or its numbers do not fill whole tokens.
+    """
+    text = response.get("meta_info", {}).get("routed_experts")
+    if not isinstance(text, str):
+        raise ValueError(
+            f'response must have text in meta_info["routed_experts"], got {type(text).__name__}: '
+            "start SGLang with --enable-return-routed-experts and send return_routed_experts"
+        )
+    numbers = torch.frombuffer(bytearray(b64decode(text)), dtype=torch.int32) if text else torch.empty(0).int()
+    if numbers.numel() % (num_layers * top_k) != 0:
+        raise ValueError(
+            f"num_layers * top_k must divide the numbers of routed_experts ({numbers.numel()}), "
+            f"got {num_layers} * {top_k}"
+        )
+    return numbers.view(-1, num_layers, top_k)
