@@ -13,6 +13,7 @@ from sglang.srt.plugins.hook_registry import HookRegistry
 from torch import Tensor, nn
 
 import reference
+import zexpert_plugins
 from testing import assert_error_rule
 from zexpert.integrations.sglang import register
 
@@ -62,7 +63,7 @@ def make_layer(hidden_size: int, dtype: torch.dtype) -> LongcatFlashMoE:
 
 def test_off_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ZEXPERT_SGLANG", raising=False)
-    register()
+    zexpert_plugins.sglang()
     HookRegistry.apply_hooks()
     assert LongcatFlashMoE.forward is SGLANG_FORWARD
 
@@ -71,7 +72,7 @@ def test_entry_point() -> None:
     from importlib.metadata import entry_points
 
     (plugin,) = [entry for entry in entry_points(group="sglang.srt.plugins") if entry.name == "zexpert"]
-    assert plugin.load() is register
+    assert plugin.load() is zexpert_plugins.sglang
 
 
 @torch.inference_mode()
@@ -80,7 +81,7 @@ def test_entry_point() -> None:
 @pytest.mark.parametrize("num_tokens", [0, 1, 7])
 def test_layer(monkeypatch: pytest.MonkeyPatch, num_tokens: int, hidden_size: int, dtype: torch.dtype) -> None:
     monkeypatch.setenv("ZEXPERT_SGLANG", "1")
-    register()
+    zexpert_plugins.sglang()
     register()
     HookRegistry.apply_hooks()
     layer = make_layer(hidden_size, dtype)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """zexpert in SGLang: routing and zero experts of LongCat-Flash.
 
-SGLang calls `register` in every process through the entry point "sglang.srt.plugins". It does nothing unless the
-environment says ZEXPERT_SGLANG=1. Then LongcatFlashMoE.forward takes its weights, ids and zero experts' output from
-biased_topk and zero_expert_accumulate. SGLang's experts stay. Their kernels do not accept negative ids, so a slot that
-chose a zero expert has id 0 and weight 0.
+SGLang calls `zexpert_plugins.sglang` in every process through the entry point "sglang.srt.plugins". It does nothing
+unless the environment has ZEXPERT_SGLANG=1 (or true, yes, on); then it calls `register`: LongcatFlashMoE.forward takes
+its weights, ids and zero experts' output from biased_topk and zero_expert_accumulate. SGLang's experts stay. Their
+kernels do not accept negative ids, so a slot that chose a zero expert has id 0 and weight 0.
 
 Two results differ from SGLang's own:
 
@@ -17,7 +17,6 @@ Written for SGLang 0.5.23.
 
 from __future__ import annotations
 
-import os
 from base64 import b64decode
 from collections.abc import Mapping
 from typing import Any
@@ -31,13 +30,11 @@ _TARGET = "sglang.srt.models.longcat_flash.LongcatFlashMoE.forward"
 
 
 def register() -> None:
-    """Makes this process's SGLang use zexpert if ZEXPERT_SGLANG is "1". Further calls do nothing.
+    """Makes this process's SGLang use zexpert. Further calls do nothing.
 
     Raises:
         ImportError: if SGLang is not installed or has no plugins.
     """
-    if os.environ.get("ZEXPERT_SGLANG") != "1":
-        return
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     if all(hook is not _forward for _, hook, _ in HookRegistry._hooks.get(_TARGET, [])):
