@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from hub_layout import hub_tensors, write
 from model_cases import TINY_DECODER
 from ranks import Ranks
 from testing import assert_equal, assert_error_rule
 
 pytest.importorskip("transformers")
 
-from safetensors.torch import save_file
 from transformers import LongcatFlashConfig, LongcatFlashForCausalLM
 
 from zexpert import FusedMoE, record_choices
@@ -44,37 +43,6 @@ def longcat(dtype: torch.dtype = torch.float32, **others: Any) -> Any:
         for layer in model.model.layers:
             layer.mlp.router.e_score_correction_bias.copy_(torch.randperm(REAL + ZERO) * 2.0)
     return model
-
-
-def hub_tensors(model: Any) -> dict[str, Tensor]:
-    """The model's weights in the hub's layout: a tensor per real expert and projection."""
-    tensors = {}
-    for name, tensor in model.state_dict().items():
-        prefix, found, projection = name.partition("experts.")
-        if not found:
-            tensors[name] = tensor
-            continue
-        for expert in range(REAL):
-            names = ("gate_proj", "up_proj") if projection == "gate_up_proj" else ("down_proj",)
-            for part, values in zip(names, tensor[expert].chunk(len(names)), strict=True):
-                tensors[f"{prefix}experts.{expert}.{part}.weight"] = values.contiguous()
-    return tensors
-
-
-def write(folder: Path, config: Any, tensors: dict[str, Tensor], num_files: int = 3) -> Path:
-    """A folder as the hub has it. Files are cut between any two tensors."""
-    folder.mkdir()
-    config.save_pretrained(folder)
-    names = sorted(tensors)
-    weight_map = {}
-    for index in range(num_files):
-        file = f"model-{index}.safetensors" if num_files > 1 else "model.safetensors"
-        own = names[index * len(names) // num_files : (index + 1) * len(names) // num_files]
-        save_file({name: tensors[name] for name in own}, folder / file, metadata={"format": "pt"})
-        weight_map.update(dict.fromkeys(own, file))
-    if num_files > 1:
-        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    return folder
 
 
 @torch.no_grad()
