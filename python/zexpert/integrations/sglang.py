@@ -4,7 +4,8 @@
 SGLang calls `zexpert_plugins.sglang` in every process through the entry point "sglang.srt.plugins". It does nothing
 unless the environment has ZEXPERT_SGLANG=1 (or true, yes, on); then it calls `register`: LongcatFlashMoE.forward takes
 its weights, ids and zero experts' output from biased_topk and zero_expert_accumulate. SGLang's experts stay. Their
-kernels do not accept negative ids, so a slot that chose a zero expert has id 0 and weight 0.
+kernels do not accept negative ids, so a slot that chose a zero expert has id 0 and weight 0. Captured routed experts
+(`--enable-return-routed-experts`) are, as SGLang's own, the choices among all experts.
 
 Two results differ from SGLang's own:
 
@@ -24,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zexpert.ops import biased_topk, zero_expert_accumulate
+from zexpert.ops import biased_topk, biased_topk_choices, zero_expert_accumulate
 
 _TARGET = "sglang.srt.models.longcat_flash.LongcatFlashMoE.forward"
 
@@ -43,16 +44,20 @@ def register() -> None:
 
 def _forward(self: Any, hidden_states: Tensor) -> Tensor:
     """LongcatFlashMoE.forward: [T, H] -> [T, H]."""
-    from sglang.srt.layers.moe.topk import StandardTopKOutput
+    from sglang.srt.layers.moe.topk import StandardTopKOutput, capture_routed_experts_if_allowed
+    from sglang.srt.state_capturer.routed_experts import get_global_experts_capturer
 
     router_logits = self.router(hidden_states)
-    routing = biased_topk(
-        router_logits,
-        self.router.e_score_correction_bias.data,
-        self.top_k,
-        num_real_experts=self.num_experts,
-        num_identity_experts=None if self.zero_expert_type == "identity" else 0,
-    )
+    bias = self.router.e_score_correction_bias.data
+    routing_arguments: dict[str, Any] = {
+        "num_real_experts": self.num_experts,
+        "num_identity_experts": None if self.zero_expert_type == "identity" else 0,
+    }
+    choices: Tensor | None = None
+    if get_global_experts_capturer() is not None:
+        choices = biased_topk_choices(router_logits, bias, self.top_k, **routing_arguments)
+        capture_routed_experts_if_allowed(self.topk.topk_config, self.layer_id, choices)
+    routing = biased_topk(router_logits, bias, self.top_k, **routing_arguments, choices=choices)
     chosen = StandardTopKOutput(routing.topk_weights, routing.topk_ids.clamp_min(0), router_logits)
     out: Tensor = self.experts(hidden_states, chosen)
     out *= self.routed_scaling_factor
