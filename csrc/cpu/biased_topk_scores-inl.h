@@ -63,7 +63,7 @@ template <typename T, typename Logit>
 T load_scores(const SharedByRows<T>& shared, const Logit* row, const Logit* later_row, T* scores) {
   using V = Vec<T>;
   const int64_t padded_experts = shared.padded_experts;
-  const V largest = V::broadcast(load_logits(row, shared.inputs.spec.num_experts, padded_experts, scores));
+  const V largest = V::broadcast(load_logits(row, shared.inputs.spec.num_logits, padded_experts, scores));
   return visit_scoring_func(shared.inputs.spec.scoring_func, [&](auto scoring) -> T {
     using Scoring = decltype(scoring);
     if constexpr (Scoring::kIsSoftmax) {

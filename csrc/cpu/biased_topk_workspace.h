@@ -50,7 +50,7 @@ inline int64_t num_lanes(int64_t top_k) { return top_k <= 16 ? 32 : top_k <= 32 
 
 inline int64_t pad_experts(const RoutingSpec& spec) {
   const int64_t multiple = std::max(kBlock, num_lanes(spec.top_k));
-  return (spec.num_experts + multiple - 1) / multiple * multiple;
+  return (spec.num_logits + multiple - 1) / multiple * multiple;
 }
 
 /// The bias in the form of SharedByRows.
@@ -61,7 +61,7 @@ AlignedArray<T> convert_bias(const RoutingInputs& inputs, int64_t padded_experts
   if (inputs.bias != nullptr) {
     visit_floating(inputs.bias_type, [&](auto element) {
       const auto* source = static_cast<const decltype(element)*>(inputs.bias);
-      std::transform(source, source + inputs.spec.num_experts, bias.get(),
+      std::transform(source, source + inputs.spec.num_logits, bias.get(),
                      [](auto value) { return static_cast<T>(value); });
     });
   }

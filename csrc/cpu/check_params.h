@@ -27,7 +27,7 @@ inline int64_t num_working_rows(const int32_t* last_offset, int64_t num_rows) {
 /// Throws Error unless the first num_rows entries of row_slots, those of rows that do work, are slots.
 inline void check_row_slots(const int32_t* row_slots, int64_t num_rows, int64_t num_slots) {
   const int64_t bad = find_out_of_range(row_slots, num_rows, 0, num_slots);
-  ZEXPERT_CHECK(bad < 0, "row_slots must lie in [0, ", num_slots, ") below the last offset, got ", row_slots[bad]);
+  ZEXPERT_CHECK(bad < 0, "row_slots must be in [0, ", num_slots, ") below the last offset, got ", row_slots[bad]);
 }
 
 /// Throws Error unless the offsets of grouped_mlp, and its row_slots if it has them, are in range.

@@ -50,12 +50,17 @@ void check_size(const char* argument, std::optional<int64_t> value, int64_t leas
   ZEXPERT_CHECK(!value || *value <= kMost, argument, " must be less than 2^31, got ", *value);
 }
 
+/// The width of the logits; num_experts is its older name.
+std::optional<int64_t> width(const KernelQuery& query) {
+  return query.num_logits ? query.num_logits : query.num_experts;
+}
+
 /// The limits of the routing operators, with their messages.
 void check_routing(const KernelQuery& query) {
   const int64_t top_k = query.top_k.value_or(1);
-  const int64_t num_experts = query.num_experts.value_or(top_k);
+  const int64_t num_logits = width(query).value_or(top_k);
   ZEXPERT_CHECK(top_k <= kMaxTopK, "top_k must be between 1 and ", kMaxTopK, ", got ", top_k);
-  ZEXPERT_CHECK(top_k <= num_experts, "top_k must be at most the number of experts (", num_experts, "), got ", top_k);
+  ZEXPERT_CHECK(top_k <= num_logits, "top_k must be at most the number of experts (", num_logits, "), got ", top_k);
   ZEXPERT_CHECK(query.device != "cuda" || query.dtype != "float64",
                 "dtype must be float32, bfloat16 or float16 on CUDA, got float64");
 }
@@ -142,11 +147,11 @@ KernelPlan plan_cpu_experts(const KernelQuery& query, const GroupedMlpCall& call
 KernelPlan plan_hopper_experts(const KernelQuery& query) {
   const std::optional<int64_t> num_rows = known_rows(query);
   if (!num_rows || !query.num_experts) {
-    return {query.op, "cuda", "grouped_mlp_hopper", "The rows of an expert decide on the tiles."};
+    return {query.op, "cuda", "grouped_product", "The rows of an expert decide on the tiles."};
   }
   const int64_t rows = hopper_tile_rows(*num_rows, *query.num_experts);
   const char* const weight_rows = rows <= kHopperTallTileRows ? "256" : "128";
-  return {query.op, "cuda", "grouped_mlp_hopper",
+  return {query.op, "cuda", "grouped_product",
           "Tiles of up to " + std::to_string(rows) + " rows of an expert by " + weight_rows +
               " of its weights: few rows are bound by reading weights, many by the products."};
 }
@@ -180,7 +185,7 @@ KernelPlan plan_experts(const KernelQuery& query, const char* isa) {
 KernelPlan plan_biased_topk_on_cuda(const KernelQuery& query) {
   const std::string most_experts = std::to_string(kMaxWarpExperts);
   const std::string most_top_k = std::to_string(kMaxWarpTopK);
-  return fits_warp(query.num_experts.value_or(1), query.top_k.value_or(1))
+  return fits_warp(width(query).value_or(1), query.top_k.value_or(1))
              ? KernelPlan{query.op, "cuda", "biased_topk_warp",
                           "A warp routes a row of up to " + most_experts + " experts with a top_k of up to " +
                               most_top_k + "."}
@@ -193,7 +198,7 @@ KernelPlan plan_biased_topk_and_plan_on_cuda(const KernelQuery& query) {
   const std::string limits = std::to_string(kMaxPlannedTokens) + " tokens with " + std::to_string(kMaxPlannedSlots) +
                              " slots, " + std::to_string(kMaxWarpExperts) + " experts and a top_k of " +
                              std::to_string(kMaxWarpTopK) + ", on compute capability 9 and 10";
-  if (is_one_launch(query.compute_capability.value_or(0), query.num_tokens.value_or(1), query.num_experts.value_or(1),
+  if (is_one_launch(query.compute_capability.value_or(0), query.num_tokens.value_or(1), width(query).value_or(1),
                     query.top_k.value_or(1))) {
     return {query.op, "cuda", query.op, "One launch routes and plans up to " + limits + "."};
   }
@@ -258,6 +263,7 @@ KernelPlan kernel_plan(const KernelQuery& query) {
   check_size("num_tokens", query.num_tokens, 0);
   check_size("num_rows", query.num_rows, 0);
   check_size("num_experts", query.num_experts, 1);
+  check_size("num_logits", query.num_logits, 1);
   check_size("top_k", query.top_k, 1);
   check_size("hidden_size", query.hidden_size, 1);
   check_size("intermediate_size", query.intermediate_size, 1);
@@ -274,9 +280,10 @@ KernelPlan kernel_plan(const KernelQuery& query) {
     check_routing(query);
   }
   if (query.device == "cuda") {
-    const int64_t num_experts = query.num_experts.value_or(1);
-    ZEXPERT_CHECK(num_experts <= kMaxExpertsOnCuda || !(is_routing || is_index_op), "num_experts must be at most ",
-                  kMaxExpertsOnCuda, " on CUDA, got ", num_experts);
+    const int64_t num_experts = (is_routing ? width(query) : query.num_experts).value_or(1);
+    ZEXPERT_CHECK(num_experts <= kMaxExpertsOnCuda || !(is_routing || is_index_op),
+                  is_routing ? "num_logits" : "num_experts", " must be at most ", kMaxExpertsOnCuda, " on CUDA, got ",
+                  num_experts);
     return plan_on_cuda(query);
   }
 

@@ -18,7 +18,7 @@ namespace {
 
 void check_slot_rows(const int32_t* slot_rows, int64_t num_slots, int64_t num_rows) {
   const int64_t bad = find_out_of_range(slot_rows, num_slots, -1, num_rows);
-  ZEXPERT_CHECK(bad < 0, "slot_rows must lie in [-1, ", num_rows, "), got ", slot_rows[bad]);
+  ZEXPERT_CHECK(bad < 0, "slot_rows must be in [-1, ", num_rows, "), got ", slot_rows[bad]);
 }
 
 /// Sets row_has_slot[r] to whether a slot names row r; returns how many rows no slot names. Throws Error if two slots

@@ -59,7 +59,7 @@ template <typename Id>
 void moe_plan(const MoePlanParams& params) {
   const auto* topk_ids = static_cast<const Id*>(params.topk_ids);
   const int64_t bad = find_out_of_range(topk_ids, params.num_slots, -1, params.num_experts);
-  ZEXPERT_CHECK(bad < 0, "topk_ids must lie in [-1, ", params.num_experts, "), got ", topk_ids[bad]);
+  ZEXPERT_CHECK(bad < 0, "topk_ids must be in [-1, ", params.num_experts, "), got ", topk_ids[bad]);
 
   // Blocks of at least as many slots as there are experts keep the counts smaller than the ids.
   const int64_t least_slots = std::max(kBlockSlots, params.num_experts);

@@ -31,8 +31,8 @@ void bind_kernel_plan(py::module_& module) {
   module.def(
       "kernel_plan",
       [](std::string op, std::string device, std::optional<std::string> dtype, std::optional<int64_t> num_tokens,
-         std::optional<int64_t> num_rows, std::optional<int64_t> num_experts, std::optional<int64_t> top_k,
-         std::optional<int64_t> hidden_size, std::optional<int64_t> intermediate_size,
+         std::optional<int64_t> num_rows, std::optional<int64_t> num_experts, std::optional<int64_t> num_logits,
+         std::optional<int64_t> top_k, std::optional<int64_t> hidden_size, std::optional<int64_t> intermediate_size,
          std::optional<int64_t> compute_capability, bool has_hopper_code, bool keep_gate_up,
          std::string implementation) {
         KernelQuery query;
@@ -42,6 +42,7 @@ void bind_kernel_plan(py::module_& module) {
         query.num_tokens = num_tokens;
         query.num_rows = num_rows;
         query.num_experts = num_experts;
+        query.num_logits = num_logits;
         query.top_k = top_k;
         query.hidden_size = hidden_size;
         query.intermediate_size = intermediate_size;
@@ -53,9 +54,9 @@ void bind_kernel_plan(py::module_& module) {
       },
       py::arg("op"), py::kw_only(), py::arg("device") = "cpu", py::arg("dtype") = py::none(),
       py::arg("num_tokens") = py::none(), py::arg("num_rows") = py::none(), py::arg("num_experts") = py::none(),
-      py::arg("top_k") = py::none(), py::arg("hidden_size") = py::none(), py::arg("intermediate_size") = py::none(),
-      py::arg("compute_capability") = py::none(), py::arg("has_hopper_code") = true, py::arg("keep_gate_up") = true,
-      py::arg("implementation") = "auto");
+      py::arg("num_logits") = py::none(), py::arg("top_k") = py::none(), py::arg("hidden_size") = py::none(),
+      py::arg("intermediate_size") = py::none(), py::arg("compute_capability") = py::none(),
+      py::arg("has_hopper_code") = true, py::arg("keep_gate_up") = true, py::arg("implementation") = "auto");
 }
 
 }  // namespace zexpert::python

@@ -49,15 +49,20 @@ std::optional<int64_t> known(int64_t count) {
   return count == kFromLogits ? std::nullopt : std::optional<int64_t>(count);
 }
 
-RoutingSpec make_spec(const py::object& top_k, const py::object& num_real_experts, const py::object& num_experts,
+RoutingSpec make_spec(const py::object& top_k, const py::object& num_real_experts, const py::object& num_logits,
                       const py::object& num_identity_experts, const py::object& num_constant_experts,
                       const py::object& scoring_func, const py::object& renormalize,
                       const py::object& drop_before_renormalize, const py::object& routed_scaling_factor,
-                      const py::object& num_expert_group, const py::object& topk_group) {
+                      const py::object& num_expert_group, const py::object& topk_group, const py::object& num_experts) {
   RoutingSpec spec;
   spec.top_k = integer("top_k", top_k);
   spec.num_real_experts = integer("num_real_experts", num_real_experts);
-  spec.num_experts = count_or_from_logits("num_experts", num_experts);
+  spec.num_logits = count_or_from_logits("num_logits", num_logits);
+  if (!num_experts.is_none()) {  // the older name
+    ZEXPERT_CHECK(num_logits.is_none(), "num_experts, the older name of num_logits, must be None with it, got ",
+                  py::repr(num_experts).cast<std::string>());
+    spec.num_logits = count_or_from_logits("num_experts", num_experts);
+  }
   spec.num_identity_experts = count_or_from_logits("num_identity_experts", num_identity_experts);
   spec.num_constant_experts = integer("num_constant_experts", num_constant_experts);
   spec.scoring_func = scoring_func_of(scoring_func);
@@ -73,7 +78,7 @@ RoutingSpec make_spec(const py::object& top_k, const py::object& num_real_expert
 /// The keyword arguments with which the constructor makes this spec.
 py::dict keyword_arguments(const RoutingSpec& spec) {
   return py::dict(py::arg("top_k") = spec.top_k, py::arg("num_real_experts") = spec.num_real_experts,
-                  py::arg("num_experts") = known(spec.num_experts),
+                  py::arg("num_logits") = known(spec.num_logits),
                   py::arg("num_identity_experts") = known(spec.num_identity_experts),
                   py::arg("num_constant_experts") = spec.num_constant_experts,
                   py::arg("scoring_func") = name(spec.scoring_func), py::arg("renormalize") = spec.renormalize,
@@ -100,19 +105,20 @@ void bind_routing_spec(py::module_& module) {
                                        "checked when made, immutable afterwards.");
   routing_spec
       .def(py::init(&make_spec), py::kw_only(), py::arg("top_k"), py::arg("num_real_experts"),
-           py::arg("num_experts") = py::none(), py::arg("num_identity_experts") = py::none(),
+           py::arg("num_logits") = py::none(), py::arg("num_identity_experts") = py::none(),
            py::arg("num_constant_experts") = 0, py::arg("scoring_func") = "softmax", py::arg("renormalize") = false,
            py::arg("drop_before_renormalize") = false, py::arg("routed_scaling_factor") = 1.0,
-           py::arg("num_expert_group") = 1, py::arg("topk_group") = 1)
+           py::arg("num_expert_group") = 1, py::arg("topk_group") = 1, py::arg("num_experts") = py::none())
       .def_readonly("top_k", &RoutingSpec::top_k)
       .def_readonly("num_real_experts", &RoutingSpec::num_real_experts)
-      .def_property_readonly("num_experts", [](const RoutingSpec& spec) { return known(spec.num_experts); })
+      .def_property_readonly("num_logits", [](const RoutingSpec& spec) { return known(spec.num_logits); })
+      .def_property_readonly("num_experts", [](const RoutingSpec& spec) { return known(spec.num_logits); })
       .def_property_readonly("num_identity_experts",
                              [](const RoutingSpec& spec) { return known(spec.num_identity_experts); })
       .def_readonly("num_constant_experts", &RoutingSpec::num_constant_experts)
       .def_property_readonly("num_drop_experts",
                              [](const RoutingSpec& spec) -> std::optional<int64_t> {
-                               if (spec.num_experts == kFromLogits || spec.num_identity_experts == kFromLogits) {
+                               if (spec.num_logits == kFromLogits || spec.num_identity_experts == kFromLogits) {
                                  return std::nullopt;
                                }
                                return spec.num_drop_experts();

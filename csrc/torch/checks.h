@@ -49,8 +49,8 @@ inline void check_dtype(const Tensor& tensor, const char* name, DType wanted) {
 inline void check_dtype(const Tensor& tensor, const char* name, DType wanted, const Tensor& other,
                         const char* other_name) {
   const DType dtype = tensor.scalar_type();
-  ZEXPERT_CHECK(dtype == wanted, name, " must be ", text(wanted), " beside ", text(other.scalar_type()), " ",
-                other_name, ", got ", text(dtype));
+  ZEXPERT_CHECK(dtype == wanted, name, " must be ", text(wanted), " with ", text(other.scalar_type()), " ", other_name,
+                ", got ", text(dtype));
 }
 
 /// `dimensions` names the dimensions, as in "[tokens, experts]".

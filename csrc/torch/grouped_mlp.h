@@ -46,6 +46,8 @@ inline void check_grouped_mlp(const ExpertRows& rows, const ExpertWeights& weigh
   if (rows.row_slots) {
     ZEXPERT_CHECK(rows.top_k >= 1, "top_k must be at least 1, got ", rows.top_k);
     check_row_slots_size(*rows.row_slots, rows.rows.size(0), rows.top_k);
+  } else {
+    ZEXPERT_CHECK(rows.top_k == 1, "top_k must be 1 without row_slots, got ", rows.top_k);
   }
 }
 

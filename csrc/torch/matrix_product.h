@@ -36,7 +36,10 @@ class MatrixProduct {
   void operator()(const Matrix& a, const Matrix& b, const Matrix& out) const {
     using torch::stable::detail::from;
     std::array<StableIValue, 3> stack{from(view(a)), from(view(b)), from(view(out))};
-    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+    const AOTITorchError status = torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION);
+    ZEXPERT_CHECK(status == TORCH_SUCCESS, "PyTorch could not multiply matrices of shapes [", a.num_rows, ", ",
+                  a.num_columns, "] and [", b.num_rows, ", ", b.num_columns, "] of ", text(dtype_), " on ",
+                  text(device_), "; the memory may be full");
     torch::stable::detail::to<Tensor>(stack[0]);  // releases the reference to out that is returned
   }
 

@@ -53,7 +53,7 @@ void check_dtypes(const Tensor& hidden_states, const Tensor& weight) {
   check_floating(hidden_states, "hidden_states");
   const DType dtype = weight.scalar_type();
   ZEXPERT_CHECK(is_floating(dtype) && (dtype != DType::Double || data == DType::Double), "weight must be float32, ",
-                data == DType::Double ? "float64, " : "", "bfloat16 or float16 beside ", text(data),
+                data == DType::Double ? "float64, " : "", "bfloat16 or float16 with ", text(data),
                 " hidden_states, got ", text(dtype));
 }
 

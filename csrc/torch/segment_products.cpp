@@ -113,7 +113,10 @@ Tensor SegmentProducts::grouped_mm(const Tensor& left, const Tensor& right) cons
   using torch::stable::detail::from;
   std::array<StableIValue, 5> stack{from(left), from(right), from(std::optional<Tensor>(segment_ends(expert_offsets_))),
                                     from(std::optional<Tensor>()), from(std::optional<DType>())};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::_grouped_mm", "", stack.data(), TORCH_ABI_VERSION));
+  const AOTITorchError status = torch_call_dispatcher("aten::_grouped_mm", "", stack.data(), TORCH_ABI_VERSION);
+  ZEXPERT_CHECK(status == TORCH_SUCCESS, "PyTorch's grouped_mm could not multiply tensors of shapes ",
+                text(left.sizes()), " and ", text(right.sizes()), " of ", text(left.scalar_type()), " on ",
+                text(left.device()), "; the memory may be full");
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 

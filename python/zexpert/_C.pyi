@@ -38,15 +38,17 @@ class RoutingSpec:
     Args:
         top_k: K, experts chosen per token, 1 to 64.
         num_real_experts: R, experts with a feed-forward network.
-        num_experts: N, the width of the logits; None leaves it to the logits.
-        num_identity_experts: I, experts that return the token; None takes all that are neither real nor constant.
+        num_logits: N, the width of the logits; None leaves it to the logits.
+        num_identity_experts: I, experts that return the token; None means all that are neither real nor constant.
         num_constant_experts: C, experts that add a learned constant. What is left, N - R - I - C, are drop experts.
         scoring_func: the enum, or its name.
         renormalize: divide the chosen weights by their sum.
-        drop_before_renormalize: set the drop experts' weights to 0 before that sum (MoE++, arXiv 2410.07348).
+        drop_before_renormalize: set the drop experts' weights to 0 before that sum (MoE++, arXiv 2410.07348). It needs
+            renormalize, and drop experts.
         routed_scaling_factor: multiplies every weight, after the renormalisation.
         num_expert_group: groups that the real experts split into; 1 for none.
         topk_group: groups per token whose experts may be chosen.
+        num_experts: the older name of num_logits, for one release.
     """
 
     def __init__(
@@ -54,7 +56,7 @@ class RoutingSpec:
         *,
         top_k: int,
         num_real_experts: int,
-        num_experts: int | None = None,
+        num_logits: int | None = None,
         num_identity_experts: int | None = None,
         num_constant_experts: int = 0,
         scoring_func: ScoringFunc | str = "softmax",
@@ -63,20 +65,25 @@ class RoutingSpec:
         routed_scaling_factor: float = 1.0,
         num_expert_group: int = 1,
         topk_group: int = 1,
+        num_experts: int | None = None,
     ) -> None: ...
     @property
     def top_k(self) -> int: ...
     @property
     def num_real_experts(self) -> int: ...
     @property
-    def num_experts(self) -> int | None: ...
+    def num_logits(self) -> int | None: ...
+    @property
+    def num_experts(self) -> int | None:
+        """The older name of num_logits."""
+
     @property
     def num_identity_experts(self) -> int | None: ...
     @property
     def num_constant_experts(self) -> int: ...
     @property
     def num_drop_experts(self) -> int | None:
-        """D; None while num_experts or num_identity_experts is left to the logits."""
+        """D; None while num_logits or num_identity_experts is left to the logits."""
 
     @property
     def scoring_func(self) -> ScoringFunc: ...
@@ -137,6 +144,7 @@ def kernel_plan(
     num_tokens: int | None = None,
     num_rows: int | None = None,
     num_experts: int | None = None,
+    num_logits: int | None = None,
     top_k: int | None = None,
     hidden_size: int | None = None,
     intermediate_size: int | None = None,

@@ -12,7 +12,7 @@ from zexpert.ops.types import ConstantExperts, ExpertWeights
 
 
 def autocast_dtype(weight: Tensor) -> torch.dtype | None:
-    """The dtype that autocast wants products with `weight` in; None where it is off, and for float64."""
+    """The dtype in which autocast computes products with `weight`; None where it is off, and for float64."""
     device = weight.device.type
     if weight.dtype == torch.float64 or device not in ("cpu", "cuda"):
         return None  # do not ask PyTorch: not every version of its compiler traces the question

@@ -68,6 +68,7 @@ def kernel_plan(
     num_tokens: int | None = None,
     num_rows: int | None = None,
     num_experts: int | None = None,
+    num_logits: int | None = None,
     top_k: int | None = None,
     hidden_size: int | None = None,
     intermediate_size: int | None = None,
@@ -88,7 +89,9 @@ def kernel_plan(
         dtype: of its data; float32 unless given. For ``moe_plan``, of the ids; int32 unless given.
         num_tokens: T.
         num_rows: rows of all experts together, T * K unless given.
-        num_experts: experts that have a feed-forward network; of ``biased_topk`` and ``biased_topk_and_plan``, all.
+        num_experts: R, experts that have a feed-forward network.
+        num_logits: N, the width of the logits of ``biased_topk`` and ``biased_topk_and_plan``; num_experts, the older
+            name, unless given.
         top_k: K.
         hidden_size: H.
         intermediate_size: F.
@@ -123,6 +126,7 @@ def kernel_plan(
         num_tokens=num_tokens,
         num_rows=num_rows,
         num_experts=num_experts,
+        num_logits=num_logits,
         top_k=top_k,
         hidden_size=hidden_size,
         intermediate_size=intermediate_size,

@@ -72,7 +72,7 @@ class FusedMoE(nn.Module):
             [R, H, F / P], and are called with the same tokens; see TensorParallelMoERunner.
         use_grouped_topk, num_expert_group, topk_group: choose within the best groups of real experts.
         custom_routing_function: see CustomRoutingRouter.
-        drop_before_renormalize: weights of drop experts become 0 before renormalising (MoE++).
+        drop_before_renormalize: weights of drop experts become 0 before renormalising (MoE++); needs both.
         routing_simulation: see RoutingSimulatorRouter.
         recompute: train in less memory: compute the experts' gate and up again in the backward instead of keeping
             them. About a third more work; the same gradients to rounding.
@@ -264,17 +264,13 @@ class FusedMoE(nn.Module):
                 f"hidden_states must have shape [..., {self.hidden_size}], got {list(hidden_states.shape)}"
             )
         is_flat = hidden_states.dim() == 2 and router_logits.dim() == 2
-        if is_flat:
-            fits = router_logits.size(0) == hidden_states.size(0)
-        else:
-            fits = router_logits.dim() > 0 and router_logits.shape[:-1] == hidden_states.shape[:-1]
-        if not fits:
-            raise ValueError(
-                f"router_logits must have the leading dimensions of hidden_states "
-                f"({list(hidden_states.shape[:-1])}), got shape {list(router_logits.shape)}"
-            )
         shape = hidden_states.shape
-        if not is_flat:
+        if not is_flat:  # the router compares rows
+            if router_logits.dim() < 1 or router_logits.shape[:-1] != hidden_states.shape[:-1]:
+                raise ValueError(
+                    f"router_logits must have the leading dimensions of hidden_states "
+                    f"({list(hidden_states.shape[:-1])}), got shape {list(router_logits.shape)}"
+                )
             hidden_states = hidden_states.reshape(-1, self.hidden_size)
             router_logits = router_logits.reshape(-1, router_logits.size(-1))
         weights = self.expert_weights()

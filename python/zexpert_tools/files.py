@@ -6,7 +6,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -18,22 +18,29 @@ def whole_file(path: Path) -> Iterator[Path]:
     try:
         yield partial
         partial.replace(path)
+    except OSError as error:
+        if error.errno is not None and error.filename is None:  # the error of a write
+            error.filename = str(path)
+        raise
     finally:
         partial.unlink(missing_ok=True)
 
 
 def prepare_folder(folder: Path, num_bytes: int) -> None:
-    """Makes the folder. Raises ValueError if no file can be written there, or `num_bytes` do not fit. If
-    they do not fit, it removes a folder that it made."""
+    """Makes the folder. Raises ValueError if no file can be written there, or `num_bytes` do not fit, and removes a
+    folder that it made."""
     is_new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"x")
         free = shutil.disk_usage(folder).free
+        problem = f"{folder} must have {num_bytes / 2**20:.0f} MiB free, got {free / 2**20:.0f}"
     except OSError as error:
-        raise ValueError(f"cannot write to {folder}: {error.strerror or error}") from error
+        free = -1
+        problem = f"cannot write to {folder}: {error.strerror or error}"
     if free < num_bytes:
         if is_new:
-            folder.rmdir()
-        raise ValueError(f"{folder} must have {num_bytes / 2**20:.0f} MiB free, got {free / 2**20:.0f}")
+            with suppress(OSError):
+                folder.rmdir()
+        raise ValueError(problem)

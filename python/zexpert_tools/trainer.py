@@ -166,9 +166,5 @@ class Trainer:
         """Continues from `state_dict`, made by a trainer of the same model configuration and text."""
         self.model.load_state_dict(state_dict["model"])
         self.optimizer.load_state_dict(state_dict["optimizer"])
-        for parameter, state in self.optimizer.state.items():
-            for name, value in state.items():
-                if name != "step" and value.shape != parameter.shape:
-                    raise ValueError(f"the optimizer's {name} must have shape {list(parameter.shape)}")
         self.generator.set_state(state_dict["generator"].cpu())
         self.history = [StepRecord.from_dict(record) for record in state_dict["history"]]

@@ -218,15 +218,15 @@ inline void expect_same_bits(const Result& a, const Result& b);
 inline Result run(const Call& call) {
   const auto tokens = static_cast<int64_t>(call.logits.size());
   const RoutingSpec& spec = call.spec;
-  const int64_t stride = spec.num_experts + call.row_padding;
+  const int64_t stride = spec.num_logits + call.row_padding;
   Array logits(call.logits_type, tokens * stride, call.offset);
-  Array bias(call.bias_type, spec.num_experts, call.offset);
+  Array bias(call.bias_type, spec.num_logits, call.offset);
   for (int64_t t = 0; t < tokens; ++t) {
-    for (int64_t i = 0; i < spec.num_experts; ++i) {
+    for (int64_t i = 0; i < spec.num_logits; ++i) {
       store(logits.data(), logits.type, t * stride + i, call.logits[static_cast<size_t>(t)][static_cast<size_t>(i)]);
     }
   }
-  for (int64_t i = 0; call.bias && i < spec.num_experts; ++i) {
+  for (int64_t i = 0; call.bias && i < spec.num_logits; ++i) {
     store(bias.data(), bias.type, i, (*call.bias)[static_cast<size_t>(i)]);
   }
   const ScalarType weight_type = call.logits_type == ScalarType::kFloat64 ? ScalarType::kFloat64 : ScalarType::kFloat32;
@@ -270,7 +270,7 @@ inline Result run(const Call& call) {
 inline std::string describe(const Call& call) {
   const RoutingSpec& spec = call.spec;
   return std::string(name(call.logits_type)) + " logits [" + std::to_string(call.logits.size()) + ", " +
-         std::to_string(spec.num_experts) + "], top_k " + std::to_string(spec.top_k) + ", " + name(spec.scoring_func) +
+         std::to_string(spec.num_logits) + "], top_k " + std::to_string(spec.top_k) + ", " + name(spec.scoring_func) +
          (call.bias ? std::string(", bias ") + name(call.bias_type) : std::string(", no bias")) + ", ids " +
          name(call.ids_type) + ", groups " + std::to_string(spec.num_expert_group);
 }

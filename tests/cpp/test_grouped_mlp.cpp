@@ -181,7 +181,7 @@ TYPED_TEST(GroupedMlp, GathersTokens) {
   row_slots[4] = 60;
   Call<TypeParam> refused(random, {0, 9, 1, 40}, kHidden, 22);
   params.out = refused.out.data();
-  EXPECT_EQ(error_of([&] { grouped_mlp_cpu(params); }), "row_slots must lie in [0, 60) below the last offset, got 60");
+  EXPECT_EQ(error_of([&] { grouped_mlp_cpu(params); }), "row_slots must be in [0, 60) below the last offset, got 60");
   EXPECT_TRUE(refused.out.untouched());
 }
 

@@ -231,7 +231,7 @@ TYPED_TEST(MoeFinalize, RefusesRowsOutOfRangeAndWritesNothing) {
     Call<TypeParam> call(random, 4, 3, 0, 16, false);
     call.slot_rows.back() = bad;
     EXPECT_EQ(error_of([&] { moe_finalize_cpu(call.params()); }),
-              "slot_rows must lie in [-1, 15), got " + std::to_string(bad));
+              "slot_rows must be in [-1, 15), got " + std::to_string(bad));
     EXPECT_TRUE(call.out.untouched());
   }
 }

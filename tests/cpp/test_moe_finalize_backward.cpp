@@ -190,8 +190,8 @@ TYPED_TEST(MoeFinalizeBackward, RefusesBadRowsAndWritesNothing) {
     EXPECT_TRUE(call.grad_rows.untouched() && call.grad_topk_weights.untouched());
     EXPECT_TRUE(call.grad_hidden_states.untouched() && call.grad_zero_weight.untouched());
   };
-  refuses(9, "slot_rows must lie in [-1, 9), got 9");
-  refuses(-2, "slot_rows must lie in [-1, 9), got -2");
+  refuses(9, "slot_rows must be in [-1, 9), got 9");
+  refuses(-2, "slot_rows must be in [-1, 9), got -2");
   refuses(2, "slot_rows must name every row at most once, got 2 twice");
 }
 

@@ -104,7 +104,7 @@ TYPED_TEST(MoePermute, RefusesSlotsOutOfRangeAndWritesNothing) {
     const std::vector<int32_t> row_slots = {0, 11, bad};
     const auto params = this->params_for(hidden_states, row_slots, rows, 4, 3, 8);
     EXPECT_EQ(error_of([&] { moe_permute_cpu(params); }),
-              "row_slots must lie in [0, 12) below the last offset, got " + std::to_string(bad));
+              "row_slots must be in [0, 12) below the last offset, got " + std::to_string(bad));
     EXPECT_TRUE(rows.untouched());
   }
 }

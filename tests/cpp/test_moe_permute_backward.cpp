@@ -110,7 +110,7 @@ TYPED_TEST(MoePermuteBackward, GivenSlotRowsAreReadInPlaceOfRowSlots) {
   slot_rows[5] = last_offset;
   Rows<T> untouched(kTokens, kHidden, kHidden);
   params.grad_hidden_states = untouched.data();
-  EXPECT_EQ(error_of([&] { moe_permute_backward_cpu(params); }), "slot_rows must lie in [-1, 7), got 7");
+  EXPECT_EQ(error_of([&] { moe_permute_backward_cpu(params); }), "slot_rows must be in [-1, 7), got 7");
   EXPECT_TRUE(untouched.untouched());
 }
 
@@ -134,7 +134,7 @@ TYPED_TEST(MoePermuteBackward, RefusesSlotsOutOfRangeAndWritesNothing) {
     const std::vector<int32_t> row_slots = {0, 11, bad};
     const auto params = this->params_for(grad_rows, row_slots, grad_hidden_states, 4, 3, 8);
     EXPECT_EQ(error_of([&] { moe_permute_backward_cpu(params); }),
-              "row_slots must lie in [0, 12) below the last offset, got " + std::to_string(bad));
+              "row_slots must be in [0, 12) below the last offset, got " + std::to_string(bad));
     EXPECT_TRUE(grad_hidden_states.untouched());
   }
 }

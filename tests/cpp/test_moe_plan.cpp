@@ -136,7 +136,7 @@ TYPED_TEST(MoePlan, RefusesIdsOutOfRangeAndWritesNothing) {
       params.slot_rows = plan.slot_rows.data();
       params.num_slots = num_slots;
       params.num_experts = 512;
-      EXPECT_EQ(error_of([&] { moe_plan_cpu(params); }), "topk_ids must lie in [-1, 512), got " + std::to_string(bad));
+      EXPECT_EQ(error_of([&] { moe_plan_cpu(params); }), "topk_ids must be in [-1, 512), got " + std::to_string(bad));
       for (const auto* written : {&plan.expert_offsets, &plan.row_slots, &plan.slot_rows}) {
         EXPECT_EQ(std::count(written->begin(), written->end(), kSentinel), static_cast<int64_t>(written->size()));
       }

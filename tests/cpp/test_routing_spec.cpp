@@ -16,7 +16,7 @@ RoutingSpec longcat() {
   RoutingSpec spec;
   spec.top_k = 12;
   spec.num_real_experts = 512;
-  spec.num_experts = 768;
+  spec.num_logits = 768;
   spec.num_identity_experts = 256;
   spec.routed_scaling_factor = 6.0;
   return spec;
@@ -40,7 +40,7 @@ TEST(RoutingSpec, PublishedShapesAreValid) {
   RoutingSpec grouped_drop;  // ZEDA on GLM-4.7-Flash
   grouped_drop.top_k = 4;
   grouped_drop.num_real_experts = 64;
-  grouped_drop.num_experts = 96;
+  grouped_drop.num_logits = 96;
   grouped_drop.num_identity_experts = 0;
   grouped_drop.scoring_func = ScoringFunc::kSigmoid;
   grouped_drop.num_expert_group = 8;
@@ -73,21 +73,49 @@ TEST(RoutingSpec, RefusesFieldsThatDisagree) {
             "num_expert_group must divide the number of real experts (512), got 3");
   EXPECT_EQ(error_after([](RoutingSpec& spec) { spec.topk_group = 2; }),
             "topk_group must be between 1 and num_expert_group (1), got 2");
-  EXPECT_EQ(error_after([](RoutingSpec& spec) { spec.num_experts = 767; }),
-            "num_experts (the width of the logits) must be at least 768, the real, identity and constant experts "
+  EXPECT_EQ(error_after([](RoutingSpec& spec) { spec.num_logits = 767; }),
+            "num_logits (the width of the logits) must be at least 768, the real, identity and constant experts "
             "together, got 767");
   EXPECT_EQ(error_after([](RoutingSpec& spec) {
               spec.num_real_experts = 4;
               spec.num_identity_experts = 0;
-              spec.num_experts = 6;
+              spec.num_logits = 6;
             }),
             "top_k must be at most the number of experts (6), got 12");
   EXPECT_EQ(error_after([](RoutingSpec& spec) {
               spec.num_identity_experts = std::numeric_limits<int64_t>::max();
               spec.num_constant_experts = std::numeric_limits<int64_t>::max();
             }),
-            "num_experts (the width of the logits) must be at least 9223372036854775807, the real, identity and "
+            "num_logits (the width of the logits) must be at least 9223372036854775807, the real, identity and "
             "constant experts together, got 768");
+}
+
+TEST(RoutingSpec, DropsBeforeRenormalizingOnlyWhereBothHappen) {
+  EXPECT_EQ(error_after([](RoutingSpec& spec) { spec.drop_before_renormalize = true; }),
+            "drop_before_renormalize needs renormalize, got false");
+  EXPECT_EQ(error_after([](RoutingSpec& spec) { spec.renormalize = spec.drop_before_renormalize = true; }),
+            "drop_before_renormalize needs drop experts, got none of 768 experts");
+  const auto with_open_counts = [](int64_t num_identity_experts) {
+    return [num_identity_experts](RoutingSpec& spec) {
+      spec.renormalize = spec.drop_before_renormalize = true;
+      spec.num_identity_experts = num_identity_experts;
+      spec.num_logits = kFromLogits;
+    };
+  };
+  EXPECT_EQ(error_after(with_open_counts(kFromLogits)),
+            "drop_before_renormalize needs drop experts, got none: num_identity_experts must be given");
+  EXPECT_EQ(error_after(with_open_counts(255)), "no error");
+  RoutingSpec spec = longcat();
+  with_open_counts(255)(spec);
+  EXPECT_EQ(spec.for_width(768).num_drop_experts(), 1);
+  EXPECT_THROW(spec.for_width(767), Error);
+}
+
+TEST(RoutingSpec, TheOlderNameOfTheWidthIsTheWidth) {
+  RoutingSpec spec;
+  EXPECT_EQ(spec.num_experts, kFromLogits);
+  spec.num_experts = 5;
+  EXPECT_EQ(spec.num_logits, 5);
 }
 
 TEST(RoutingSpec, WidthDecidesWhatIsLeftOpen) {
@@ -96,10 +124,10 @@ TEST(RoutingSpec, WidthDecidesWhatIsLeftOpen) {
   spec.num_real_experts = 8;
   spec.num_constant_experts = 2;
   const RoutingSpec resolved = spec.for_width(14);
-  EXPECT_EQ(resolved.num_experts, 14);
+  EXPECT_EQ(resolved.num_logits, 14);
   EXPECT_EQ(resolved.num_identity_experts, 4);
   EXPECT_EQ(resolved.num_drop_experts(), 0);
-  EXPECT_EQ(spec.num_experts, kFromLogits);
+  EXPECT_EQ(spec.num_logits, kFromLogits);
   EXPECT_THROW(spec.for_width(9), Error);
   EXPECT_THROW(longcat().for_width(767), Error);
   EXPECT_THROW(spec.for_width(-1), Error);

@@ -83,9 +83,9 @@ BAD_INPUT = {
     ),
     "no experts": (
         {"logits": torch.zeros(3, 0)},
-        r"^num_experts \(the width of the logits\) must be at least 6, .*got 0$",
+        r"^num_logits \(the width of the logits\) must be at least 6, .*got 0$",
     ),
-    "too few columns": ({"num_real_experts": 9}, r"^num_experts .* must be at least 9, .* got 8$"),
+    "too few columns": ({"num_real_experts": 9}, r"^num_logits .* must be at least 9, .* got 8$"),
     "bias too long": ({"bias": torch.zeros(9)}, r"^bias must have shape \[8\] \[experts\], got \[9\]$"),
     "bias of two dimensions": (
         {"bias": torch.zeros(1, 8)},
@@ -101,8 +101,8 @@ BAD_INPUT = {
     "no real experts": ({"num_real_experts": 0}, r"^num_real_experts must be at least 1, got 0$"),
     "negative identity experts": ({"num_identity_experts": -1}, r"^num_identity_experts must not be negative, got -1$"),
     "negative constant experts": ({"num_constant_experts": -1}, r"^num_constant_experts must not be negative, got -1$"),
-    "too many identity experts": ({"num_identity_experts": 3}, r"^num_experts .* must be at least 9, .* got 8$"),
-    "too many constant experts": ({"num_constant_experts": 3}, r"^num_experts .* must be at least 9, .* got 8$"),
+    "too many identity experts": ({"num_identity_experts": 3}, r"^num_logits .* must be at least 9, .* got 8$"),
+    "too many constant experts": ({"num_constant_experts": 3}, r"^num_logits .* must be at least 9, .* got 8$"),
     "scoring function": ({"scoring_func": "tanh"}, r'^scoring_func must be "softmax", "sigmoid" or .*, got "tanh"$'),
     "infinite scale": ({"routed_scaling_factor": float("inf")}, r"^routed_scaling_factor must be finite.*, got inf$"),
     "scale beyond float32": ({"routed_scaling_factor": 1e39}, r"^routed_scaling_factor must be finite.*, got 1e\+39$"),
@@ -203,6 +203,17 @@ def test_inputs_that_require_gradients() -> None:
     result = biased_topk(tracked * 1.0, bias.clone().requires_grad_(), 5, **EVERY_KIND)
     for one, other in zip(result, expected, strict=True):
         assert_equal(one.detach(), other)
+
+
+def test_dropping_before_nothing_is_divided() -> None:
+    """Refused where it would have no effect, also where only the logits tell how many drop experts there are."""
+    for routing, message in (
+        ({"num_identity_experts": 1}, r"^drop_before_renormalize needs renormalize, got false$"),
+        ({"renormalize": True}, r"^drop_before_renormalize needs drop experts, got none: num_identity_experts must be"),
+        ({"renormalize": True, "num_identity_experts": 4}, r"^drop_before_renormalize needs drop experts, got none of"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            biased_topk(torch.zeros(2, 8), None, 2, num_real_experts=4, drop_before_renormalize=True, **routing)
 
 
 def test_too_large_a_dense_copy() -> None:

@@ -49,6 +49,7 @@ def cases(draw: st.DrawFn) -> Case:
     values = draw(st.lists(LOGITS, min_size=num_tokens * num_experts, max_size=num_tokens * num_experts))
     dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]))
     bias = draw(st.none() | st.lists(st.floats(-1.0, 1.0, width=32), min_size=num_experts, max_size=num_experts))
+    renormalize = draw(st.booleans())
     return Case(
         torch.tensor(values).reshape(num_tokens, num_experts).to(dtype),
         None if bias is None else torch.tensor(bias),
@@ -58,8 +59,8 @@ def cases(draw: st.DrawFn) -> Case:
             "num_identity_experts": num_identity,
             "num_constant_experts": num_constant,
             "scoring_func": draw(st.sampled_from(["softmax", "sigmoid", "sqrtsoftplus"])),
-            "renormalize": draw(st.booleans()),
-            "drop_before_renormalize": draw(st.booleans()),
+            "renormalize": renormalize,
+            "drop_before_renormalize": renormalize and num_drop > 0 and draw(st.booleans()),
             "routed_scaling_factor": draw(st.sampled_from([1.0, 2.5, 6.0])),
             "num_expert_group": num_expert_group,
             "topk_group": draw(st.integers(1, num_expert_group)),

@@ -137,7 +137,7 @@ def test_interrupted_demo_saves_what_it_has(number: signal.Signals, demo_folder:
         (("demo", "--seed", "9" * 30), "Invalid value for '--seed'"),
         (("demo", "--out", f"{__file__}/below"), f"{__file__}/below: Not a directory"),
         (("generate", "--checkpoint", "/no/such/file"), "cannot read checkpoint /no/such/file"),
-        (("generate", "--checkpoint", __file__), "is no checkpoint of a byte decoder"),
+        (("generate", "--checkpoint", __file__), "is not a checkpoint of a byte decoder"),
         (("generate", "--checkpoint", __file__, "--prompt", ""), "--prompt must hold at least one byte"),
     ],
 )

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-import errno
 import os
+import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -77,6 +78,10 @@ def checkpoint(tmp_path: Path) -> Path:
     return path
 
 
+#: What Python's and PyTorch's own errors say.
+INTERNAL = re.compile(r"[A-Z]\w+Error|__\w+__|NoneType|object has|object is not|positional|keyword argument|aten::")
+
+
 def run(*arguments: object) -> Any:
     return CliRunner().invoke(app, list(map(str, arguments)))
 
@@ -86,6 +91,7 @@ def assert_one_sentence(result: Any, message: str = "") -> None:
     assert isinstance(result.exception, SystemExit)
     assert message in " ".join(result.stderr.split())
     assert "Traceback" not in result.stderr
+    assert not INTERNAL.search(result.stderr), result.stderr
 
 
 # ---- Work is not lost -----------------------------------------------------------------------------------------------
@@ -115,19 +121,18 @@ def test_a_full_disk(
     shutil.copy(checkpoint, out / "checkpoint.pt")
     before = (out / "checkpoint.pt").read_bytes()
 
-    def write_half(path: Path, data: bytes) -> None:
-        with path.open("wb") as file:
-            file.write(data[: len(data) // 2])
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-
     steps: list[object] = []
     if moment == "before the training":
         monkeypatch.setattr(files.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1 << 30, 1 << 30, 1000))  # type: ignore[attr-defined]
         monkeypatch.setattr(Trainer, "train_step", steps.append)
-    else:
-        monkeypatch.setattr(Path, "write_bytes", write_half)
-    result = run("demo", "--text", text, "--steps", 3, "--out", out, "--overwrite")
-    assert_one_sentence(result, "MiB free" if moment == "before the training" else "No space left on device")
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if moment != "before the training":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, unlimited[1]))  # stops within the checkpoint
+    try:
+        result = run("demo", "--text", text, "--steps", 3, "--out", out, "--overwrite")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    assert_one_sentence(result, "MiB free" if moment == "before the training" else "checkpoint.pt: File too large")
     assert steps == []
     assert (out / "checkpoint.pt").read_bytes() == before
     assert sorted(path.name for path in out.iterdir()) == ["checkpoint.pt"]
@@ -138,6 +143,11 @@ def test_the_folder_is_tried_before_the_training(text: Path, monkeypatch: pytest
     monkeypatch.setattr(Trainer, "train_step", steps.append)
     assert_one_sentence(run("demo", "--text", text, "--out", "/proc/zexpert"), "/proc/zexpert")
     assert steps == []
+
+
+def test_a_folder_that_leads_to_itself(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    assert_one_sentence(run("bench", "routing", "--plot", "loop/a.png"), "--plot must be in a folder that exists")
 
 
 def test_a_picture_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -181,6 +191,14 @@ def configured(**sizes: object) -> Callable[[dict[str, Any]], None]:
     return change
 
 
+def with_weights(change: Callable[[torch.Tensor], object]) -> Callable[[dict[str, Any]], None]:
+    def change_all(state: dict[str, Any]) -> None:
+        state["model"] = {name: change(weight) for name, weight in state["model"].items()}
+
+    change_all.__name__ = getattr(change, "__name__", "weights")
+    return change_all
+
+
 MODEL_FAULTS = [
     without_a_weight,
     with_an_unknown_weight,
@@ -196,6 +214,17 @@ MODEL_FAULTS = [
     configured(top_k=99),
     configured(routed_scaling_factor=float("nan")),
     configured(unknown=1),
+    configured(hidden_size=10**30),
+    *(configured(top_k=value) for value in (None, [5], {}, 2.5, True, -1, float("nan"), "\u00e9", torch.zeros(2))),
+    *(configured(routed_scaling_factor=value) for value in (None, "4", [4.0], torch.ones(1))),
+    *(with_weights(change) for change in (torch.Tensor.long, torch.Tensor.bool, torch.Tensor.tolist, str)),
+    *(with_weights(change) for change in (torch.Tensor.to_sparse, torch.Tensor.cfloat, torch.sum)),
+    with_weights(lambda weight: weight.to(torch.float8_e4m3fn)),
+    with_weights(lambda weight: weight.to("meta")),
+    lambda state: state["model"].update({3: torch.zeros(1)}),
+    lambda state: state.update(model={1: 2}),
+    lambda state: state.update(model_config={1: 2}),
+    lambda state: state.update(model_config=torch.zeros(2)),
     lambda state: state.pop("model"),
     lambda state: state.update(model_config=None),
 ]
@@ -213,7 +242,7 @@ def test_a_model_that_does_not_fit(
         ("profile", checkpoint, "--text", text),
         ("demo", "--text", text, "--resume", checkpoint, "--out", tmp_path / "out"),
     ):
-        assert_one_sentence(run(*arguments), "checkpoint.pt is no checkpoint of a byte decoder: ")
+        assert_one_sentence(run(*arguments), "checkpoint.pt is not a checkpoint of a byte decoder: ")
     assert not (tmp_path / "out").exists()
 
 
@@ -234,6 +263,18 @@ def with_another_moment(state: dict[str, Any]) -> None:
         lambda state: state.update(generator=torch.zeros(3)),
         lambda state: state.update(history=[{"step": 1}]),
         lambda state: state.update(history=[{"loss": "low"}]),
+        lambda state: state.update(history={}),
+        lambda state: state["history"][0].update(bits_per_byte=None),
+        lambda state: state["history"][1].update(held_out_bits_per_byte="low"),
+        lambda state: state.update(optimizer=None),
+        lambda state: state["optimizer"].update(state=3),
+        lambda state: state["optimizer"]["state"].pop(0),
+        lambda state: state["optimizer"]["state"][0]["exp_avg"].fill_(torch.nan),
+        lambda state: state["optimizer"]["param_groups"][0].pop("eps"),
+        lambda state: state["optimizer"]["param_groups"][0].update(betas=None),
+        lambda state: state["optimizer"]["param_groups"][0].update(weight_decay="x"),
+        lambda state: state["generator"].zero_(),
+        lambda state: state.update(generator="x"),
         lambda state: state.pop("history"),
     ],
 )
@@ -244,15 +285,15 @@ def test_a_trainer_that_cannot_continue(
     fault(state)
     torch.save(state, checkpoint)
     result = run("demo", "--text", text, "--resume", checkpoint, "--out", "out", "--steps", 9)
-    assert_one_sentence(result, "checkpoint.pt is no checkpoint of a byte decoder: ")
+    assert_one_sentence(result, "checkpoint.pt is not a checkpoint of a byte decoder: ")
 
 
 def test_what_is_no_checkpoint_at_all(tmp_path: Path) -> None:
     (tmp_path / "text").write_text("no checkpoint")
     torch.save([1], tmp_path / "list")
-    for name, reason in (("text", "PyTorch cannot read it"), ("list", "it holds a list"), (".", "it is no file")):
+    for name, reason in (("text", "PyTorch cannot read it"), ("list", "it holds a list"), (".", "it is not a file")):
         assert_one_sentence(
-            run("generate", "--checkpoint", name), f"{name} is no checkpoint of a byte decoder: {reason}"
+            run("generate", "--checkpoint", name), f"{name} is not a checkpoint of a byte decoder: {reason}"
         )
     assert_one_sentence(run("generate", "--checkpoint", "gone"), "cannot read checkpoint gone: No such file")
 

@@ -536,7 +536,7 @@ def test_profile_of_a_model_of_transformers(longcat_folder: Path, text: Path, tm
     ("name", "content", "message"),
     [
         ("nothing", None, "cannot read checkpoint"),
-        ("file", b"no checkpoint", "is no checkpoint of a byte decoder"),
+        ("file", b"no checkpoint", "is not a checkpoint of a byte decoder"),
         ("folder/x", b"", "folder must have a config.json; profile accepts checkpoints of zexpert demo and folders"),
         (
             "qwen/config.json",

@@ -19,7 +19,7 @@ from torch import Tensor
 import reference
 import zexpert
 from gradients import assert_gradients, gradients_of, poisoned
-from testing import FLOAT_DTYPES, assert_equal, assert_error_rule, unchanged, weight_dtype
+from testing import FLOAT_DTYPES, assert_equal, assert_error_rule, failing, unchanged, weight_dtype
 from zexpert import DispatchPlan, ops
 
 K, R = 3, 6
@@ -722,6 +722,21 @@ def test_a_forced_implementation_that_cannot_serve(case: str) -> None:
     plan, given = make_moe(dtype, place.device, make_ids(9), hidden, inner)
     with pytest.raises(RuntimeError, match="^" + sentence):
         ops.fused_moe(**plan._asdict(), **given, keep_gate_up=keep_gate_up, implementation=implementation)
+
+
+@pytest.mark.filterwarnings("ignore:Warning only once for all operators")
+def test_a_grouped_mm_that_fails() -> None:
+    """One sentence, not the dispatcher's."""
+    place = Place("cuda", "grouped_mm")
+    if missing(place):
+        pytest.skip(missing(place))
+    plan, given = make_moe(torch.bfloat16, "cuda", make_ids(9))
+    sentence = (
+        rf"^PyTorch's grouped_mm could not multiply tensors of shapes \[{9 * K}, {HIDDEN}\] and "
+        rf"\[{R}, {HIDDEN}, {2 * INNER}\] of bfloat16 on cuda:0; the memory may be full$"
+    )
+    with failing("_grouped_mm", "CUDA"), pytest.raises(RuntimeError, match=sentence):
+        ops.fused_moe(**plan._asdict(), **given, keep_gate_up=False, implementation="grouped_mm")
 
 
 @params(dtypes=(torch.float32,))

@@ -144,14 +144,24 @@ def call_with(group: Any, case: str) -> str:
         arguments = {"top_k": 3 if is_other else 2}
     elif case == "num_experts":
         arguments = {"num_experts": 16 if is_other else 8}
+    elif case == "intermediate_size":
+        arguments = {"intermediate_size": 6 if is_other else 4}
+    elif case == "num_logits":
+        arguments = {"zero_expert_type": "drop", "zero_expert_num": 3 if is_other else 2}
+    elif case == "num_identity_experts":
+        arguments = {"zero_expert_type": "drop" if is_other else "identity", "zero_expert_num": 2}
+    elif case == "renormalize":
+        arguments = {"renormalize": is_other}
     sizes = {"num_experts": 8, "top_k": 2, "hidden_size": 8, "intermediate_size": 4, **arguments}
-    layer = FusedMoE(**sizes, params_dtype=dtype, expert_parallel_group=group)
+    layer = FusedMoE(**sizes, params_dtype=dtype, expert_parallel_group=group)  # type: ignore[arg-type]
     if case == "exchange" and is_other:
         runner_of(layer).use_exchange("fixed", max_tokens=5)
     elif case == "capacity":
         runner_of(layer).use_exchange("fixed", max_tokens=5, capacity=4 if is_other else 5)
-    inputs = torch.randn(3, sizes["hidden_size"], dtype=dtype), torch.randn(3, sizes["num_experts"])
-    with pytest.raises(ValueError, match="same on all ranks") as error:
+    width = sizes["num_experts"] + sizes.get("zero_expert_num", 0)
+    inputs = torch.randn(3, sizes["hidden_size"], dtype=dtype), torch.randn(3, width)
+    grad_mode = case != "torch.is_grad_enabled()" or not is_other
+    with torch.set_grad_enabled(grad_mode), pytest.raises(ValueError, match="same on all ranks") as error:
         layer(*inputs)
     if case == "exchange":
         runner_of(layer).use_exchange("fixed", max_tokens=5)
@@ -166,6 +176,11 @@ def call_with(group: Any, case: str) -> str:
         ("hidden_size", "8 on rank 0 and 16 on rank 1"),
         ("top_k", "2 on rank 0 and 3 on rank 1"),
         ("num_experts", "8 on rank 0 and 16 on rank 1"),
+        ("intermediate_size", "4 on rank 0 and 6 on rank 1"),
+        ("num_logits", "10 on rank 0 and 11 on rank 1"),
+        ("num_identity_experts", "2 on rank 0 and 0 on rank 1"),
+        ("renormalize", "False on rank 0 and True on rank 1"),
+        ("torch.is_grad_enabled()", "True on rank 0 and False on rank 1"),
         ("exchange", "ragged on rank 0 and fixed on rank 1"),
         ("capacity", "5 on rank 0 and 4 on rank 1"),
     ],
@@ -175,20 +190,35 @@ def test_every_rank_names_what_differs(case: str, values: str, ranks: Ranks) -> 
     assert ranks.run(call_with, 2, case) == [message] * 2
 
 
-def slices_with(group: Any) -> str:
-    dtype = torch.float16 if dist.get_rank(group) == 1 else torch.bfloat16
-    layer = FusedMoE(4, 2, 8, 4, params_dtype=dtype, tensor_parallel_group=group)
+def slices_with(group: Any, case: str) -> str:
+    """The error of a layer whose ranks differ; in the number of tokens also at a later call, and then a right one."""
+    is_other = dist.get_rank(group) == 1
+    dtype = torch.float16 if case == "dtype" and is_other else torch.bfloat16
+    size = 6 if case == "intermediate_size" and is_other else 4
+    layer = FusedMoE(4, 2, 8, size, params_dtype=dtype, tensor_parallel_group=group)
+    num_tokens = 5 if case.startswith("num_tokens") and is_other else 3
+    inputs = torch.randn(num_tokens, 8, dtype=dtype), torch.randn(num_tokens, 4)
+    if case == "num_tokens later":
+        layer(inputs[0][:2], inputs[1][:2])
     with pytest.raises(ValueError, match="same on all ranks") as error:
-        layer(torch.randn(3, 8, dtype=dtype), torch.randn(3, 4))
+        layer(*inputs)
+    if case == "num_tokens later":
+        assert layer(inputs[0][:3], inputs[1][:3]).shape == (3, 8)
     return str(error.value)
 
 
-def test_every_rank_of_slices_names_what_differs(ranks: Ranks) -> None:
-    message = (
-        "dtype must be the same on all ranks of tensor_parallel_group, got torch.bfloat16 on rank 0 and torch.float16 "
-        "on rank 1"
-    )
-    assert ranks.run(slices_with, 2) == [message] * 2
+@pytest.mark.parametrize(
+    ("case", "values"),
+    [
+        ("dtype", "torch.bfloat16 on rank 0 and torch.float16 on rank 1"),
+        ("intermediate_size", "4 on rank 0 and 6 on rank 1"),
+        ("num_tokens", "3 on rank 0 and 5 on rank 1"),
+        ("num_tokens later", "3 on rank 0 and 5 on rank 1"),
+    ],
+)
+def test_every_rank_of_slices_names_what_differs(case: str, values: str, ranks: Ranks) -> None:
+    message = f"{case.split()[0]} must be the same on all ranks of tensor_parallel_group, got {values}"
+    assert ranks.run(slices_with, 2, case) == [message] * 2
 
 
 # --- Failures
@@ -236,9 +266,7 @@ def test_others_learn_of_a_rank_that_fails(how: str, tmp_path: Path) -> None:
 
 def other_ways_to_run(group: Any) -> None:
     layer = make_parallel("identity", "ragged", group)
-    with pytest.raises(
-        RuntimeError, match=r"^torch.jit.script cannot take a layer whose experts are shared out over ranks$"
-    ):
+    with pytest.raises(RuntimeError, match=r"^torch.jit.script cannot compile a layer with experts spread over ranks$"):
         torch.jit.script(nn.Sequential(layer))
     inputs = [tensor.float() for tensor in make_inputs("identity", NUM_TOKENS[dist.get_rank(group)])[:2]]
     with torch.no_grad():

@@ -78,12 +78,13 @@ def test_arguments_reach_the_spec(arguments: dict[str, Any]) -> None:
     assert router.spec.renormalize
     assert router.scoring_func == "sqrtsoftplus"
     assert router.spec.routed_scaling_factor == 2.5
-    width = router.spec.num_experts
+    width = router.spec.num_logits
     assert router.select_experts(torch.zeros(1, 3), torch.zeros(1, width)).topk_ids.dtype == torch.int64
 
 
 def test_zero_router_takes_grouped_arguments() -> None:
-    router = create_fused_moe_router(2, 8, drop_before_renormalize=True, **ZERO, **GROUPED)
+    zero = {**ZERO, "zero_expert_type": {"identity": 3, "drop": 1}}
+    router = create_fused_moe_router(2, 8, renormalize=True, drop_before_renormalize=True, **zero, **GROUPED)
     assert (router.spec.num_expert_group, router.spec.topk_group) == (4, 2)
     assert router.spec.drop_before_renormalize
 
@@ -189,6 +190,11 @@ def test_expert_map_and_callback() -> None:
         (ZERO | GROUPED | CUSTOM, r"^custom_routing_function must be None when zero_expert_type is set, "),
         ({"drop_before_renormalize": True}, r"^drop_before_renormalize needs zero_expert_type, got None$"),
         (GROUPED | {"drop_before_renormalize": True}, r"^drop_before_renormalize needs zero_expert_type, got None$"),
+        (ZERO | {"drop_before_renormalize": True}, r"^drop_before_renormalize needs renormalize, got false$"),
+        (
+            ZERO | {"drop_before_renormalize": True, "renormalize": True},
+            r"^drop_before_renormalize needs drop experts, got none of 12 experts$",
+        ),
         ({"routing_simulation": "zipf"}, r"^routing_simulation must be .*, got 'zipf'$"),
         ({"indices_dtype": torch.int8}, r"^indices_dtype must be torch.int32 or torch.int64, got torch.int8$"),
         (

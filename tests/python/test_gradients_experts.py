@@ -228,7 +228,7 @@ def test_fused_moe_refuses_slots_past_the_last_offset() -> None:
     assert num_rows < plan.row_slots.numel()
     slot_rows = plan.slot_rows.clone()
     slot_rows[0, 0] = num_rows
-    with pytest.raises(RuntimeError, match=rf"^slot_rows must lie in \[-1, {num_rows}\), got {num_rows}$"):
+    with pytest.raises(RuntimeError, match=rf"^slot_rows must be in \[-1, {num_rows}\), got {num_rows}$"):
         ops.fused_moe(**plan._replace(slot_rows=slot_rows)._asdict(), **fused_inputs())
 
 

@@ -289,7 +289,7 @@ def test_wrong_shapes(op: str, position: int, message: str) -> None:
 @pytest.mark.parametrize("op", [op for op in BACKWARD if op != "moe_permute_backward"])
 def test_wrong_dtypes(op: str) -> None:
     arguments, keywords = call_of(op, requires_grad=False)
-    with pytest.raises(RuntimeError, match=r"^grad_\w+ must be float32 beside float32 \w+, got float64"):
+    with pytest.raises(RuntimeError, match=r"^grad_\w+ must be float32 with float32 \w+, got float64"):
         packet(op)(arguments[0].double(), *arguments[1:], **keywords)
 
 

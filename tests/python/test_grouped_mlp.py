@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 import reference
-from testing import FLOAT_DTYPES, assert_equal, assert_error_rule, layouts, unchanged
+from testing import FLOAT_DTYPES, assert_equal, assert_error_rule, failing, layouts, unchanged
 from zexpert.ops import grouped_mlp, moe_permute, moe_plan
 
-# None, one, an odd few, the most that stream bfloat16 weights beside AMX, a middling number, and enough for torch's
+# None, one, an odd few, the most that stream bfloat16 weights with AMX, a middling number, and enough for torch's
 # matrix product in every dtype.
 SEGMENTS = [0, 1, 3, 12, 33, 0, 170]
 
@@ -221,11 +221,11 @@ BAD_INPUT = {
     ),
     "w13 of another type": (
         {"w13_weight": torch.zeros(2, 8, 8).bfloat16()},
-        r"^w13_weight must be float32 beside float32 rows, got bfloat16$",
+        r"^w13_weight must be float32 with float32 rows, got bfloat16$",
     ),
     "w2 of another type": (
         {"w2_weight": torch.zeros(2, 8, 4).double()},
-        r"^w2_weight must be float32 beside float32 rows, got float64$",
+        r"^w2_weight must be float32 with float32 rows, got float64$",
     ),
     "w13 of two dimensions": ({"w13_weight": torch.zeros(16, 8)}, r"^w13_weight must have 3 dimensions .*\[16, 8\]$"),
     "w13 of odd rows": (
@@ -246,11 +246,11 @@ BAD_INPUT = {
     ),
     "a slot of no token": (
         {"rows": torch.randn(2, 8), "row_slots": torch.tensor([0, 1, 2, 6, 3]).int(), "top_k": 3},
-        r"^row_slots must lie in \[0, 6\) below the last offset, got 6$",
+        r"^row_slots must be in \[0, 6\) below the last offset, got 6$",
     ),
     "a negative slot": (
         {"row_slots": torch.tensor([0, 1, -1, 2, 3]).int()},
-        r"^row_slots must lie in \[0, 5\) below the last offset, got -1$",
+        r"^row_slots must be in \[0, 5\) below the last offset, got -1$",
     ),
     "too many slots": (
         {"row_slots": torch.zeros(6).int()},
@@ -264,6 +264,7 @@ BAD_INPUT = {
         {"row_slots": torch.zeros(5).long(), "top_k": 0},
         r"^row_slots must be int32, got int64$",
     ),
+    "slots per token without slots": ({"top_k": 3}, r"^top_k must be 1 without row_slots, got 3$"),
     "wide slots": ({"row_slots": torch.zeros(5).long()}, r"^row_slots must be int32, got int64$"),
     "slots of two dimensions": (
         {"row_slots": torch.zeros(5, 1).int()},
@@ -307,3 +308,13 @@ def test_compiled_and_scripted() -> None:
             assert_equal(function(*given), grouped_mlp(*given))
             slots = torch.arange(sum(segments)).int().flip(0)
             assert_equal(function(*given, slots, 1), grouped_mlp(*given, slots, 1))
+
+
+@pytest.mark.filterwarnings("ignore:Warning only once for all operators")
+def test_a_product_of_pytorch_that_fails() -> None:
+    """One sentence, not the dispatcher's."""
+    rows, expert_offsets = torch.randn(300, 16), torch.tensor([0, 300], dtype=torch.int32)
+    sizes = r"matrices of shapes \[300, 16\] and \[16, 20\] of float32 on cpu; the memory may be full"
+    with failing("mm.out", "CPU"), pytest.raises(RuntimeError, match=rf"^PyTorch could not multiply {sizes}$"):
+        grouped_mlp(rows, expert_offsets, *weights(1, 16, 10))
+    grouped_mlp(rows, expert_offsets, *weights(1, 16, 10))

@@ -141,7 +141,7 @@ def test_torch_types_are_taken_as_well_as_names() -> None:
         ("biased_topk", {"top_k": 65}, r"^top_k must be between 1 and 64, got 65$"),
         (
             "biased_topk_and_plan",
-            {"top_k": 9, "num_experts": 8},
+            {"top_k": 9, "num_logits": 8},
             r"^top_k must be at most the number of experts \(8\), got 9$",
         ),
         (
@@ -150,8 +150,12 @@ def test_torch_types_are_taken_as_well_as_names() -> None:
             r"^dtype must be float32, bfloat16 or float16 on CUDA, got float64$",
         ),
         *(
-            (op, {"device": "cuda", "num_experts": 8193}, r"^num_experts must be at most 8192 on CUDA, got 8193$")
-            for op in ("biased_topk", "biased_topk_and_plan", "moe_plan")
+            (op, {"device": "cuda", name: 8193}, rf"^{name} must be at most 8192 on CUDA, got 8193$")
+            for op, name in (
+                ("biased_topk", "num_logits"),
+                ("biased_topk_and_plan", "num_logits"),
+                ("moe_plan", "num_experts"),
+            )
         ),
         (
             "grouped_mlp",
@@ -212,8 +216,8 @@ def test_bad_questions_get_a_sentence(op: str, arguments: dict[str, Any], messag
 @pytest.mark.parametrize(
     ("op", "sizes", "backend", "kernel"),
     [
-        ("biased_topk", {"num_experts": 768, "top_k": 12}, "cuda", "biased_topk_warp"),
-        ("biased_topk", {"num_experts": 1025, "top_k": 12}, "cuda", "biased_topk_block"),
+        ("biased_topk", {"num_logits": 768, "top_k": 12}, "cuda", "biased_topk_warp"),
+        ("biased_topk", {"num_logits": 1025, "top_k": 12}, "cuda", "biased_topk_block"),
         ("biased_topk", {"num_experts": 768, "top_k": 33}, "cuda", "biased_topk_block"),
         ("biased_topk_and_plan", {"compute_capability": 9}, "cuda", "biased_topk_and_plan"),
         ("biased_topk_and_plan", {**DECODING, "compute_capability": 9}, "cuda", "biased_topk_and_plan"),
@@ -221,7 +225,7 @@ def test_bad_questions_get_a_sentence(op: str, arguments: dict[str, Any], messag
         ("biased_topk_and_plan", {**DECODING, "compute_capability": 8}, "cuda", "biased_topk_warp, counting_sort"),
         ("biased_topk_and_plan", {**DECODING, "num_tokens": 257}, "cuda", "biased_topk_warp, counting_sort"),
         ("biased_topk_and_plan", {**DECODING, "top_k": 17}, "cuda", "biased_topk_warp, counting_sort"),
-        ("biased_topk_and_plan", {**DECODING, "num_experts": 1025}, "cuda", "biased_topk_block, counting_sort"),
+        ("biased_topk_and_plan", {**DECODING, "num_logits": 1025}, "cuda", "biased_topk_block, counting_sort"),
         ("moe_plan", {}, "cuda", "counting_sort"),
         ("zero_expert_accumulate", {}, "cuda", "zero_expert_accumulate"),
         ("moe_permute", {}, "cuda", "moe_permute"),
@@ -234,7 +238,7 @@ def test_bad_questions_get_a_sentence(op: str, arguments: dict[str, Any], messag
             "fused_moe",
             {"dtype": "float16", "compute_capability": 9, "keep_gate_up": False},
             "cuda",
-            "grouped_mlp_hopper",
+            "grouped_product",
         ),
         ("fused_moe", {"dtype": "bfloat16", "compute_capability": 9}, "torch", "grouped_mm"),
         ("grouped_mlp", {"dtype": "bfloat16", "intermediate_size": 20}, "torch", "loop"),
@@ -248,17 +252,17 @@ def test_cuda(op: str, sizes: dict[str, Any], backend: str, kernel: str) -> None
 @pytest.mark.parametrize(
     ("more", "kernel", "reason"),
     [
-        ({}, "grouped_mlp_hopper", r"^Tiles of up to 64 rows of an expert by 256 of its weights: "),
-        ({"num_rows": 1024 * 12}, "grouped_mlp_hopper", r"^Tiles of up to 160 rows of an expert"),
+        ({}, "grouped_product", r"^Tiles of up to 64 rows of an expert by 256 of its weights: "),
+        ({"num_rows": 1024 * 12}, "grouped_product", r"^Tiles of up to 160 rows of an expert"),
         (
             {"num_rows": 2048 * 12},
-            "grouped_mlp_hopper",
+            "grouped_product",
             r"^Tiles of up to 288 rows of an expert by 128 of its weights: ",
         ),
-        ({"num_rows": 4096 * 12}, "grouped_mlp_hopper", r"^Tiles of up to 160 rows of an expert"),
-        ({"dtype": "float16"}, "grouped_mlp_hopper", r"^Tiles "),
-        ({"num_rows": None}, "grouped_mlp_hopper", r"^The rows of an expert decide on the tiles\.$"),
-        ({"num_experts": None}, "grouped_mlp_hopper", r"^The rows of an expert decide on the tiles\.$"),
+        ({"num_rows": 4096 * 12}, "grouped_product", r"^Tiles of up to 160 rows of an expert"),
+        ({"dtype": "float16"}, "grouped_product", r"^Tiles "),
+        ({"num_rows": None}, "grouped_product", r"^The rows of an expert decide on the tiles\.$"),
+        ({"num_experts": None}, "grouped_product", r"^The rows of an expert decide on the tiles\.$"),
         (
             {"hidden_size": 72},
             "grouped_mm",
@@ -286,7 +290,7 @@ def test_hopper(more: dict[str, Any], kernel: str, reason: str) -> None:
     asked = {"dtype": "bfloat16", "num_experts": 64, "num_rows": 12, "hidden_size": 2048, "intermediate_size": 768}
     plan = zexpert.kernel_plan("grouped_mlp", device="cuda", **{"compute_capability": 9, **asked, **more})
     assert plan.kernel == kernel
-    assert plan.implementation == {"grouped_mlp_hopper": "hopper", "loop": "torch"}.get(kernel, kernel)
+    assert plan.implementation == {"grouped_product": "hopper", "loop": "torch"}.get(kernel, kernel)
     alias = zexpert.kernel_plan("grouped_mlp", device="cuda", **{"experts_backend": "hopper", **asked, **more})
     assert (alias.kernel, alias.reason) == (plan.kernel, plan.reason)
     assert re.match(reason, plan.reason), plan.reason
@@ -296,7 +300,7 @@ def test_hopper(more: dict[str, Any], kernel: str, reason: str) -> None:
 def test_hopper_is_chosen_where_it_runs() -> None:
     plan = zexpert.kernel_plan("grouped_mlp", device="cuda", dtype="bfloat16", hidden_size=64)
     runs = torch.cuda.is_available() and torch.ops.zexpert.is_hopper(torch.zeros(1, device="cuda"))
-    assert (plan.backend, plan.kernel) == (("cuda", "grouped_mlp_hopper") if runs else ("torch", "grouped_mm"))
+    assert (plan.backend, plan.kernel) == (("cuda", "grouped_product") if runs else ("torch", "grouped_mm"))
 
 
 def test_plans_are_made_by_kernel_plan_alone() -> None:

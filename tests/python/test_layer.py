@@ -282,7 +282,7 @@ def test_rejects_bad_arguments(arguments: dict[str, Any], message: str) -> None:
 
 def test_length_of_the_bias_tells_the_number_of_zero_experts() -> None:
     layer = FusedMoE(6, 2, 8, 4, zero_expert_type="constant", e_score_correction_bias=torch.zeros(9))
-    assert layer.router.num_experts == 9
+    assert layer.router.num_logits == layer.router.num_experts == 9
     assert layer.constant_gate_weight is not None
     assert layer.constant_gate_weight.shape == (3, 2, 8)
 
@@ -295,7 +295,16 @@ def test_rejects_bad_inputs() -> None:
         (hidden_states, router_logits.tolist(), r"^router_logits must be a tensor, got list$"),
         (hidden_states[:, :5], router_logits, r"^hidden_states must have shape \[..., 24\], got \[6, 5\]$"),
         (torch.tensor(1.0), router_logits, r"^hidden_states must have shape \[..., 24\], got \[\]$"),
-        (hidden_states, router_logits[:5], r"^router_logits must have the leading .*\(\[6\]\), got shape \[5, 9\]$"),
+        (
+            hidden_states,
+            router_logits[:5],
+            r"^router_logits must have one row per token of hidden_states \(6\), got 5$",
+        ),
+        (
+            hidden_states.reshape(2, 3, 24),
+            router_logits,
+            r"^router_logits must have the leading .*\(\[2, 3\]\), got shape \[6, 9\]$",
+        ),
         (
             hidden_states,
             router_logits.reshape(2, 3, 9),

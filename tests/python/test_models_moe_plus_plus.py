@@ -40,7 +40,7 @@ def published_weights(config: MoEPlusPlusConfig, dtype: torch.dtype, seed: int =
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator) * shape[-1] ** -0.5
 
-    hidden, intermediate, num_experts = config.hidden_size, config.intermediate_size, config.num_experts
+    hidden, intermediate, num_experts = config.hidden_size, config.intermediate_size, config.num_logits
     weights = {"moe.gate.gate_map.weight": normal(num_experts, num_experts)}
     if config.two_layer_gate:
         weights["moe.gate.wg.0.weight"] = 2 * normal(8 * num_experts, hidden)
@@ -101,7 +101,7 @@ def written_out(
     probabilities = torch.softmax(normed, dim=1)
     gates, choices = probabilities.topk(config.top_k, dim=1)
     if config.drop_before_renormalize:
-        first_zero = config.num_experts - config.num_zero_experts
+        first_zero = config.num_logits - config.num_zero_experts
         gates = torch.where(choices >= first_zero, 0.0, gates)
     total = gates.sum(dim=1, keepdim=True)
     gates = torch.where(total > 0, gates / total, 0.0)
@@ -168,7 +168,7 @@ def test_first_layer_without_residual_leaves_the_matrix_out() -> None:
     x = torch.randn(5, SMALL.hidden_size)
     assert without_map.gate.gate_map is None
     assert_equal(without_map(x)[0], with_map(x)[0])
-    assert_equal(without_map(x, torch.randn(5, SMALL.num_experts))[0], with_map(x)[0])
+    assert_equal(without_map(x, torch.randn(5, SMALL.num_logits))[0], with_map(x)[0])
 
 
 @torch.no_grad()
@@ -177,7 +177,7 @@ def test_scripts_compiles_and_copies(name: str) -> None:
     config = CONFIGS[name]
     block = MoEPlusPlusBlock.from_state_dict(config, published_weights(config, torch.float32))
     stats = track_routing(block)["experts"]
-    x, previous = torch.randn(2, 9, config.hidden_size), torch.randn(2, 9, config.num_experts)
+    x, previous = torch.randn(2, 9, config.hidden_size), torch.randn(2, 9, config.num_logits)
     for arguments in ((x,), (x, previous)):
         expected, expected_logits = block(*arguments)
         assert expected.shape == x.shape
@@ -250,7 +250,7 @@ def test_gradients_reach_gate_constants_and_previous_logits() -> None:
     weights = published_weights(config, torch.float64)
     block = MoEPlusPlusBlock.from_state_dict(config, weights, params_dtype=torch.float64).double()
     x = torch.randn(4, config.hidden_size, dtype=torch.float64, requires_grad=True)
-    previous = torch.randn(4, config.num_experts, dtype=torch.float64, requires_grad=True)
+    previous = torch.randn(4, config.num_logits, dtype=torch.float64, requires_grad=True)
     order = expert_order(config)
 
     out, _ = block(x, previous)
@@ -297,7 +297,7 @@ def test_logits_without_spread_train(logits_std: float, two_layer_gate: bool, ze
     optimizer = torch.optim.SGD(block.parameters(), lr=0.01)
     for _ in range(3):
         optimizer.zero_grad()
-        out, _ = block(x, torch.zeros(12, SMALL.num_experts))
+        out, _ = block(x, torch.zeros(12, SMALL.num_logits))
         assert bool(out.isfinite().all())
         out.square().sum().backward()
         for name, tensor in [*block.named_parameters(), ("x", x)]:

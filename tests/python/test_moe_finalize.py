@@ -112,7 +112,7 @@ def test_a_slot_without_work_adds_nothing_whatever_its_weight() -> None:
 
 @pytest.mark.every_device("moe_finalize")
 def test_order_of_rows_and_company_change_nothing() -> None:
-    """The sum is in slot order, wherever the rows lie and whichever tokens are beside."""
+    """The sum is in slot order, wherever the rows are and whichever other tokens there are."""
     given = arguments(40, 257, torch.bfloat16, top_k=8)
     expected = moe_finalize(**given)
     rows, slot_rows = given["rows"], given["slot_rows"]
@@ -173,7 +173,7 @@ BAD_INPUT: dict[str, tuple[dict[str, Tensor | None], str]] = {
     ),
     "rows of another type": (
         {"rows": torch.zeros(9, 8).half()},
-        r"^rows must be float32 beside float32 hidden_states, got float16$",
+        r"^rows must be float32 with float32 hidden_states, got float16$",
     ),
     "rows of another width": (
         {"rows": torch.zeros(9, 7)},
@@ -186,15 +186,15 @@ BAD_INPUT: dict[str, tuple[dict[str, Tensor | None], str]] = {
         r"^slot_rows must have shape \[3, 3\] \[tokens, top_k\], got \[4, 3\]$",
     ),
     "slot_rows of one dimension": ({"slot_rows": torch.zeros(9).int()}, r"^slot_rows must have 2 dimensions .*\[9\]$"),
-    "row too large": ({"slot_rows": torch.full((3, 3), 9).int()}, r"^slot_rows must lie in \[-1, 9\), got 9$"),
-    "row too small": ({"slot_rows": torch.full((3, 3), -2).int()}, r"^slot_rows must lie in \[-1, 9\), got -2$"),
+    "row too large": ({"slot_rows": torch.full((3, 3), 9).int()}, r"^slot_rows must be in \[-1, 9\), got 9$"),
+    "row too small": ({"slot_rows": torch.full((3, 3), -2).int()}, r"^slot_rows must be in \[-1, 9\), got -2$"),
     "row where there is none": (
         {"rows": torch.zeros(0, 8), "slot_rows": torch.zeros(3, 3).int()},
-        r"^slot_rows must lie in \[-1, 0\), got 0$",
+        r"^slot_rows must be in \[-1, 0\), got 0$",
     ),
     "topk_weights of another type": (
         {"topk_weights": torch.zeros(3, 3).bfloat16()},
-        r"^topk_weights must be float32 beside float32 hidden_states, got bfloat16$",
+        r"^topk_weights must be float32 with float32 hidden_states, got bfloat16$",
     ),
     "topk_weights of other slots": (
         {"topk_weights": torch.zeros(3, 4)},
@@ -220,7 +220,7 @@ BAD_INPUT: dict[str, tuple[dict[str, Tensor | None], str]] = {
     ),
     "constant_weight of another type": (
         {"constant_weight": torch.zeros(3, 2).double()},
-        r"^constant_weight must be float32 beside float32 hidden_states, got float64$",
+        r"^constant_weight must be float32 with float32 hidden_states, got float64$",
     ),
     "constant_vectors of another width": (
         {"constant_vectors": torch.zeros(2, 7)},
@@ -228,7 +228,7 @@ BAD_INPUT: dict[str, tuple[dict[str, Tensor | None], str]] = {
     ),
     "constant_vectors of another type": (
         {"constant_vectors": torch.zeros(2, 8).half()},
-        r"^constant_vectors must be float32 beside float32 hidden_states, got float16$",
+        r"^constant_vectors must be float32 with float32 hidden_states, got float16$",
     ),
     "no constant_vectors": (
         {"constant_vectors": None},

@@ -124,11 +124,11 @@ BAD_INPUT = {
     "last offset negative": ({"expert_offsets": torch.tensor([0, -1]).int()}, r"^expert_offsets must end .*, got -1$"),
     "row without a slot": (
         {"expert_offsets": torch.tensor([0, 5]).int()},
-        r"^row_slots must lie in \[0, 6\) below the last offset, got -1$",
+        r"^row_slots must be in \[0, 6\) below the last offset, got -1$",
     ),
     "slot of no token": (
         {"row_slots": torch.tensor([3, 6, 1, 5, -1, -1]).int()},
-        r"^row_slots must lie in \[0, 6\) below the last offset, got 6$",
+        r"^row_slots must be in \[0, 6\) below the last offset, got 6$",
     ),
     "wide slot_rows": ({"slot_rows": torch.zeros(3, 2).long()}, r"^slot_rows must be int32, got int64$"),
     "slot_rows of another shape": (

@@ -102,13 +102,13 @@ def test_taking_slots_away_keeps_the_order_of_the_rest(data: st.DataObject, num_
 def test_ids_out_of_range(bad: int, position: int, dtype: torch.dtype) -> None:
     topk_ids = random_ids(1400, 3, 4, dtype)
     topk_ids.view(-1)[position] = bad
-    with unchanged(topk_ids), pytest.raises(RuntimeError, match=rf"^topk_ids must lie in \[-1, 4\), got {bad}$"):
+    with unchanged(topk_ids), pytest.raises(RuntimeError, match=rf"^topk_ids must be in \[-1, 4\), got {bad}$"):
         moe_plan(topk_ids, 4)
 
 
 @pytest.mark.parametrize("bad", [2**32, 2**32 + 1, -(2**32)])
 def test_ids_that_would_fit_if_they_were_cut_to_32_bits(bad: int) -> None:
-    with pytest.raises(RuntimeError, match=rf"^topk_ids must lie in \[-1, 4\), got {bad}$"):
+    with pytest.raises(RuntimeError, match=rf"^topk_ids must be in \[-1, 4\), got {bad}$"):
         moe_plan(torch.tensor([[0, bad]]), 4)
 
 

@@ -53,7 +53,7 @@ KINDS = ("plain", "bias", "grouped", "grouped_bias", "zero", "zero_bias")
 
 def make_inputs(router: BaseRouter, num_tokens: int = 33, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(5)
-    width = router.spec.num_experts
+    width = router.spec.num_logits
     assert width is not None
     hidden_states = torch.randn(num_tokens, HIDDEN, generator=generator)
     return hidden_states.to(dtype), torch.randn(num_tokens, width, generator=generator).to(dtype)

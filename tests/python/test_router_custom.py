@@ -78,7 +78,7 @@ def test_ids_that_int32_cannot_hold_do_not_become_others() -> None:
     router = CustomRoutingRouter(1, 4, lambda **_: (torch.ones(2, 1), torch.tensor([[2**32 + 1], [-(2**32)]])))
     topk_ids = router.select_experts(torch.zeros(2, 3), torch.zeros(2, 4)).topk_ids
     assert topk_ids.dtype == torch.int32
-    with pytest.raises(RuntimeError, match=r"^topk_ids must lie in \[-1, 4\), got 2147483647$"):
+    with pytest.raises(RuntimeError, match=r"^topk_ids must be in \[-1, 4\), got 2147483647$"):
         moe_plan(topk_ids[:1], 4)
-    with pytest.raises(RuntimeError, match=r"^topk_ids must lie in \[-1, 4\), got -2$"):
+    with pytest.raises(RuntimeError, match=r"^topk_ids must be in \[-1, 4\), got -2$"):
         moe_plan(topk_ids[1:], 4)

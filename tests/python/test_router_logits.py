@@ -186,12 +186,12 @@ BAD_INPUT = {
     "wide weight": (
         torch.zeros(3, 8),
         torch.zeros(4, 8).double(),
-        r"^weight must be float32, bfloat16 or float16 beside float32 hidden_states, got float64$",
+        r"^weight must be float32, bfloat16 or float16 with float32 hidden_states, got float64$",
     ),
     "integer weight": (
         torch.zeros(3, 8).double(),
         torch.zeros(4, 8).long(),
-        r"^weight must be float32, float64, bfloat16 or float16 beside float64 hidden_states, got int64$",
+        r"^weight must be float32, float64, bfloat16 or float16 with float64 hidden_states, got int64$",
     ),
     "no dimension": (
         torch.zeros(()),

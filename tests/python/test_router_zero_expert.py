@@ -19,7 +19,7 @@ NUM_REAL = 4
 
 def counts(router: ZeroExpertRouter) -> tuple[int | None, ...]:
     spec = router.spec
-    return (spec.num_experts, spec.num_identity_experts, spec.num_constant_experts, spec.num_drop_experts)
+    return (spec.num_logits, spec.num_identity_experts, spec.num_constant_experts, spec.num_drop_experts)
 
 
 @pytest.mark.parametrize(

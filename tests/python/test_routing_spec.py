@@ -15,7 +15,7 @@ from zexpert import _C, RoutingMethodType, RoutingSpec, ScoringFunc, ZeroExpertT
 LONGCAT = {
     "top_k": 12,
     "num_real_experts": 512,
-    "num_experts": 768,
+    "num_logits": 768,
     "num_identity_experts": 256,
     "num_constant_experts": 0,
     "scoring_func": "softmax",
@@ -39,7 +39,7 @@ def test_properties_are_the_arguments() -> None:
 
 def test_defaults() -> None:
     made = RoutingSpec(top_k=1, num_real_experts=4)
-    assert made.num_experts is None
+    assert made.num_logits is None
     assert made.num_identity_experts is None
     assert made.num_drop_experts is None
     assert made.scoring_func is ScoringFunc.SOFTMAX
@@ -50,9 +50,9 @@ def test_defaults() -> None:
 def test_for_width_makes_every_count_known() -> None:
     open_spec = RoutingSpec(top_k=2, num_real_experts=8, num_constant_experts=2)
     resolved = open_spec.for_width(14)
-    assert (resolved.num_experts, resolved.num_identity_experts, resolved.num_drop_experts) == (14, 4, 0)
+    assert (resolved.num_logits, resolved.num_identity_experts, resolved.num_drop_experts) == (14, 4, 0)
     assert spec(num_identity_experts=100).num_drop_experts == 156
-    assert open_spec.num_experts is None
+    assert open_spec.num_logits is None
     with pytest.raises(ValueError, match=r"^logits must have 768 columns, one per expert, got 767$"):
         spec().for_width(767)
     with pytest.raises(ValueError, match=r"^width must not be negative, got -1$"):
@@ -71,15 +71,16 @@ def test_equality_and_hash_see_every_field() -> None:
     changes = {
         "top_k": 8,
         "num_real_experts": 500,
-        "num_experts": 769,
+        "num_logits": 769,
         "num_identity_experts": 255,
         "num_constant_experts": 0,
         "scoring_func": "sigmoid",
         "renormalize": True,
-        "drop_before_renormalize": True,
         "routed_scaling_factor": 1.0,
     }
     changed = [spec(**{name: value}) for name, value in changes.items() if LONGCAT[name] != value]
+    drops = {"num_identity_experts": 255, "renormalize": True}
+    changed += [spec(**drops), spec(**drops, drop_before_renormalize=True)]
     changed += [spec(num_expert_group=4), spec(num_expert_group=4, topk_group=2)]
     assert len({spec(), *changed}) == 1 + len(changed)
 
@@ -104,14 +105,20 @@ def test_spec_is_immutable() -> None:
         ({"top_k": 2.5}, r"^top_k must be an integer, got 2.5$"),
         ({"top_k": "12"}, r"^top_k must be an integer, got '12'$"),
         ({"num_real_experts": None}, r"^num_real_experts must be an integer, got None$"),
-        ({"num_experts": 767.5}, r"^num_experts must be an integer or None, got 767.5$"),
+        ({"num_logits": 767.5}, r"^num_logits must be an integer or None, got 767.5$"),
         ({"scoring_func": 3}, r"^scoring_func must be a ScoringFunc or its name, got 3$"),
         ({"renormalize": "yes"}, r"^renormalize must be a bool, got 'yes'$"),
         ({"routed_scaling_factor": "6"}, r"^routed_scaling_factor must be a number, got '6'$"),
+        ({"num_experts": 768}, r"^num_experts, the older name of num_logits, must be None with it, got 768$"),
+        ({"drop_before_renormalize": True}, r"^drop_before_renormalize needs renormalize, got false$"),
+        (
+            {"drop_before_renormalize": True, "renormalize": True},
+            r"^drop_before_renormalize needs drop experts, got none of 768 experts$",
+        ),
         ({"top_k": 65}, r"^top_k must be between 1 and 64, got 65$"),
         ({"num_real_experts": 0}, r"^num_real_experts must be at least 1, got 0$"),
-        ({"num_experts": -1}, r"^num_experts must not be negative, got -1$"),
-        ({"num_experts": 767}, r"^num_experts \(the width of the logits\) must be at least 768, .* got 767$"),
+        ({"num_logits": -1}, r"^num_logits must not be negative, got -1$"),
+        ({"num_logits": 767}, r"^num_logits \(the width of the logits\) must be at least 768, .* got 767$"),
         ({"num_identity_experts": -1}, r"^num_identity_experts must not be negative, got -1$"),
         ({"num_constant_experts": -1}, r"^num_constant_experts must not be negative, got -1$"),
         ({"scoring_func": "tanh"}, r'^scoring_func must be "softmax", "sigmoid" or "sqrtsoftplus", got "tanh"$'),
@@ -119,7 +126,7 @@ def test_spec_is_immutable() -> None:
         ({"num_expert_group": 3}, r"^num_expert_group must divide the number of real experts \(512\), got 3$"),
         ({"topk_group": 2}, r"^topk_group must be between 1 and num_expert_group \(1\), got 2$"),
         (
-            {"num_real_experts": 4, "num_identity_experts": 0, "num_experts": 6},
+            {"num_real_experts": 4, "num_identity_experts": 0, "num_logits": 6},
             r"^top_k must be at most the number of experts \(6\), got 12$",
         ),
     ],
@@ -127,6 +134,14 @@ def test_spec_is_immutable() -> None:
 def test_bad_specs_get_a_sentence(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         spec(**changes)
+
+
+def test_the_older_name_of_the_width() -> None:
+    older = RoutingSpec(top_k=2, num_real_experts=4, num_experts=6)
+    assert older == RoutingSpec(top_k=2, num_real_experts=4, num_logits=6)
+    assert (older.num_experts, RoutingSpec(top_k=2, num_real_experts=4).num_experts) == (6, None)
+    with pytest.raises(ValueError, match=r"^num_experts must be an integer or None, got 'six'$"):
+        RoutingSpec(top_k=2, num_real_experts=4, num_experts="six")  # type: ignore[arg-type]
 
 
 def test_arguments_go_by_name() -> None:

@@ -351,7 +351,7 @@ def test_rejects_experts_that_do_not_exist(backend: str) -> None:
         return torch.ones(shape), torch.full(shape, NUM_EXPERTS)
 
     layer = make_layer("plain", with_bias=False, custom_routing_function=route, experts_backend=backend)
-    with pytest.raises(RuntimeError, match=r"topk_ids must lie in \[-1, 6\), got 6"):
+    with pytest.raises(RuntimeError, match=r"topk_ids must be in \[-1, 6\), got 6"):
         layer(*make_inputs("plain", 4))
 
 

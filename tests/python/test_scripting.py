@@ -239,7 +239,7 @@ def test_errors_of_a_script_say_the_same() -> None:
     hidden_states, router_logits = make_inputs("identity", 6)
     for arguments, message in (
         ((hidden_states[:, :5], router_logits), r"hidden_states must have shape \[..., 24\], got \[6, 5\]"),
-        ((hidden_states, router_logits[:5]), r"router_logits must have the leading dimensions .* got shape \[5, 9\]"),
+        ((hidden_states, router_logits[:5]), r"router_logits must have one row per token .*\(6\), got 5"),
         ((hidden_states, router_logits[:, :8]), r"router_logits must have one column per expert \(9\), got 8"),
     ):
         with pytest.raises(torch.jit.Error, match=message):

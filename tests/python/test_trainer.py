@@ -114,7 +114,7 @@ def test_later_bytes_do_not_change_earlier_predictions() -> None:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "cannot read checkpoint"), (b"no checkpoint", "is no checkpoint of a byte decoder")],
+    [(None, "cannot read checkpoint"), (b"no checkpoint", "is not a checkpoint of a byte decoder")],
 )
 def test_an_unusable_checkpoint_is_named(tmp_path, content: bytes | None, message: str) -> None:
     path = tmp_path / "checkpoint.pt"

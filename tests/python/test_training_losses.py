@@ -184,7 +184,7 @@ def test_arguments_out_of_range() -> None:
         ):
             with pytest.raises(ValueError, match=message):
                 loss(*arguments)
-    with pytest.raises(ValueError, match="columns for zero experts beside 12 real ones"):
+    with pytest.raises(ValueError, match="columns for zero experts after the 12 real ones"):
         group_loss(logits, torch.zeros(12), 20, TOP_K, target_ffn_experts=2.0)
     for target in (0.0, 3.0, 4.0):
         with pytest.raises(ValueError, match=r"must be above 0 and below top_k \(3\)"):

@@ -152,11 +152,11 @@ BAD_INPUT = {
     ),
     "zero_weight of the data's type": (
         {"hidden_states": torch.zeros(3, 8).bfloat16(), "zero_weight": torch.zeros(3).bfloat16()},
-        r"^zero_weight must be float32 beside bfloat16 hidden_states, got bfloat16$",
+        r"^zero_weight must be float32 with bfloat16 hidden_states, got bfloat16$",
     ),
     "narrow zero_weight": (
         {"hidden_states": torch.zeros(3, 8).double()},
-        r"^zero_weight must be float64 beside float64 hidden_states, got float32$",
+        r"^zero_weight must be float64 with float64 hidden_states, got float32$",
     ),
     "zero_weight elsewhere": (
         {"zero_weight": torch.zeros(3, device="meta")},
@@ -164,7 +164,7 @@ BAD_INPUT = {
     ),
     "out of another type": (
         {"out": torch.zeros(3, 8).half()},
-        r"^out must be float32 beside float32 hidden_states, got float16$",
+        r"^out must be float32 with float32 hidden_states, got float16$",
     ),
     "out of another shape": (
         {"out": torch.zeros(3, 9)},

@@ -25,7 +25,7 @@ def fenced_blocks(text: str, language: str) -> list[str]:
 
 
 def weight_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The type of routing weights beside data of `dtype`."""
+    """The type of routing weights with data of `dtype`."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -122,6 +122,21 @@ def filled_memory() -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(before)
+
+
+@contextlib.contextmanager
+def failing(operator: str, key: str) -> Iterator[None]:
+    """PyTorch's operator fails inside this, as it does when there is no memory."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    library = torch.library.Library("aten", "IMPL")
+    library.impl(operator, fail, key)
+    try:
+        yield
+    finally:
+        library._destroy()
 
 
 def on_device(op: Callable[..., Any], device: str) -> Callable[..., Any]:

@@ -20,8 +20,8 @@ namespace {
 void check_for_cuda(const RoutingInputs& inputs) {
   ZEXPERT_CHECK(inputs.logits_type != ScalarType::kFloat64,
                 "logits must be float32, bfloat16 or float16 on CUDA, got float64");
-  ZEXPERT_CHECK(inputs.spec.num_experts <= kMaxExpertsOnCuda, "logits must have at most ", kMaxExpertsOnCuda,
-                " columns on CUDA, got ", inputs.spec.num_experts);
+  ZEXPERT_CHECK(inputs.spec.num_logits <= kMaxExpertsOnCuda, "logits must have at most ", kMaxExpertsOnCuda,
+                " columns on CUDA, got ", inputs.spec.num_logits);
 }
 
 template <typename Logit, typename Outputs>
@@ -45,7 +45,7 @@ void launch_biased_topk(const RoutingInputs& inputs, const Outputs& outputs, cud
 
 /// Routing and plan in one launch; false if the device or the sizes need two.
 bool launch_together(const BiasedTopKParams& params, const RoutingOutputs& outputs, cudaStream_t stream) {
-  if (!is_one_launch(device_attribute(cudaDevAttrComputeCapabilityMajor), params.num_tokens, params.spec.num_experts,
+  if (!is_one_launch(device_attribute(cudaDevAttrComputeCapabilityMajor), params.num_tokens, params.spec.num_logits,
                      params.spec.top_k)) {
     return false;
   }

@@ -18,7 +18,7 @@ inline RoutingArguments routing_arguments(const RoutingInputs& inputs) {
   arguments.bias = inputs.choices == nullptr ? inputs.bias : nullptr;  // it affects the choice alone
   arguments.choices = inputs.choices;
   arguments.num_tokens = inputs.num_tokens;
-  arguments.num_experts = static_cast<int>(spec.num_experts);
+  arguments.num_experts = static_cast<int>(spec.num_logits);
   arguments.top_k = static_cast<int>(spec.top_k);
   arguments.num_real_experts = static_cast<int>(spec.num_real_experts);
   arguments.first_constant = static_cast<int>(spec.num_real_experts + spec.num_identity_experts);

@@ -26,12 +26,12 @@ struct RoutingInputs {
   int64_t num_tokens = 0;
   RoutingSpec spec;  ///< resolved by RoutingSpec::for_width: every count known
 
-  int64_t row_stride() const { return logits_row_stride == kDenseRows ? spec.num_experts : logits_row_stride; }
+  int64_t row_stride() const { return logits_row_stride == kDenseRows ? spec.num_logits : logits_row_stride; }
 
   /// Throws Error for a spec that is not valid or not resolved, a size out of range or a type that is not floating.
   void validate_inputs() const {
     spec.validate();
-    ZEXPERT_CHECK(spec.num_experts != kFromLogits && spec.num_identity_experts != kFromLogits,
+    ZEXPERT_CHECK(spec.num_logits != kFromLogits && spec.num_identity_experts != kFromLogits,
                   "spec must be resolved by RoutingSpec::for_width, got an open count of experts");
     detail::check_sizes({{"num_tokens", num_tokens}});
     ZEXPERT_CHECK(logits_row_stride >= kDenseRows, "logits_row_stride must not be negative, got ", logits_row_stride);

@@ -16,7 +16,8 @@ struct KernelQuery {
   std::optional<std::string> dtype;           ///< of the data; float32 unless given, int32 (the ids') for moe_plan
   std::optional<int64_t> num_tokens;          ///< T
   std::optional<int64_t> num_rows;            ///< rows of all experts together; num_tokens * top_k unless given
-  std::optional<int64_t> num_experts;         ///< experts that have a feed-forward network; of biased_topk, all
+  std::optional<int64_t> num_experts;         ///< experts that have a feed-forward network
+  std::optional<int64_t> num_logits;          ///< N, the logits' width; num_experts unless given
   std::optional<int64_t> top_k;               ///< K
   std::optional<int64_t> hidden_size;         ///< H
   std::optional<int64_t> intermediate_size;   ///< F

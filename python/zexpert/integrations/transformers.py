@@ -103,7 +103,7 @@ def patch(
     if not layers:
         raise ValueError(
             f"model must have a LongcatFlashMoE layer, got {type(model).__name__} without one; other mixtures of "
-            f'experts take model.set_experts_implementation("{EXPERTS_IMPLEMENTATION}")'
+            f'experts use model.set_experts_implementation("{EXPERTS_IMPLEMENTATION}")'
         )
     for name, layer in layers.items():
         check_layer(name, layer, free_unused_weights)

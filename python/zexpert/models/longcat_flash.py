@@ -41,9 +41,14 @@ class LongcatFlashConfig:
     norm_topk_prob: bool = False
 
     @property
-    def num_experts(self) -> int:
+    def num_logits(self) -> int:
         """N, the width of the router's logits."""
         return self.n_routed_experts + self.zero_expert_num
+
+    @property
+    def num_experts(self) -> int:
+        """The older name of num_logits, for one release."""
+        return self.num_logits
 
     @staticmethod
     def from_hf(config: object) -> "LongcatFlashConfig":
@@ -73,9 +78,9 @@ class LongcatFlashRouter(nn.Module):
     The selection bias, "router.e_score_correction_bias" in checkpoints, is in the router of the FusedMoE.
     """
 
-    def __init__(self, hidden_size: int, num_experts: int, device: torch.device | str | None = None) -> None:
+    def __init__(self, hidden_size: int, num_logits: int, device: torch.device | str | None = None) -> None:
         super().__init__()
-        self.classifier = Float32Linear(hidden_size, num_experts, device)
+        self.classifier = Float32Linear(hidden_size, num_logits, device)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """hidden_states [..., H] -> router_logits [..., N]."""
@@ -114,7 +119,7 @@ class LongcatFlashMoE(SelectionBiasBlock):
         require_config(config, LongcatFlashConfig)
         self.config = config
         device = options.get("device")
-        self.router = LongcatFlashRouter(config.hidden_size, config.num_experts, device)
+        self.router = LongcatFlashRouter(config.hidden_size, config.num_logits, device)
         self.experts = FusedMoE(
             config.n_routed_experts,
             config.moe_topk,
@@ -122,7 +127,7 @@ class LongcatFlashMoE(SelectionBiasBlock):
             config.expert_ffn_hidden_size,
             zero_expert_type=config.zero_expert_type if config.zero_expert_num > 0 else None,
             zero_expert_num=config.zero_expert_num or None,
-            e_score_correction_bias=torch.zeros(config.num_experts, dtype=torch.float32, device=device),
+            e_score_correction_bias=torch.zeros(config.num_logits, dtype=torch.float32, device=device),
             scoring_func="softmax",
             renormalize=config.norm_topk_prob,
             routed_scaling_factor=config.routed_scaling_factor,

@@ -35,7 +35,8 @@ class MoEPlusPlusConfig:
         logits_std: None, or: softmax gets each token's logits divided by their standard deviation over the experts and
             multiplied by this. The next layer's residual gets them undivided. Logits that are all the same are not
             divided.
-        drop_before_renormalize: weights of zero experts become 0 before the K weights are divided by their sum.
+        drop_before_renormalize: weights of zero experts become 0 before the K weights are divided by their sum. Without
+            zero experts it has no effect.
         scale_input_by_top_k: the experts get K * x.
     """
 
@@ -53,9 +54,14 @@ class MoEPlusPlusConfig:
     scale_input_by_top_k: bool = False
 
     @property
-    def num_experts(self) -> int:
+    def num_logits(self) -> int:
         """N, the width of the logits."""
         return self.num_ffn_experts + self.num_constant_experts + self.num_copy_experts + self.num_zero_experts
+
+    @property
+    def num_experts(self) -> int:
+        """The older name of num_logits, for one release."""
+        return self.num_logits
 
     @staticmethod
     def from_hf(config: object) -> "MoEPlusPlusConfig":
@@ -89,7 +95,7 @@ class MoEPlusPlusGate(nn.Module):
 
     def __init__(self, config: MoEPlusPlusConfig, device: torch.device | str | None = None) -> None:
         super().__init__()
-        size, width = config.hidden_size, config.num_experts
+        size, width = config.hidden_size, config.num_logits
         self.wg: nn.Module
         if config.two_layer_gate:
             self.wg = nn.Sequential(
@@ -144,7 +150,7 @@ class MoEPlusPlusBlock(CheckpointBlock):
         super().__init__()
         require_config(config, MoEPlusPlusConfig)
         self.config = config
-        self.logits_std = config.logits_std if config.num_experts > 1 else None
+        self.logits_std = config.logits_std if config.num_logits > 1 else None
         self.input_scale = float(config.top_k) if config.scale_input_by_top_k else 1.0
         zero_experts = {
             "identity": config.num_copy_experts,
@@ -161,7 +167,7 @@ class MoEPlusPlusBlock(CheckpointBlock):
             zero_expert_type=zero_experts if has_zero_experts else None,
             scoring_func="softmax",
             renormalize=True,
-            drop_before_renormalize=config.drop_before_renormalize and has_zero_experts,
+            drop_before_renormalize=config.drop_before_renormalize and config.num_zero_experts > 0,
             **options,
         )
 
@@ -249,5 +255,5 @@ def expert_order(config: MoEPlusPlusConfig) -> list[int]:
         *range(config.num_ffn_experts),
         *range(first_copy, first_zero),
         *range(config.num_ffn_experts, first_copy),
-        *range(first_zero, config.num_experts),
+        *range(first_zero, config.num_logits),
     ]

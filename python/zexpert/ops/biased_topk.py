@@ -51,7 +51,7 @@ def biased_topk(
         num_constant_experts: C, experts that add a learned vector. What is left of N are drop experts.
         scoring_func: "softmax", "sigmoid" or "sqrtsoftplus" (sqrt(log(1 + exp(logit)))).
         renormalize: divide by the sum over the K chosen, zero experts included; a sum of 0 gives weights 0.
-        drop_before_renormalize: the drop experts' weights become 0 before that sum is taken (MoE++).
+        drop_before_renormalize: the drop experts' weights become 0 before that sum is taken (MoE++); needs both.
         routed_scaling_factor: applied last, to slots of every kind.
         num_expert_group: groups the real experts are split into; divides R.
         topk_group: groups that stay eligible.

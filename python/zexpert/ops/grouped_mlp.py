@@ -31,7 +31,7 @@ def grouped_mlp(
         row_slots: [M] int32, of the DispatchPlan, or None. With it the result is that of
             ``moe_permute(rows, row_slots, expert_offsets, top_k)``, bit for bit: tokens are gathered expert by expert,
             and only the backward makes an [M, H] of them.
-        top_k: K; only read with row_slots.
+        top_k: K; 1 without row_slots.
         implementation: which kernels run the experts. "auto" chooses by device, GPU, dtype and sizes; kernel_plan
             prints the choice. The other names force one:
 

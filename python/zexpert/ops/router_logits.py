@@ -16,7 +16,7 @@ def router_logits(hidden_states: Tensor, weight: Tensor) -> Tensor:
 
     Args:
         hidden_states: [..., H], any floating dtype (on CUDA not float64), any strides.
-        weight: [N, H], float32, bfloat16 or float16, any strides; beside float64 hidden states also float64.
+        weight: [N, H], float32, bfloat16 or float16, any strides; with float64 hidden states also float64.
 
     Returns:
         [..., N], float32; float64 for float64 hidden states.

@@ -36,7 +36,7 @@ class BaseRouter(FusedMoERouter):
     arguments: RoutingArguments
     top_k: int
     num_real_experts: int
-    num_experts: int | None  # None: the logits' width decides
+    num_logits: int | None  # N; None: the logits' width decides
     num_identity_experts: int | None  # None: all that are neither real nor constant
     num_constant_experts: int
     renormalize: bool
@@ -62,7 +62,7 @@ class BaseRouter(FusedMoERouter):
         self.arguments = RoutingArguments.of(spec)
         for field, value in self.arguments._asdict().items():
             setattr(self, field, value)
-        self.num_experts = spec.num_experts
+        self.num_logits = spec.num_logits
         self.has_zero_experts = self.num_identity_experts != 0 or self.num_constant_experts > 0
 
         if isinstance(e_score_correction_bias, nn.Parameter):
@@ -73,6 +73,11 @@ class BaseRouter(FusedMoERouter):
         self.register_buffer("expert_load", None, persistent=False)
         self._num_mapped_experts: int = 0  # physical ones, as the map had it when it was set
         self._capture_fn: Callable[[RoutingResult], None] | None = None
+
+    @property
+    def num_experts(self) -> int | None:
+        """The older name of num_logits, for one release."""
+        return self.num_logits
 
     def reset_parameters(self) -> None:
         """Does nothing, because the caller sets the bias. FSDP calls this for every module that has tensors."""
@@ -202,10 +207,10 @@ class BaseRouter(FusedMoERouter):
                 f"router_logits must have one row per token of hidden_states ({hidden_states.size(0)}), "
                 f"got {router_logits.size(0)}"
             )
-        num_experts = self.num_experts
-        if num_experts is not None and router_logits.size(1) != num_experts:
+        num_logits = self.num_logits
+        if num_logits is not None and router_logits.size(1) != num_logits:
             raise ValueError(
-                f"router_logits must have one column per expert ({num_experts}), got {router_logits.size(1)}"
+                f"router_logits must have one column per expert ({num_logits}), got {router_logits.size(1)}"
             )
 
     def _map_to_physical(self, routing: RoutingResult, expert_map: Tensor) -> RoutingResult:
@@ -239,8 +244,8 @@ def check_bias(bias: Tensor | None, spec: RoutingSpec) -> None:
         raise ValueError(f"e_score_correction_bias must be a tensor or None, got {type(bias).__name__}")
     if not bias.is_floating_point():
         raise ValueError(f"e_score_correction_bias must be of a floating-point dtype, got {bias.dtype}")
-    if bias.dim() != 1 or (spec.num_experts is not None and bias.size(0) != spec.num_experts):
-        expected = "num_experts" if spec.num_experts is None else spec.num_experts
+    if bias.dim() != 1 or (spec.num_logits is not None and bias.size(0) != spec.num_logits):
+        expected = "num_logits" if spec.num_logits is None else spec.num_logits
         raise ValueError(
             f"e_score_correction_bias must have shape [{expected}], one entry per expert, got {list(bias.shape)}"
         )

@@ -69,7 +69,7 @@ def create_fused_moe_router(
         zero_expert_type, zero_expert_num: see ZeroExpertRouter.
         num_logical_experts: real experts that tokens choose among. Required with zero_expert_type; equal to
             global_num_experts unless an expert map is given.
-        drop_before_renormalize: weights of drop experts become 0 before renormalising (MoE++).
+        drop_before_renormalize: weights of drop experts become 0 before renormalising (MoE++); needs both.
         routing_simulation: "uniform_random", "round_robin" or "normal"; None: what the environment says.
         indices_dtype: dtype of topk_ids, torch.int32 or torch.int64.
         logical_to_physical_map, expert_load: see BaseRouter.set_expert_map.

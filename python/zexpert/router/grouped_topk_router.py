@@ -44,7 +44,7 @@ class GroupedTopKRouter(BiasedTopKRouter):
         spec = RoutingSpec(
             top_k=top_k,
             num_real_experts=num_real_experts,
-            num_experts=num_real_experts,
+            num_logits=num_real_experts,
             num_identity_experts=0,
             scoring_func=scoring_func,
             renormalize=renormalize,

@@ -77,7 +77,7 @@ def zero_expert_spec(
     return RoutingSpec(
         top_k=top_k,
         num_real_experts=num_real_experts,
-        num_experts=width,
+        num_logits=width,
         num_identity_experts=num_identity,
         num_constant_experts=num_constant,
         scoring_func=scoring_func,

@@ -62,7 +62,7 @@ class ExpertParallelMoERunner(ShardedMoERunner):
 
     Raises:
         ValueError: if an argument is out of range, or this process is not in the group; from the first forward, if
-            ranks disagree on dtype, sizes, top_k or exchange.
+            ranks disagree on dtype, sizes, routing, exchange or grad mode.
         RuntimeError: from forward, if another rank failed or did not come in time.
     """
 
@@ -165,7 +165,13 @@ class ExpertParallelMoERunner(ShardedMoERunner):
         if self.routing_stats is not None:
             self.routing_stats(routing.topk_ids, torch.ops.zexpert.moe_plan(routing.topk_ids, self.num_experts)[0])
         self._require_agreement(
-            hidden_states, routing, num_experts=self.num_experts, exchange=self.exchange_name, **self.exchange_sizes
+            hidden_states,
+            router_logits,
+            routing,
+            num_experts=self.num_experts,
+            intermediate_size=weights.w2.size(2),
+            exchange=self.exchange_name,
+            **self.exchange_sizes,
         )
 
         batches = deque(self.exchange.batches(hidden_states, routing))

@@ -150,7 +150,7 @@ def take_own_part(layer: Any, state_dict: dict[str, Any], prefix: str, *_: objec
 
 
 class ExpertParallelPlacement(ShardedExperts):
-    """Whole experts, shared out: rank p holds the physical experts p * E / P to (p + 1) * E / P - 1.
+    """Whole experts, spread over ranks: rank p holds the physical experts p * E / P to (p + 1) * E / P - 1.
 
     Args:
         num_experts: E. The router's expert map says which expert a physical one is a replica of; without a map E = R.

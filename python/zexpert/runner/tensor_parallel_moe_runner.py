@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from zexpert.experts.interface import MoEExperts
@@ -17,7 +18,6 @@ from zexpert.runner.placement import TensorParallelPlacement
 from zexpert.runner.sharded_moe_runner import ShardedMoERunner
 
 if TYPE_CHECKING:
-    import torch.distributed as dist
     from torch.distributed.device_mesh import DeviceMesh
 
 
@@ -37,7 +37,8 @@ class TensorParallelMoERunner(ShardedMoERunner):
 
     Raises:
         ValueError: if F is not a multiple of the ranks, or this process is not in the group; from the first forward, if
-            ranks disagree on dtype, sizes or top_k.
+            ranks disagree on dtype, sizes, number of tokens, routing or grad mode; on the CPU from every forward, if
+            they disagree on the number of tokens.
         RuntimeError: from forward, if another rank failed or did not come in time.
     """
 
@@ -64,12 +65,26 @@ class TensorParallelMoERunner(ShardedMoERunner):
     def forward(self, hidden_states: Tensor, router_logits: Tensor, weights: ExpertWeights) -> Tensor:
         routing, plan = self._route_and_plan(hidden_states, router_logits, weights)
         routing = self._mix_constants(hidden_states, routing, weights.constants)
-        self._require_agreement(hidden_states, routing, num_experts=weights.w13.size(0))
+        num_tokens = hidden_states.size(0)
+        self._require_agreement(
+            hidden_states,
+            router_logits,
+            routing,
+            num_tokens=num_tokens,
+            num_experts=weights.w13.size(0),
+            intermediate_size=self.group.size * weights.w2.size(2),
+        )
+        if hidden_states.device.type == "cpu":
+            # Gloo would end the process for different sizes, and the host waits for it anyway. A GPU must not wait.
+            bounds = torch.tensor([num_tokens, -num_tokens])
+            with self.group.exchanging():
+                dist.all_reduce(bounds, dist.ReduceOp.MAX, group=self.group.process_group)
+            if int(bounds.sum()) != 0:
+                self.group.require_agreement(num_tokens=num_tokens)
 
         works: Works = []
         collectives = Collectives(self.group, hidden_states.device)
         tokens, topk_weights = collectives.replicate(works, hidden_states, routing.topk_weights)
-        num_tokens = tokens.size(0)
         experts_only = RoutingResult(
             topk_weights, routing.topk_ids, topk_weights.new_zeros(num_tokens), topk_weights.new_zeros(num_tokens, 0)
         )

@@ -65,7 +65,7 @@ class BiasController:
         check_tensor("expert_load", expert_load)
         if e_score_correction_bias.dtype not in (torch.float32, torch.float64):
             raise ValueError(
-                "e_score_correction_bias must be float32 or float64, which small updates do not vanish in, got "
+                "e_score_correction_bias must be float32 or float64, because small updates vanish in others, got "
                 f"{e_score_correction_bias.dtype}"
             )
         if expert_load.dim() != 1 or not 1 <= expert_load.numel() <= e_score_correction_bias.numel():

@@ -62,7 +62,9 @@ def group_loss(
     """
     width, num_real_experts = check_sizes(router_logits, expert_load, top_k)
     if num_real_experts == width:
-        raise ValueError(f"router_logits must have columns for zero experts beside {num_real_experts} real ones")
+        raise ValueError(
+            f"router_logits must have columns for zero experts after the {num_real_experts} real ones, got {width}"
+        )
     if not 0 < target_ffn_experts < top_k:
         raise ValueError(f"target_ffn_experts must be above 0 and below top_k ({top_k}), got {target_ffn_experts}")
     if num_groups < 1 or num_real_experts % num_groups:

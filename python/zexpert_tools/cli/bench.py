@@ -95,12 +95,12 @@ def bench(
     )
     times = repeats or (5 if training else 15)
     kind = parse_dtype(dtype, suite, chosen)
-    if plot is not None and not plot.resolve().parent.is_dir():
+    if plot is not None and not plot.parent.is_dir():
         raise fail(f"--plot must be in a folder that exists, got {plot}")
     if plot is not None and plot.suffix not in (".png", ".pdf", ".svg"):
         raise fail(f"--plot must end in .png, .pdf or .svg, got {plot}")
     if plot is not None:
-        prepare_folder(plot.resolve().parent, PICTURE_BYTES)
+        prepare_folder(plot.parent, PICTURE_BYTES)
     if threads is not None:
         torch.set_num_threads(threads)
     if chosen.type == "cuda" and chosen.index is not None:

@@ -119,6 +119,10 @@ def load_transformers(path: Path, text: Path | None, max_tokens: int, window: in
         raise ValueError(f"{path} is a model of transformers, which cannot be imported: {error}") from error
     given: Any = transformers
     try:
+        given.AutoConfig.from_pretrained(path, local_files_only=True)
+    except Exception as error:
+        raise ValueError(f"{path / 'config.json'} must be a model's configuration: {first_line(error)}") from error
+    try:
         tokenizer = given.AutoTokenizer.from_pretrained(path, local_files_only=True)
     except Exception as error:  # which one depends on the model's family
         raise ValueError(f"{path} must hold a tokenizer, too: {first_line(error)}") from error

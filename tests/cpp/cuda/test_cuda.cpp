@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The CUDA kernels against the CPU kernels, through the same parameters: the data lies in memory that both can read.
+// The CUDA kernels against the CPU kernels, through the same parameters: the data is in memory that both can read.
 #include <cuda_runtime_api.h>
 #include <gtest/gtest.h>
 
@@ -298,7 +298,7 @@ TEST(CudaParams, Routing) {
   params.num_tokens = 3000;
   params.expert_offsets = params.row_slots = params.slot_rows = &integer;
   EXPECT_EQ(error_of(forward), "workspace must not be null");
-  params.spec.num_experts = kMaxExpertsOnCuda + 1;
+  params.spec.num_logits = kMaxExpertsOnCuda + 1;
   EXPECT_EQ(error_of(forward), "logits must have at most 8192 columns on CUDA, got 8193");
 
   BiasedTopKBackwardParams gradients;
