@@ -31,12 +31,12 @@ void check_choices(const RoutingInputs& inputs) {
     return;
   }
   const RoutingSpec& spec = inputs.spec;
-  std::vector<int64_t> last_token(static_cast<size_t>(spec.num_experts), -1);
+  std::vector<int64_t> last_token(static_cast<size_t>(spec.num_logits), -1);
   for (int64_t token = 0; token < inputs.num_tokens; ++token) {
     for (int64_t k = 0; k < spec.top_k; ++k) {
       const int32_t expert = inputs.choices[token * spec.top_k + k];
-      ZEXPERT_CHECK(expert >= -1 && expert < spec.num_experts, "choices must be experts from 0 to ",
-                    spec.num_experts - 1, ", or -1 for an empty slot, got ", expert, " for token ", token);
+      ZEXPERT_CHECK(expert >= -1 && expert < spec.num_logits, "choices must be experts from 0 to ", spec.num_logits - 1,
+                    ", or -1 for an empty slot, got ", expert, " for token ", token);
       if (expert >= 0) {
         int64_t& last = last_token[static_cast<size_t>(expert)];
         ZEXPERT_CHECK(last != token, "choices must name an expert once per token, got ", expert, " twice for token ",

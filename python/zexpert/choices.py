@@ -179,8 +179,8 @@ def _choosing_routers(model: nn.Module) -> dict[str, BiasedTopKRouter]:
         router = runner.router
         if not isinstance(router, BiasedTopKRouter) or not router._is_biased_topk:
             raise ValueError(f"layer {name!r} must choose by biased_topk, got a {type(router).__name__} that does not")
-        if router.num_experts is not None and router.num_experts > _MOST_EXPERTS:
-            raise ValueError(f"layer {name!r} must have at most {_MOST_EXPERTS} experts, got {router.num_experts}")
+        if router.num_logits is not None and router.num_logits > _MOST_EXPERTS:
+            raise ValueError(f"layer {name!r} must have at most {_MOST_EXPERTS} experts, got {router.num_logits}")
         routers[name] = router
     return routers
 
@@ -224,7 +224,7 @@ def _layer_choices(argument: str, sequence: Tensor, layer: int, name: str, route
     if sequence.size(2) != router.top_k:
         raise ValueError(f"{argument} must have {router.top_k} experts per token for {name!r}, got {sequence.size(2)}")
     choices = sequence[:, layer].to(torch.int32)
-    num_experts = _MOST_EXPERTS if router.num_experts is None else router.num_experts
+    num_experts = _MOST_EXPERTS if router.num_logits is None else router.num_logits
     if not sequence.dtype.is_signed and torch.iinfo(sequence.dtype).max >= num_experts:
         choices = choices.masked_fill(choices == torch.iinfo(sequence.dtype).max, -1)
     is_wrong = (choices < -1) | (choices >= num_experts)
