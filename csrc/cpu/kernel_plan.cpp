@@ -17,11 +17,23 @@
 namespace zexpert {
 namespace {
 
-constexpr std::array<std::string_view, 16> kOps = {
-    "biased_topk",  "biased_topk_and_plan", "router_logits",        "route",        "zero_expert_accumulate",
-    "moe_plan",     "moe_permute",          "silu_and_mul",         "grouped_mlp",  "fused_moe",
-    "moe_finalize", "quantize_blockwise",   "dequantize_blockwise", "moe_dispatch", "moe_combine",
-    "rank_barrier"};
+constexpr std::array<std::string_view, 17> kOps = {"biased_topk",
+                                                   "biased_topk_and_plan",
+                                                   "biased_topk_choices",
+                                                   "router_logits",
+                                                   "route",
+                                                   "zero_expert_accumulate",
+                                                   "moe_plan",
+                                                   "moe_permute",
+                                                   "silu_and_mul",
+                                                   "grouped_mlp",
+                                                   "fused_moe",
+                                                   "moe_finalize",
+                                                   "quantize_blockwise",
+                                                   "dequantize_blockwise",
+                                                   "moe_dispatch",
+                                                   "moe_combine",
+                                                   "rank_barrier"};
 constexpr std::array<std::string_view, 2> kDevices = {"cpu", "cuda"};
 constexpr std::array<std::string_view, 4> kFloatingTypes = {"float32", "float64", "bfloat16", "float16"};
 constexpr std::array<std::string_view, 2> kIndexTypes = {"int32", "int64"};
@@ -264,7 +276,7 @@ KernelPlan plan_on_cuda(const KernelQuery& query) {
   if (query.op == "rank_barrier") {
     return {query.op, "cuda", query.op, "A thread signals to a rank and waits for it."};
   }
-  if (query.op == "biased_topk") {
+  if (query.op == "biased_topk" || query.op == "biased_topk_choices") {
     return plan_biased_topk_on_cuda(query);
   }
   if (query.op == "biased_topk_and_plan") {
@@ -310,7 +322,8 @@ KernelPlan kernel_plan(const KernelQuery& query) {
   if (query.op == "route") {
     return plan_route(query);
   }
-  const bool is_routing = query.op == "biased_topk" || query.op == "biased_topk_and_plan";
+  const bool is_routing =
+      query.op == "biased_topk" || query.op == "biased_topk_and_plan" || query.op == "biased_topk_choices";
   if (is_routing) {
     check_routing(query);
   }

@@ -23,9 +23,11 @@
 
 namespace zexpert::cuda::router {
 
-constexpr int num_multipliers(int columns) { return columns <= 64 ? 2 : 1; }
-constexpr int few_threads(int columns) { return (num_multipliers(columns) + 2) * kWarpgroupThreads; }
-constexpr int multiplier_registers(int columns) { return columns <= 64 ? 192 : 240; }
+ZEXPERT_HOST_DEVICE constexpr int num_multipliers(int columns) { return columns <= 64 ? 2 : 1; }
+ZEXPERT_HOST_DEVICE constexpr int few_threads(int columns) {
+  return (num_multipliers(columns) + 2) * kWarpgroupThreads;
+}
+ZEXPERT_HOST_DEVICE constexpr int multiplier_registers(int columns) { return columns <= 64 ? 192 : 240; }
 constexpr int converter_registers(int columns) { return columns <= 64 ? 96 : 80; }
 
 struct FewArguments {

@@ -16,6 +16,6 @@ using PlannedRoutingTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor,
 
 /// Checks the tensors as the operator does; returns its results.
 PlannedRoutingTensors biased_topk_and_plan(const Tensor& logits, const std::optional<Tensor>& bias,
-                                           const RoutingArguments& routing, std::optional<DType> indices_dtype);
+                                           const RoutingWithChoices& routing, std::optional<DType> indices_dtype);
 
 ZEXPERT_DEVICE_NAMESPACE_END

@@ -18,13 +18,14 @@ void torch_pool(int64_t begin, int64_t end, int64_t grain_size, zexpert::Paralle
 STABLE_TORCH_LIBRARY(zexpert, m) {
   zexpert::set_parallel_for(&torch_pool);
 
-  m.def("biased_topk(Tensor logits, Tensor? bias, " ZEXPERT_ROUTING_ARGUMENTS
+  m.def("biased_topk(Tensor logits, Tensor? bias, " ZEXPERT_ROUTING_ARGUMENTS_WITH_CHOICES
         ", ScalarType? indices_dtype=None) "
         "-> (Tensor topk_weights, Tensor topk_ids, Tensor zero_weight, Tensor constant_weight)");
-  m.def("biased_topk_and_plan(Tensor logits, Tensor? bias, " ZEXPERT_ROUTING_ARGUMENTS
+  m.def("biased_topk_and_plan(Tensor logits, Tensor? bias, " ZEXPERT_ROUTING_ARGUMENTS_WITH_CHOICES
         ", ScalarType? indices_dtype=None) "
         "-> (Tensor topk_weights, Tensor topk_ids, Tensor zero_weight, Tensor constant_weight, "
         "Tensor expert_offsets, Tensor row_slots, Tensor slot_rows)");
+  m.def("biased_topk_choices(Tensor logits, Tensor? bias, " ZEXPERT_ROUTING_ARGUMENTS ") -> Tensor");
   m.def("router_logits(Tensor hidden_states, Tensor weight) -> Tensor");
   m.def("route(Tensor hidden_states, Tensor weight, Tensor? bias, " ZEXPERT_ROUTING_ARGUMENTS
         ", ScalarType? indices_dtype=None) "
@@ -63,7 +64,7 @@ STABLE_TORCH_LIBRARY(zexpert, m) {
   // Training
   m.def(
       "biased_topk_backward(Tensor grad_topk_weights, Tensor grad_zero_weight, Tensor grad_constant_weight, "
-      "Tensor logits, Tensor? bias, " ZEXPERT_ROUTING_ARGUMENTS ") -> Tensor grad_logits");
+      "Tensor logits, Tensor? bias, " ZEXPERT_ROUTING_ARGUMENTS_WITH_CHOICES ") -> Tensor grad_logits");
   m.def(
       "zero_expert_accumulate_backward(Tensor grad_out, Tensor hidden_states, Tensor zero_weight) "
       "-> (Tensor grad_hidden_states, Tensor grad_zero_weight)");

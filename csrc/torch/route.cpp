@@ -31,7 +31,8 @@ RouteTensors route(const Tensor& hidden_states, const Tensor& weight, const std:
   }
   static_cast<void>(spec.for_width(num_experts));  // before anything is computed
   const Tensor logits = router_logits(hidden_states, weight);
-  return std::tuple_cat(std::make_tuple(logits), biased_topk_and_plan(logits, bias, routing, indices_dtype));
+  return std::tuple_cat(std::make_tuple(logits),
+                        biased_topk_and_plan(logits, bias, {routing, std::nullopt}, indices_dtype));
 }
 
 }  // namespace

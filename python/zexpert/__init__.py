@@ -2,7 +2,6 @@
 """Mixture-of-experts layers with zero experts: routing, experts and epilogue as fused PyTorch operators."""
 
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 # zexpert.ops, which all of these import, loads the operator library or says why that is impossible.
@@ -27,6 +26,7 @@ __all__ = [
     "ZeroExpertType",
     "__version__",
     "build_info",
+    "choices",
     "create_fused_moe_router",
     "experts",
     "integrations",
@@ -34,6 +34,8 @@ __all__ = [
     "models",
     "ops",
     "quantize",
+    "record_choices",
+    "replay_choices",
     "router",
     "runner",
     "telemetry",
@@ -41,11 +43,14 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from zexpert import integrations, models, telemetry, training
+    from zexpert import choices, integrations, models, telemetry, training
+    from zexpert.choices import record_choices, replay_choices
 else:
 
-    def __getattr__(name: str) -> ModuleType:
+    def __getattr__(name: str) -> object:
         """Imports at its first use what not every program needs."""
-        if name in ("integrations", "models", "telemetry", "training"):
+        if name in ("choices", "integrations", "models", "telemetry", "training"):
             return import_module(f"zexpert.{name}")
+        if name in ("record_choices", "replay_choices"):
+            return getattr(import_module("zexpert.choices"), name)
         raise AttributeError(f"module 'zexpert' has no attribute {name!r}")

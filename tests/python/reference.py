@@ -119,9 +119,11 @@ def biased_topk(
     num_expert_group: int = 1,
     topk_group: int = 1,
     indices_dtype: torch.dtype = torch.int64,
+    choices: Tensor | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> RoutingResult:
-    """Experts are ordered [real | identity | constant | drop]; see docs/concepts.md."""
+    """Experts are ordered [real | identity | constant | drop]; see docs/concepts.md. With `choices` [T, K] nothing is
+    chosen, and a slot whose expert's logit is not finite is empty."""
     num_tokens, num_experts = logits.shape
     if num_identity_experts is None:
         num_identity_experts = num_experts - num_real_experts - num_constant_experts
@@ -129,10 +131,15 @@ def biased_topk(
     first_drop = first_constant + num_constant_experts
 
     scores = expert_scores(logits, scoring_func, dtype)
-    keys = selection_keys(logits, bias, scores)
-    chosen = chosen_experts(
-        keys, choosable_experts(logits, keys), top_k, num_real_experts, num_expert_group, topk_group
-    )
+    if choices is None:
+        keys = selection_keys(logits, bias, scores)
+        chosen = chosen_experts(
+            keys, choosable_experts(logits, keys), top_k, num_real_experts, num_expert_group, topk_group
+        )
+    else:
+        chosen = choices.long()
+        masked = ~torch.isfinite(logits).gather(1, chosen.clamp(min=0))
+        chosen = chosen.masked_fill(masked, -1)
 
     weights = scores.gather(1, chosen.clamp(min=0)).masked_fill(chosen < 0, 0.0)
     if renormalize:

@@ -537,3 +537,15 @@ def test_a_missing_transformers_is_told() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     last = done.stderr.strip().splitlines()[-1]
     assert re.match(r"ImportError: zexpert.integrations.transformers needs transformers 5 \(.*pip install", last)
+
+
+def test_zexpert_experts_on_a_longcat_warn_of_patch(tmp_path: Path) -> None:
+    model = longcat()
+    with pytest.warns(
+        UserWarning, match=r'"zexpert" has no effect on LongCat-Flash: call .*transformers.patch\(model\)'
+    ):
+        model.set_experts_implementation("zexpert")
+    model.set_experts_implementation("eager")
+    model.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match=r"has no effect on LongCat-Flash"):
+        LongcatFlashForCausalLM.from_pretrained(tmp_path, experts_implementation="zexpert")

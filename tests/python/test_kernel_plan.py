@@ -17,6 +17,7 @@ import zexpert
 OPS = [
     "biased_topk",
     "biased_topk_and_plan",
+    "biased_topk_choices",
     "router_logits",
     "route",
     "zero_expert_accumulate",

@@ -1,18 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """zexpert in Hugging Face transformers (version 5).
 
-LongCat-Flash: `patch(model)` makes every LongcatFlashMoE of a loaded model run on zexpert, and `unpatch(model)` undoes
-that. Other mixtures of experts: importing this module registers the experts implementation "zexpert", for
-`from_pretrained(..., experts_implementation="zexpert")` and `model.set_experts_implementation("zexpert")`. It serves
-fine-grained-fp8 models too.
+LongCat-Flash: `from_pretrained` loads a checkpoint in the hub's layout. `patch(model)` makes every LongcatFlashMoE of a
+loaded model run on zexpert, and `unpatch(model)` undoes that.
+
+Other mixtures of experts: importing this module registers the experts implementation "zexpert", for
+`from_pretrained(..., experts_implementation="zexpert")` and `model.set_experts_implementation("zexpert")`.
+It serves fine-grained-fp8 models too.
 
 Importing it needs transformers, the extra `zexpert[transformers]`.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import partial, wraps
 from types import MethodType
 from typing import Any, cast
 
@@ -22,6 +25,7 @@ from torch import Tensor, nn
 from zexpert._autocast import autocast_dtype
 from zexpert.experts.factory import create_experts
 from zexpert.integrations.given_routing import RUNNER
+from zexpert.integrations.transformers_loading import from_pretrained
 from zexpert.models.config import require_silu
 from zexpert.models.float32_linear import float32_linear
 from zexpert.ops.quantize_blockwise import SCALE_BLOCK
@@ -37,6 +41,7 @@ try:
     from transformers.models.longcat_flash.modeling_longcat_flash import (
         LongcatFlashExperts,
         LongcatFlashMoE,
+        LongcatFlashPreTrainedModel,
         LongcatFlashTopkRouter,
     )
 except ImportError as error:
@@ -48,6 +53,7 @@ try:
     from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS
 except ImportError:  # early versions of transformers 5
     ALL_FP8_EXPERTS_FUNCTIONS = None
+__all__ = ["EXPERTS_IMPLEMENTATION", "experts_forward", "from_pretrained", "patch", "unpatch"]
 
 #: The name of zexpert's experts in transformers.
 EXPERTS_IMPLEMENTATION = "zexpert"
@@ -427,12 +433,6 @@ def check_fp8_experts(experts: Any) -> None:
 def check_experts(experts: Any) -> None:
     """Raises ValueError unless the experts are gated by silu and nothing else, with weights that need no scale."""
     name = type(experts).__name__
-    for weight in (experts.gate_up_proj, experts.down_proj):
-        if not weight.is_floating_point() or weight.element_size() < 2:
-            raise ValueError(
-                f'experts_implementation "{EXPERTS_IMPLEMENTATION}" must have experts that are not quantised, got '
-                f"{weight.dtype} of {name}"
-            )
     for attribute, wanted in (
         ("has_gate", True),
         ("is_concatenated", True),
@@ -446,18 +446,44 @@ def check_experts(experts: Any) -> None:
                 f'experts_implementation "{EXPERTS_IMPLEMENTATION}" must have experts with {attribute}={wanted}, '
                 f"got {value} of {name}"
             )
+    for weight in (experts.gate_up_proj, experts.down_proj):
+        if not weight.is_floating_point() or weight.element_size() < 2:
+            raise ValueError(
+                f'experts_implementation "{EXPERTS_IMPLEMENTATION}" must have experts that are not quantised, got '
+                f"{weight.dtype} of {name}"
+            )
     if experts._apply_gate.__func__.__module__ != ALL_EXPERTS_FUNCTIONS.__class__.__module__:
         raise ValueError(
             f'experts_implementation "{EXPERTS_IMPLEMENTATION}" must have experts with the usual gate, '
             f"act(gate) * up, got one of {name}'s own"
         )
-    if not isinstance(experts.act_fn, SILU_MODULES):
+    activation = experts.act_fn
+    if not isinstance(activation, SILU_MODULES) and activation is not nn.functional.silu:
+        given = getattr(activation, "__name__", type(activation).__name__)
         raise ValueError(
-            f'experts_implementation "{EXPERTS_IMPLEMENTATION}" must have experts with silu, got '
-            f"{type(experts.act_fn).__name__} of {name}"
+            f'experts_implementation "{EXPERTS_IMPLEMENTATION}" must have experts with silu, got {given} of {name}'
         )
+
+
+def warn_of_longcat(choose: Callable[[Any, str | None], str]) -> Callable[[Any, str | None], str]:
+    """transformers' choice of an experts implementation, with a warning for LongCat-Flash, whose experts ignore it."""
+
+    @wraps(choose)
+    def choose_and_warn(model: Any, requested_experts: str | None) -> str:
+        if requested_experts == EXPERTS_IMPLEMENTATION:
+            warnings.warn(
+                f'experts_implementation "{EXPERTS_IMPLEMENTATION}" has no effect on LongCat-Flash: call '
+                "zexpert.integrations.transformers.patch(model)",
+                stacklevel=4,
+            )
+        return choose(model, requested_experts)
+
+    return choose_and_warn
 
 
 ALL_EXPERTS_FUNCTIONS.register(EXPERTS_IMPLEMENTATION, experts_forward)
 if ALL_FP8_EXPERTS_FUNCTIONS is not None:
     ALL_FP8_EXPERTS_FUNCTIONS.register(EXPERTS_IMPLEMENTATION, fp8_experts_forward)
+LongcatFlashPreTrainedModel.get_correct_experts_implementation = warn_of_longcat(
+    LongcatFlashPreTrainedModel.get_correct_experts_implementation
+)

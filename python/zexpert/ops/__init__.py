@@ -7,6 +7,7 @@ written, for an argument of a wrong device, dtype, shape or range.
 
 from zexpert.ops.biased_topk import biased_topk
 from zexpert.ops.biased_topk_and_plan import biased_topk_and_plan
+from zexpert.ops.biased_topk_choices import biased_topk_choices
 from zexpert.ops.dequantize_blockwise import dequantize_blockwise
 from zexpert.ops.fused_moe import fused_moe
 from zexpert.ops.grouped_mlp import grouped_mlp, grouped_mlp_with_gate_up
@@ -31,6 +32,7 @@ __all__ = [
     "RoutingResult",
     "biased_topk",
     "biased_topk_and_plan",
+    "biased_topk_choices",
     "dequantize_blockwise",
     "fused_moe",
     "grouped_mlp",

@@ -107,7 +107,7 @@ def _backward(
     hidden_states, weight, bias, logits = ctx.saved_tensors
     gradients = (grad_topk_weights, grad_zero_weight, grad_constant_weight)
     if any(gradient is not None for gradient in gradients):
-        through_choice = logits_gradient(gradients, logits, bias, ctx.top_k, ctx.keywords)
+        through_choice = logits_gradient(gradients, logits, bias, None, ctx.top_k, ctx.keywords)
         grad_logits = through_choice if grad_logits is None else grad_logits + through_choice
     if grad_logits is None:
         return None, None, None, None
