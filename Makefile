@@ -89,7 +89,7 @@ cuda-wheel: $(CUDA_TOOLS) ## build the wheel with CUDA into dist/cuda, with a Py
 	  > build/cuda-wheel.log 2>&1 || { grep -E "error|warning" build/cuda-wheel.log | head -n 40; exit 1; }
 	@ls -l dist/cuda
 
-# vLLM's routers and layers on CPU tensors. Its models' image and sound libraries load only with a PyTorch with CUDA.
+# vLLM's routers, layers and engine on a CPU. Its models' image and sound libraries load only with a PyTorch with CUDA.
 .PHONY: test-vllm
 test-vllm: $(VLLM_TOOLS) wheel ## test the vLLM plugin against vLLM itself, in an environment of its own
 	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec

@@ -242,7 +242,7 @@ class BuildPython(build_py):
 
     def run(self) -> None:
         if not self.editable_mode:
-            for package in ("zexpert", "zexpert_tools"):
+            for package in ("zexpert", "zexpert_plugins", "zexpert_tools"):
                 shutil.rmtree(Path(self.build_lib, package), ignore_errors=True)
         super().run()
 

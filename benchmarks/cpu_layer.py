@@ -5,9 +5,10 @@ Usage: python benchmarks/cpu_layer.py [--tokens 1,16,512] [--dtype float32,bfloa
 [--json PATH]
 
 Hidden size 1024, expert ffn 512, 64 real + 32 identity experts, K 12, softmax, selection bias, scale 6. Each contender
-goes from hidden states to the layer's output, the router's projection included. transformers is left out, with a line
-that says so, where it is not installed. The floor is the larger of the products at the rate of a large matrix product
-and the bytes of the weights used at the rate of memory reads, both measured in the same run.
+goes from hidden states to the layer's output, the router's projection included: zexpert's is router_logits, plain
+PyTorch's a product in float32. transformers is left out, with a line that says so, where it is not installed. The floor
+is the larger of the products at the rate of a large matrix product and the bytes of the weights used at the rate of
+memory reads, both measured in the same run.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from torch import Tensor
 
 import zexpert
 from zexpert_tools.benchmark import harness, layer, machine, parse, rates
-from zexpert_tools.benchmark.layer import SMALL, Shape, Weights, make_weights, router_logits
+from zexpert_tools.benchmark.layer import SMALL, Shape, Weights, make_weights, zexpert_router_logits
 
 TARGETS = {1: 2.0, 16: 2.5, 512: 1.8}  # times as fast as transformers, float32
 
@@ -36,14 +37,14 @@ def breakdown(
     steps: dict[str, list[Callable[[], object]]] = {}
     for index, rows in enumerate(hidden_states):
         layer, parameters = layers[index % len(layers)], weights[index % len(weights)]
-        logits = router_logits(rows, parameters)
+        logits = zexpert_router_logits(rows, parameters)
         routing = layer.router.select_experts(rows, logits)
         plan = zexpert.ops.moe_plan(routing.topk_ids, layer.w13_weight.shape[0])
         top_k = routing.topk_ids.shape[1]
         experts = (plan.expert_offsets, layer.w13_weight, layer.w2_weight, plan.row_slots, top_k)
         expert_rows = zexpert.ops.grouped_mlp(rows, *experts)
         calls: dict[str, Callable[[], object]] = {
-            "router projection": lambda x=rows, p=parameters: router_logits(x, p),
+            "router projection": lambda x=rows, p=parameters: zexpert_router_logits(x, p),
             "biased_topk": lambda m=layer, x=rows, y=logits: m.router.select_experts(x, y),
             "moe_plan": lambda r=routing, m=layer: zexpert.ops.moe_plan(r.topk_ids, m.w13_weight.shape[0]),
             "grouped_mlp": lambda x=rows, e=experts: zexpert.ops.grouped_mlp(x, *e),

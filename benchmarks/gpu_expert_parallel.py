@@ -37,7 +37,9 @@ from zexpert_tools.cluster_plan import Cluster, MoEShape, plan_layer
 
 TOP_K = 12
 CHECKED_TOKENS = 16
-SMALL_BATCH = 512  # tokens to which the exchanges of a fixed size are for
+SMALL_BATCH = 512  # tokens to which the exchanges that send rows of a fixed number are for
+GROUPED = 5 / 6  # of the rate of one large product is what products of many sizes reach
+BOUNDED = ("symmetric", "fixed", "all_gather")  # exchanges with a bound on tokens
 
 
 @dataclass
@@ -186,6 +188,7 @@ def run_case(options: argparse.Namespace, num_tokens: int, device: torch.device,
     assert isinstance(runner, ExpertParallelMoERunner)
     all_slots = AllSlots(parallel)
     contenders: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+        "symmetric": parallel,
         "ragged": parallel,
         "ragged, 4 chunks": in_chunks,
         "all slots": all_slots,
@@ -199,7 +202,7 @@ def run_case(options: argparse.Namespace, num_tokens: int, device: torch.device,
     if alone is not None:
         result.seconds["one rank"], expected, plain = alone
     for name, contender in contenders.items():
-        runner.use_exchange(*((name, num_tokens) if name in ("fixed", "all_gather") else ("ragged",)))
+        runner.use_exchange(*((name, num_tokens) if name in BOUNDED else ("ragged",)))
         out = contender(*inputs)
         if alone is not None:
             result.checks[name] = harness.check_error(out[sampled], plain, expected)
@@ -211,12 +214,13 @@ def run_case(options: argparse.Namespace, num_tokens: int, device: torch.device,
     (batch,) = runner.exchange.batches(hidden_states, routing_of(*inputs))
     assert isinstance(batch, RaggedBatch)
     result.bytes_sent = {
+        "symmetric": batch_bytes(batch, rank),
         "ragged": batch_bytes(batch, rank),
         "all slots": batch_bytes(all_slots.start(*inputs)[0], rank),
     }
     ffn_experts = TOP_K * 2 / 3  # logits are even
     shape = MoEShape(options.experts, TOP_K, options.hidden_size, options.intermediate_size, ffn_experts)
-    plan = plan_layer(num_ranks, num_tokens, shape, Cluster(gpus_per_node=num_ranks, matmul_rate=rate))
+    plan = plan_layer(num_ranks, num_tokens, shape, Cluster(gpus_per_node=num_ranks, matmul_rate=GROUPED * rate))
     result.planned_seconds = [plan.seconds, plan.overlapped_seconds]
     return result
 

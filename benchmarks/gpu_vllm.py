@@ -10,8 +10,9 @@ Needs vLLM 0.32 with its CUDA libraries; a part of it that cannot be imported or
   zexpert's operators do too. zexpert's layer needs "the choice alone"; vLLM's top-k kernel leaves scaling and masks.
 - epilogue: moe_finalize against vLLM's moe_sum, which reads a row for each zero slot too, and the addition of that
   tensor.
-- layer: from router logits to output; vLLM's is its router, its Triton experts in the configuration that it picks for
-  the shape, and the addition. Its zero slots go to expert 0, with weight 0.
+- layer: from hidden states to output, and from given router logits; vLLM's is PyTorch's float32 product, which its
+  GateLinear is for a float32 weight, its router, its Triton experts in the configuration that it picks for the shape,
+  and the addition. Its zero slots go to expert 0, with weight 0.
 
 All run in CUDA graphs, over inputs that together exceed the L2 cache wherever one token more than a few makes that
 possible. Results are checked against float64.
@@ -21,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -154,10 +156,16 @@ def layer_cases(tokens: Sequence[int], repeats: int, limits: rates.Limits) -> li
 
     peers = dict.fromkeys(usable(VLLM, some_tokens), vllm_peer.VllmLayer)
     results: list[harness.CaseResult] = []
-    for num_tokens in tokens:
+    for num_tokens, router_projection in product(tokens, (True, False)):
         results.append(
             layer.run_case(
-                SHAPE, num_tokens, [weights], limits=limits, repeats=repeats, router_projection=False, peers=peers
+                SHAPE,
+                num_tokens,
+                [weights],
+                limits=limits,
+                repeats=repeats,
+                router_projection=router_projection,
+                peers=peers,
             )
         )
         harness.print_case(results[-1])

@@ -21,6 +21,7 @@ MODULES = {
     "zexpert.models": "models",
     "zexpert.training": "training",
     "zexpert.telemetry": "telemetry.py",
+    "zexpert.choices": "choices.py",
 }
 INTRODUCTION = """# API
 

@@ -2,6 +2,7 @@
 #include "zexpert/biased_topk.h"
 
 #include <limits>
+#include <vector>
 
 #include "cpu/biased_topk_workspace.h"
 #include "zexpert/enums.h"
@@ -24,10 +25,33 @@ void with_shared_by_rows(const RoutingInputs& inputs, const Fn& fn) {
   });
 }
 
+/// Throws Error unless given choices are experts, or -1 for empty slots, and no token names an expert twice.
+void check_choices(const RoutingInputs& inputs) {
+  if (inputs.choices == nullptr) {
+    return;
+  }
+  const RoutingSpec& spec = inputs.spec;
+  std::vector<int64_t> last_token(static_cast<size_t>(spec.num_logits), -1);
+  for (int64_t token = 0; token < inputs.num_tokens; ++token) {
+    for (int64_t k = 0; k < spec.top_k; ++k) {
+      const int32_t expert = inputs.choices[token * spec.top_k + k];
+      ZEXPERT_CHECK(expert >= -1 && expert < spec.num_logits, "choices must be experts from 0 to ", spec.num_logits - 1,
+                    ", or -1 for an empty slot, got ", expert, " for token ", token);
+      if (expert >= 0) {
+        int64_t& last = last_token[static_cast<size_t>(expert)];
+        ZEXPERT_CHECK(last != token, "choices must name an expert once per token, got ", expert, " twice for token ",
+                      token);
+        last = token;
+      }
+    }
+  }
+}
+
 }  // namespace
 
 void biased_topk_cpu(const BiasedTopKParams& params) {
   params.validate();
+  check_choices(params);
   if (params.num_tokens > 0) {
     with_shared_by_rows(params, [&](auto logit, const auto& shared) {
       using Logit = decltype(logit);
@@ -39,8 +63,20 @@ void biased_topk_cpu(const BiasedTopKParams& params) {
   }
 }
 
+void biased_topk_choices_cpu(const BiasedTopKChoicesParams& params) {
+  params.validate();
+  check_choices(params);
+  if (params.num_tokens > 0) {
+    with_shared_by_rows(params, [&](auto logit, const auto& shared) {
+      using Logit = decltype(logit);
+      ZEXPERT_DISPATCH(biased_topk_choices<Logit>, shared, params)
+    });
+  }
+}
+
 void biased_topk_backward_cpu(const BiasedTopKBackwardParams& params) {
   params.validate();
+  check_choices(params);
   if (params.num_tokens > 0) {
     with_shared_by_rows(params, [&](auto logit, const auto& shared) {
       using Logit = decltype(logit);

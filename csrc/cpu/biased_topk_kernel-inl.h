@@ -51,17 +51,10 @@ void apply_groups(const RoutingSpec& spec, T* keys, T* group_scores, int32_t* gr
   }
 }
 
-/// What choose() returns with the chosen experts.
-template <typename T>
-struct Choice {
-  int64_t count;  ///< how many experts are chosen
-  T factor;       ///< expert i's score is workspace.scores[i] * factor
-};
-
-/// Writes a token's experts into `chosen` [kMaxTopK] in slot order.
+/// Writes a token's experts into `chosen` [top_k] in slot order, -1 for a slot that stays empty. Returns the scores'
+/// common factor: expert i's score is workspace.scores[i] * factor.
 template <typename Logit, typename T>
-ZEXPERT_INLINE Choice<T> choose(const SharedByRows<T>& shared, int64_t token, const Workspace<T>& workspace,
-                                int32_t* chosen) {
+ZEXPERT_INLINE T choose(const SharedByRows<T>& shared, int64_t token, const Workspace<T>& workspace, int32_t* chosen) {
   const RoutingInputs& inputs = shared.inputs;
   const RoutingSpec& spec = inputs.spec;
   T* scores = workspace.scores.get();
@@ -72,60 +65,66 @@ ZEXPERT_INLINE Choice<T> choose(const SharedByRows<T>& shared, int64_t token, co
   const Logit* later_row = logits + std::min(token + 2, inputs.num_tokens - 1) * inputs.row_stride();
 
   const T factor = load_scores(shared, row, later_row, scores);
+  if (inputs.choices != nullptr) {
+    const int32_t* given = inputs.choices + token * spec.top_k;
+    for (int64_t k = 0; k < spec.top_k; ++k) {
+      const bool is_masked = given[k] >= 0 && scores[given[k]] != scores[given[k]];
+      chosen[k] = is_masked ? -1 : given[k];
+    }
+    return factor;
+  }
   make_keys(scores, factor, shared.bias, shared.padded_experts, keys);
   if (spec.topk_group < spec.num_expert_group) {
     apply_groups(spec, keys, workspace.group_scores.get(), workspace.group_order.get());
   }
   const int64_t count = select_top_k(keys, shared.padded_experts, spec.top_k, workspace.candidates.get(), chosen);
-  return {count, factor};
+  std::fill(chosen + count, chosen + spec.top_k, -1);
+  return factor;
 }
 
 /// Divides the weights by their sum, added up in slot order; with a sum of 0 all weights are 0.
 template <typename T>
-void renormalize(T* weights, int64_t count) {
+void renormalize(T* weights, int64_t top_k) {
   T sum = 0;
-  for (int64_t k = 0; k < count; ++k) sum += weights[k];
-  for (int64_t k = 0; k < count; ++k) weights[k] = sum != 0 ? weights[k] / sum : T(0);
+  for (int64_t k = 0; k < top_k; ++k) sum += weights[k];
+  for (int64_t k = 0; k < top_k; ++k) weights[k] = sum != 0 ? weights[k] / sum : T(0);
 }
 
-/// The weights of the chosen experts, before the scaling factor.
+/// The weights of the chosen experts, 0 for empty slots, before the scaling factor.
 template <typename T>
-void weigh(const RoutingSpec& spec, const T* scores, T factor, const int32_t* chosen, int64_t count, T* weights) {
-  const int64_t first_drop = spec.num_experts - spec.num_drop_experts();
-  for (int64_t k = 0; k < count; ++k) {
+void weigh(const RoutingSpec& spec, const T* scores, T factor, const int32_t* chosen, T* weights) {
+  const int64_t first_drop = spec.num_logits - spec.num_drop_experts();
+  for (int64_t k = 0; k < spec.top_k; ++k) {
     const bool is_dropped = spec.drop_before_renormalize && chosen[k] >= first_drop;
-    weights[k] = is_dropped ? T(0) : scores[chosen[k]] * factor;
+    weights[k] = chosen[k] < 0 || is_dropped ? T(0) : scores[chosen[k]] * factor;
   }
   if (spec.renormalize) {
-    renormalize(weights, count);
+    renormalize(weights, spec.top_k);
   }
 }
 
 /// Writes a token's results: each slot's weight goes to the output for its expert's kind.
 template <typename T, typename Id>
-void write_weights(const BiasedTopKParams& params, int64_t token, const int32_t* chosen, int64_t count,
-                   const T* weights) {
+void write_weights(const BiasedTopKParams& params, int64_t token, const int32_t* chosen, const T* weights) {
   const RoutingSpec& spec = params.spec;
   const int64_t first_constant = spec.num_real_experts + spec.num_identity_experts;
   const auto scale = static_cast<T>(spec.routed_scaling_factor);
   T* topk_weights = static_cast<T*>(params.topk_weights) + token * spec.top_k;
   Id* topk_ids = static_cast<Id*>(params.topk_ids) + token * spec.top_k;
   T zero_weight = 0;
-  for (int64_t k = 0; k < count; ++k) {
-    const bool is_real = chosen[k] < spec.num_real_experts;
-    const bool is_identity = !is_real && chosen[k] < first_constant;
+  for (int64_t k = 0; k < spec.top_k; ++k) {
+    const bool is_real = chosen[k] >= 0 && chosen[k] < spec.num_real_experts;
+    const bool is_identity = chosen[k] >= spec.num_real_experts && chosen[k] < first_constant;
     topk_weights[k] = is_real ? weights[k] * scale : T(0);
     topk_ids[k] = is_real ? static_cast<Id>(chosen[k]) : Id(-1);
     zero_weight += is_identity ? weights[k] : T(0);
   }
-  std::fill(topk_weights + count, topk_weights + spec.top_k, T(0));
-  std::fill(topk_ids + count, topk_ids + spec.top_k, Id(-1));
   static_cast<T*>(params.zero_weight)[token] = zero_weight * scale;
 
   if (spec.num_constant_experts > 0) {
     T* constant_weight = static_cast<T*>(params.constant_weight) + token * spec.num_constant_experts;
     std::fill(constant_weight, constant_weight + spec.num_constant_experts, T(0));
-    for (int64_t k = 0; k < count; ++k) {
+    for (int64_t k = 0; k < spec.top_k; ++k) {
       const int64_t constant = chosen[k] - first_constant;
       if (constant >= 0 && constant < spec.num_constant_experts) {
         constant_weight[constant] = weights[k] * scale;
@@ -139,12 +138,12 @@ void route_token(const SharedByRows<T>& shared, const BiasedTopKParams& params, 
                  const Workspace<T>& workspace) {
   int32_t chosen[kMaxTopK];
   T weights[kMaxTopK];
-  const auto [count, factor] = choose<Logit>(shared, token, workspace, chosen);
-  weigh(params.spec, workspace.scores.get(), factor, chosen, count, weights);
+  const T factor = choose<Logit>(shared, token, workspace, chosen);
+  weigh(params.spec, workspace.scores.get(), factor, chosen, weights);
   if (params.ids_type == ScalarType::kInt64) {
-    write_weights<T, int64_t>(params, token, chosen, count, weights);
+    write_weights<T, int64_t>(params, token, chosen, weights);
   } else {
-    write_weights<T, int32_t>(params, token, chosen, count, weights);
+    write_weights<T, int32_t>(params, token, chosen, weights);
   }
 }
 
@@ -167,22 +166,30 @@ void biased_topk(const SharedByRows<T>& shared, const BiasedTopKParams& params) 
   });
 }
 
+template <typename Logit, typename T>
+void biased_topk_choices(const SharedByRows<T>& shared, const BiasedTopKChoicesParams& params) {
+  for_each_token(shared, [&](int64_t token, const Workspace<T>& workspace) {
+    choose<Logit>(shared, token, workspace, params.chosen + token * params.spec.top_k);
+  });
+}
+
 // Backward. The numbers of a token's few chosen experts are computed in float64: differences of their gradients lose
 // digits.
 
-/// The upstream gradient of each chosen expert's scaled weight, times the scale.
+/// The upstream gradient of each chosen expert's scaled weight, times the scale; 0 for empty slots.
 template <typename T>
-void gather_gradients(const BiasedTopKBackwardParams& params, int64_t token, const int32_t* chosen, int64_t count,
-                      double* gradients) {
+void gather_gradients(const BiasedTopKBackwardParams& params, int64_t token, const int32_t* chosen, double* gradients) {
   const RoutingSpec& spec = params.spec;
   const int64_t first_constant = spec.num_real_experts + spec.num_identity_experts;
   const int64_t first_drop = first_constant + spec.num_constant_experts;
   const T* topk = static_cast<const T*>(params.grad_topk_weights) + token * spec.top_k;
   const T zero = static_cast<const T*>(params.grad_zero_weight)[token];
   const T* constant = static_cast<const T*>(params.grad_constant_weight) + token * spec.num_constant_experts;
-  for (int64_t k = 0; k < count; ++k) {
+  for (int64_t k = 0; k < spec.top_k; ++k) {
     T gradient = 0;
-    if (chosen[k] < spec.num_real_experts) {
+    if (chosen[k] < 0) {
+      gradient = 0;
+    } else if (chosen[k] < spec.num_real_experts) {
       gradient = topk[k];
     } else if (chosen[k] < first_constant) {
       gradient = zero;
@@ -194,12 +201,12 @@ void gather_gradients(const BiasedTopKBackwardParams& params, int64_t token, con
 }
 
 /// Turns the gradients of renormalised weights into those of the weights before, in place.
-inline void renormalize_backward(const double* weights, int64_t count, double* gradients) {
+inline void renormalize_backward(const double* weights, int64_t top_k, double* gradients) {
   double sum = 0;
   double dot = 0;
-  for (int64_t k = 0; k < count; ++k) sum += weights[k];
-  for (int64_t k = 0; k < count; ++k) dot += gradients[k] * (weights[k] / sum);
-  for (int64_t k = 0; k < count; ++k) gradients[k] = sum != 0 ? (gradients[k] - dot) / sum : 0;
+  for (int64_t k = 0; k < top_k; ++k) sum += weights[k];
+  for (int64_t k = 0; k < top_k; ++k) dot += gradients[k] * (weights[k] / sum);
+  for (int64_t k = 0; k < top_k; ++k) gradients[k] = sum != 0 ? (gradients[k] - dot) / sum : 0;
 }
 
 /// row = -dot * score for every expert, 0 for masked ones.
@@ -223,22 +230,23 @@ void differentiate_token(const SharedByRows<T>& shared, const BiasedTopKBackward
                          const Workspace<T>& workspace) {
   const RoutingSpec& spec = params.spec;
   const T* scores = workspace.scores.get();
-  Logit* grad_logits = static_cast<Logit*>(params.grad_logits) + token * spec.num_experts;
+  Logit* grad_logits = static_cast<Logit*>(params.grad_logits) + token * spec.num_logits;
   int32_t chosen[kMaxTopK];
-  // Not a structured binding: a lambda could not capture it.
-  const Choice<T> choice = choose<Logit>(shared, token, workspace, chosen);
-  const int64_t count = choice.count;
+  const T factor = choose<Logit>(shared, token, workspace, chosen);
+  const int64_t top_k = spec.top_k;
 
   double weights[kMaxTopK];
   double gradients[kMaxTopK];
-  const int64_t first_drop = spec.num_experts - spec.num_drop_experts();
-  for (int64_t k = 0; k < count; ++k) weights[k] = static_cast<double>(scores[chosen[k]] * choice.factor);
-  gather_gradients<T>(params, token, chosen, count, gradients);
+  const int64_t first_drop = spec.num_logits - spec.num_drop_experts();
+  for (int64_t k = 0; k < top_k; ++k) {
+    weights[k] = chosen[k] < 0 ? 0 : static_cast<double>(scores[chosen[k]] * factor);
+  }
+  gather_gradients<T>(params, token, chosen, gradients);
   if (spec.renormalize) {
-    for (int64_t k = 0; k < count; ++k) {
+    for (int64_t k = 0; k < top_k; ++k) {
       weights[k] = spec.drop_before_renormalize && chosen[k] >= first_drop ? 0 : weights[k];
     }
-    renormalize_backward(weights, count, gradients);
+    renormalize_backward(weights, top_k, gradients);
   }
 
   visit_scoring_func(spec.scoring_func, [&](auto scoring) {
@@ -246,20 +254,24 @@ void differentiate_token(const SharedByRows<T>& shared, const BiasedTopKBackward
     if constexpr (Scoring::kIsSoftmax) {
       // Renormalised weights do not change when all scores are scaled alike: their gradients' dot product is 0.
       double dot = 0;
-      for (int64_t k = 0; k < count && !spec.renormalize; ++k) dot += gradients[k] * weights[k];
-      if (count > 0) {
-        spread_softmax(scores, choice.factor, static_cast<T>(dot), spec.num_experts, grad_logits);
+      for (int64_t k = 0; k < top_k && !spec.renormalize; ++k) dot += gradients[k] * weights[k];
+      if (dot != 0) {
+        spread_softmax(scores, factor, static_cast<T>(dot), spec.num_logits, grad_logits);
       } else {
-        std::fill(grad_logits, grad_logits + spec.num_experts, Logit(0.0F));
+        std::fill(grad_logits, grad_logits + spec.num_logits, Logit(0.0F));
       }
-      for (int64_t k = 0; k < count; ++k) {
-        grad_logits[chosen[k]] = static_cast<Logit>(weights[k] * (gradients[k] - dot));
+      for (int64_t k = 0; k < top_k; ++k) {
+        if (chosen[k] >= 0) {
+          grad_logits[chosen[k]] = static_cast<Logit>(weights[k] * (gradients[k] - dot));
+        }
       }
     } else {
-      std::fill(grad_logits, grad_logits + spec.num_experts, Logit(0.0F));
-      for (int64_t k = 0; k < count; ++k) {
-        const double slope = weights[k] > 0 ? Scoring::slope(weights[k]) : 0;
-        grad_logits[chosen[k]] = static_cast<Logit>(gradients[k] * slope);
+      std::fill(grad_logits, grad_logits + spec.num_logits, Logit(0.0F));
+      for (int64_t k = 0; k < top_k; ++k) {
+        if (chosen[k] >= 0) {
+          const double slope = weights[k] > 0 ? Scoring::slope(weights[k]) : 0;
+          grad_logits[chosen[k]] = static_cast<Logit>(gradients[k] * slope);
+        }
       }
     }
   });

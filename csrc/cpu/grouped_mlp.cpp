@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -88,7 +89,11 @@ void grouped_mlp_cpu(const GroupedMlpParams& params, int64_t max_rows) {
   visit_floating(params.data_type, [&](auto element) {
     using T = decltype(element);
     for (std::vector<Segment>& run : find_segments(params, max_rows)) {
-      ZEXPERT_DISPATCH(grouped_mlp<T>, params, run)
+      if (params.has_fp8_weights()) {
+        ZEXPERT_DISPATCH(grouped_mlp_with_scales<T>, params, run)
+      } else {
+        ZEXPERT_DISPATCH(grouped_mlp<T>, params, run)
+      }
     }
   });
 }

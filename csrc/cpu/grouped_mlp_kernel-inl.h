@@ -12,12 +12,14 @@ constexpr int64_t kBlockBytes = 128 * 1024;
 /// A block has a multiple of this many channels, so that blocks of activations are whole vectors.
 constexpr int64_t kChannelMultiple = 16;
 
-/// Channels of a block that reads `rows_per_channel` weight rows for each.
-template <typename T>
+/// Channels of a block that reads `rows_per_channel` weight rows for each: a power of two, so that the channels have
+/// one block of scales.
+template <typename W>
 int64_t block_channels(int64_t depth, int64_t rows_per_channel) {
-  const int64_t channel_bytes = std::max<int64_t>(depth * rows_per_channel * static_cast<int64_t>(sizeof(T)), 1);
-  const int64_t channels = kBlockBytes / channel_bytes / kChannelMultiple * kChannelMultiple;
-  return std::clamp(channels, kChannelMultiple, kMaxChannels / rows_per_channel);
+  const int64_t channel_bytes = std::max<int64_t>(depth * rows_per_channel * static_cast<int64_t>(sizeof(W)), 1);
+  int64_t channels = kMaxChannels / rows_per_channel;
+  while (channels > kChannelMultiple && channels * channel_bytes > kBlockBytes) channels /= 2;
+  return channels;
 }
 
 /// Copies rows to their packed places in the type of the sums, padded with zeros to whole vectors.
@@ -74,18 +76,17 @@ struct Block {
 };
 
 /// Multiplies the rows of the block's segment, as many groups at once as stay in the cache.
-template <typename T, typename Consume>
-void multiply_block(const Product& product, const Block& block, const accumulate_t<T>* packed_rows,
-                    const Channels<T>& channels, const Channels<T>& next, accumulate_t<T>* sums,
-                    const Consume& consume) {
-  constexpr int64_t kMaxGroups = kMaxRows / most_rows<accumulate_t<T>>();
+template <typename A, typename W, typename Consume>
+void multiply_block(const Product& product, const Block& block, const A* packed_rows, const Channels<W>& channels,
+                    const Channels<W>& next, ScaledRows<A>* scaled_rows, A* sums, const Consume& consume) {
+  constexpr int64_t kMaxGroups = kMaxRows / most_rows<A>();
   const int64_t segment_groups = block.segment->num_groups;
   const int64_t chunks = (segment_groups + kMaxGroups - 1) / kMaxGroups;
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
     const int64_t begin = segment_groups * chunk / chunks;
     const int64_t num_groups = segment_groups * (chunk + 1) / chunks - begin;
     const RowGroup* groups = &product.groups[static_cast<size_t>(block.segment->first_group + begin)];
-    multiply(packed_rows, groups, num_groups, channels, product.depth, next, sums);
+    multiply(packed_rows, groups, num_groups, channels, product.depth, next, sums, scaled_rows);
     for (int64_t g = 0; g < num_groups; ++g) {
       consume(block, groups[g], sums + (groups[g].first_row - groups[0].first_row) * kMaxChannels);
     }
@@ -94,17 +95,23 @@ void multiply_block(const Product& product, const Block& block, const accumulate
 
 /// Computes a product on all threads. `find_channels(block, channels)` returns a block's weight rows in `channels`,
 /// `consume(block, group, sums)` receives the block's products with a group of rows.
-template <typename T, typename FindChannels, typename Consume>
-void multiply_all(const Product& product, const accumulate_t<T>* packed_rows, const FindChannels& find_channels,
+template <typename W, typename A, typename FindChannels, typename Consume>
+void multiply_all(const Product& product, const A* packed_rows, const FindChannels& find_channels,
                   const Consume& consume) {
   const int64_t num_blocks = Block::count(product);
   std::atomic<int64_t> next_block{0};
   // A free thread takes the next block: experts differ in their rows and cores in their speed. A thread takes a block
   // while it still works on the one before, to prefetch it.
   parallel_for(0, num_blocks, 1, [&](int64_t, int64_t) {
-    const AlignedArray<accumulate_t<T>> sums(kMaxRows * kMaxChannels);
-    Channels<T> channels;
-    Channels<T> next_channels;
+    const AlignedArray<A> sums(kMaxRows * kMaxChannels);
+    [[maybe_unused]] std::optional<KeepSubnormals> keep_subnormals;
+    std::optional<ScaledRows<A>> scaled_rows;
+    if constexpr (kHasScales<W>) {
+      keep_subnormals.emplace();
+      scaled_rows.emplace();
+    }
+    Channels<W> channels;
+    Channels<W> next_channels;
     int64_t index = next_block++;
     if (index < num_blocks) {
       find_channels(Block(product, index), channels);
@@ -115,14 +122,16 @@ void multiply_all(const Product& product, const accumulate_t<T>* packed_rows, co
       if (next_index < num_blocks) {
         find_channels(Block(product, next_index), next_channels);
       }
-      multiply_block<T>(product, Block(product, index), packed_rows, channels, next_channels, sums.get(), consume);
+      multiply_block(product, Block(product, index), packed_rows, channels, next_channels,
+                     scaled_rows ? &*scaled_rows : nullptr, sums.get(), consume);
       std::swap(channels, next_channels);
       index = next_index;
     }
   });
 }
 
-template <typename T>
+/// W is the type of the weights: T, or Float8E4M3 with scales.
+template <typename T, typename W = T>
 void grouped_mlp(const GroupedMlpParams& params, std::vector<Segment>& segments) {
   using A = accumulate_t<T>;
   using V = Vec<A>;
@@ -136,14 +145,21 @@ void grouped_mlp(const GroupedMlpParams& params, std::vector<Segment>& segments)
   pack_rows<T>(params, groups, rows.get());
 
   // activations = silu(rows @ gate.T) * (rows @ up.T), packed like the rows
-  const auto gate_and_up = [&](const Block& block, Channels<T>& channels) {
-    const T* gate = static_cast<const T*>(params.w13_weight) + block.segment->expert * params.w13_expert_stride;
+  const auto gate_and_up = [&](const Block& block, Channels<W>& channels) {
+    const W* gate = static_cast<const W*>(params.w13_weight) + block.segment->expert * params.w13_expert_stride;
     const int64_t padded = round_up(block.num_channels, kPanel);
     for (int64_t c = 0; c < padded; ++c) {
       channels.rows[c] = gate + std::min(block.first_channel + c, inner - 1) * hidden;
       channels.rows[padded + c] = channels.rows[c] + inner * hidden;
     }
     channels.count = 2 * padded;
+    if constexpr (kHasScales<W>) {
+      const int64_t row_scales = num_scale_blocks(hidden);
+      channels.scales[0] = params.w13_scale_inv + block.segment->expert * params.w13_scale_expert_stride +
+                           block.first_channel / kScaleBlock * row_scales;
+      channels.scales[1] = channels.scales[0] + num_scale_blocks(inner) * row_scales;
+      channels.num_with_one_scale = padded;
+    }
   };
   const auto activate = [&](const Block& block, const RowGroup& group, const A* sums) {
     A* target = activations.get() + group.first_packed_row * padded_inner + block.first_channel * group.num_rows;
@@ -157,14 +173,19 @@ void grouped_mlp(const GroupedMlpParams& params, std::vector<Segment>& segments)
       }
     }
   };
-  multiply_all<T>({segments, groups, hidden, inner, block_channels<T>(hidden, 2)}, rows.get(), gate_and_up, activate);
+  multiply_all<W>({segments, groups, hidden, inner, block_channels<W>(hidden, 2)}, rows.get(), gate_and_up, activate);
 
   // out = activations @ down.T
-  const auto down = [&](const Block& block, Channels<T>& channels) {
-    const T* weight = static_cast<const T*>(params.w2_weight) + block.segment->expert * params.w2_expert_stride;
+  const auto down = [&](const Block& block, Channels<W>& channels) {
+    const W* weight = static_cast<const W*>(params.w2_weight) + block.segment->expert * params.w2_expert_stride;
     channels.count = round_up(block.num_channels, kPanel);
     for (int64_t c = 0; c < channels.count; ++c) {
       channels.rows[c] = weight + std::min(block.first_channel + c, hidden - 1) * inner;
+    }
+    if constexpr (kHasScales<W>) {
+      channels.scales[0] = params.w2_scale_inv + block.segment->expert * params.w2_scale_expert_stride +
+                           block.first_channel / kScaleBlock * num_scale_blocks(inner);
+      channels.num_with_one_scale = channels.count;
     }
   };
   const auto write = [&](const Block& block, const RowGroup& group, const A* sums) {
@@ -176,5 +197,10 @@ void grouped_mlp(const GroupedMlpParams& params, std::vector<Segment>& segments)
       }
     }
   };
-  multiply_all<T>({segments, groups, inner, hidden, block_channels<T>(inner, 1)}, activations.get(), down, write);
+  multiply_all<W>({segments, groups, inner, hidden, block_channels<W>(inner, 1)}, activations.get(), down, write);
+}
+
+template <typename T>
+void grouped_mlp_with_scales(const GroupedMlpParams& params, std::vector<Segment>& segments) {
+  grouped_mlp<T, Float8E4M3>(params, segments);
 }

@@ -17,10 +17,23 @@
 namespace zexpert {
 namespace {
 
-constexpr std::array<std::string_view, 10> kOps = {
-    "biased_topk", "biased_topk_and_plan", "router_logits", "zero_expert_accumulate",
-    "moe_plan",    "moe_permute",          "silu_and_mul",  "grouped_mlp",
-    "fused_moe",   "moe_finalize"};
+constexpr std::array<std::string_view, 17> kOps = {"biased_topk",
+                                                   "biased_topk_and_plan",
+                                                   "biased_topk_choices",
+                                                   "router_logits",
+                                                   "route",
+                                                   "zero_expert_accumulate",
+                                                   "moe_plan",
+                                                   "moe_permute",
+                                                   "silu_and_mul",
+                                                   "grouped_mlp",
+                                                   "fused_moe",
+                                                   "moe_finalize",
+                                                   "quantize_blockwise",
+                                                   "dequantize_blockwise",
+                                                   "moe_dispatch",
+                                                   "moe_combine",
+                                                   "rank_barrier"};
 constexpr std::array<std::string_view, 2> kDevices = {"cpu", "cuda"};
 constexpr std::array<std::string_view, 4> kFloatingTypes = {"float32", "float64", "bfloat16", "float16"};
 constexpr std::array<std::string_view, 2> kIndexTypes = {"int32", "int64"};
@@ -107,6 +120,7 @@ GroupedMlpCall grouped_mlp_call(const KernelQuery& query) {
   const bool keeps_gate_up = query.op == "fused_moe" && query.keep_gate_up;
   call.task = keeps_gate_up ? GroupedMlpTask::kForwardKeepingGateUp : GroupedMlpTask::kForward;
   call.data_type = floating_type(query.dtype.value_or("float32"));
+  call.has_fp8_weights = query.weight_dtype == "float8_e4m3fn";
   call.num_experts = query.num_experts.value_or(1);
   call.hidden_size = query.hidden_size.value_or(kHopperSizeStep);
   call.intermediate_size = query.intermediate_size.value_or(kHopperSizeStep);
@@ -125,7 +139,8 @@ std::string obstacle_to_hopper(const GroupedMlpCall& call) {
 /// Implementation "cpu", which chooses by an expert's rows.
 KernelPlan plan_cpu_experts(const KernelQuery& query, const GroupedMlpCall& call, const char* isa) {
   if (call.task == GroupedMlpTask::kForwardKeepingGateUp) {
-    return {query.op, "torch", "matmul", "Training runs every expert through a matrix-product library."};
+    return {query.op, "torch", call.has_fp8_weights ? "dequantize_blockwise, matmul" : "matmul",
+            "Training runs every expert through a matrix-product library."};
   }
   ZEXPERT_CHECK(query.num_experts.has_value(), query.op,
                 " chooses its kernel by rows per expert: num_experts must be given");
@@ -133,25 +148,26 @@ KernelPlan plan_cpu_experts(const KernelQuery& query, const GroupedMlpCall& call
   const int64_t mean = (rows + *query.num_experts - 1) / *query.num_experts;
   const std::string about = std::to_string(rows) + " rows for " + std::to_string(*query.num_experts) +
                             " experts are at most " + std::to_string(mean) + " each if spread evenly, ";
-  const int64_t few_rows = few_rows_limit(call.data_type, cpu_capability());
+  const int64_t few_rows = few_rows_limit(call.data_type, cpu_capability(), call.has_fp8_weights);
   const std::string limit = std::to_string(few_rows);
   if (mean <= few_rows) {
-    return {query.op, "cpu", std::string("grouped_mlp_") + isa,
+    return {query.op, "cpu", std::string("grouped_mlp_") + isa + (call.has_fp8_weights ? "_fp8" : ""),
             about + "and a segment of up to " + limit +
                 " rows is bound by reading its weights, which this kernel streams."};
   }
-  return {query.op, "torch", "matmul",
+  return {query.op, "torch", call.has_fp8_weights ? "dequantize_blockwise, matmul" : "matmul",
           about + "and a segment of more than " + limit + " rows repays a matrix-product library's packing."};
 }
 
-KernelPlan plan_hopper_experts(const KernelQuery& query) {
+KernelPlan plan_hopper_experts(const KernelQuery& query, const GroupedMlpCall& call) {
+  const std::string kernel = call.has_fp8_weights ? "grouped_product_fp8" : "grouped_product";
   const std::optional<int64_t> num_rows = known_rows(query);
   if (!num_rows || !query.num_experts) {
-    return {query.op, "cuda", "grouped_product", "The rows of an expert decide on the tiles."};
+    return {query.op, "cuda", kernel, "The rows of an expert decide on the tiles."};
   }
-  const int64_t rows = hopper_tile_rows(*num_rows, *query.num_experts);
+  const int64_t rows = hopper_tile_rows(*num_rows, *query.num_experts, call.has_fp8_weights);
   const char* const weight_rows = rows <= kHopperTallTileRows ? "256" : "128";
-  return {query.op, "cuda", "grouped_product",
+  return {query.op, "cuda", kernel,
           "Tiles of up to " + std::to_string(rows) + " rows of an expert by " + weight_rows +
               " of its weights: few rows are bound by reading weights, many by the products."};
 }
@@ -164,7 +180,7 @@ KernelPlan plan_experts(const KernelQuery& query, const char* isa) {
   KernelPlan plan;
   switch (implementation) {
     case GroupedMlpImplementation::kCpu: plan = plan_cpu_experts(query, call, isa); break;
-    case GroupedMlpImplementation::kHopper: plan = plan_hopper_experts(query); break;
+    case GroupedMlpImplementation::kHopper: plan = plan_hopper_experts(query, call); break;
     case GroupedMlpImplementation::kGroupedMm:
       plan = {query.op, "torch", "grouped_mm",
               obstacle +
@@ -172,10 +188,14 @@ KernelPlan plan_experts(const KernelQuery& query, const char* isa) {
                   "9 and 10 PyTorch computes them one by one."};
       break;
     case GroupedMlpImplementation::kTorch:
-      plan = {query.op, "torch", "loop",
-              obstacle +
-                  "The experts run one after another; bfloat16, with hidden and intermediate sizes that are "
-                  "multiples of 8, would fit PyTorch's grouped_mm on a GPU."};
+      plan = call.has_fp8_weights
+                 ? KernelPlan{query.op, "torch", "dequantize_blockwise, loop",
+                              obstacle + "The experts are dequantised and run one after another."}
+                 : KernelPlan{
+                       query.op, "torch", "loop",
+                       obstacle +
+                           "The experts run one after another; bfloat16, with hidden and intermediate sizes that are "
+                           "multiples of 8, would fit PyTorch's grouped_mm on a GPU."};
       break;
   }
   plan.implementation = name(implementation);
@@ -227,6 +247,17 @@ KernelPlan plan_router_logits_on_cuda(const KernelQuery& query) {
       "that is a multiple of 8; all else is float32 arithmetic."};
 }
 
+/// route is made of two operators.
+KernelPlan plan_route(const KernelQuery& query) {
+  KernelQuery part = query;
+  part.op = "router_logits";
+  const std::string logits = kernel_plan(part).kernel;
+  part.op = "biased_topk_and_plan";
+  part.dtype = query.dtype == "float64" ? "float64" : "float32";  // of the logits
+  return {query.op, query.device, logits + ", " + kernel_plan(part).kernel,
+          "router_logits and biased_topk_and_plan run one after the other."};
+}
+
 KernelPlan plan_on_cuda(const KernelQuery& query) {
   if (query.op == "router_logits") {
     return plan_router_logits_on_cuda(query);
@@ -238,7 +269,14 @@ KernelPlan plan_on_cuda(const KernelQuery& query) {
     return {query.op, "cuda", query.op,
             "A block copies a row; with slot_rows, a thread its part of a token to all rows."};
   }
-  if (query.op == "biased_topk") {
+  if (query.op == "moe_dispatch") {
+    return {query.op, "cuda", "place_tokens, send_rows",
+            "A block places the tokens for a rank, then a block writes a row at a time."};
+  }
+  if (query.op == "rank_barrier") {
+    return {query.op, "cuda", query.op, "A thread signals to a rank and waits for it."};
+  }
+  if (query.op == "biased_topk" || query.op == "biased_topk_choices") {
     return plan_biased_topk_on_cuda(query);
   }
   if (query.op == "biased_topk_and_plan") {
@@ -260,6 +298,13 @@ KernelPlan kernel_plan(const KernelQuery& query) {
       check_choice("dtype", *query.dtype, kFloatingTypes);
     }
   }
+  if (query.weight_dtype) {
+    const bool has_weights = query.op == "grouped_mlp" || query.op == "fused_moe";
+    ZEXPERT_CHECK(has_weights, "weight_dtype must be None for ", query.op, ", got \"", *query.weight_dtype, "\"");
+    ZEXPERT_CHECK(*query.weight_dtype == "float8_e4m3fn" || *query.weight_dtype == query.dtype.value_or("float32"),
+                  "weight_dtype must be \"float8_e4m3fn\" or dtype (\"", query.dtype.value_or("float32"), "\"), got \"",
+                  *query.weight_dtype, "\"");
+  }
   check_size("num_tokens", query.num_tokens, 0);
   check_size("num_rows", query.num_rows, 0);
   check_size("num_experts", query.num_experts, 1);
@@ -274,7 +319,11 @@ KernelPlan kernel_plan(const KernelQuery& query) {
   if (query.op == "grouped_mlp" || query.op == "fused_moe") {
     return plan_experts(query, isa);
   }
-  const bool is_routing = query.op == "biased_topk" || query.op == "biased_topk_and_plan";
+  if (query.op == "route") {
+    return plan_route(query);
+  }
+  const bool is_routing =
+      query.op == "biased_topk" || query.op == "biased_topk_and_plan" || query.op == "biased_topk_choices";
   if (is_routing) {
     check_routing(query);
   }
@@ -289,8 +338,14 @@ KernelPlan kernel_plan(const KernelQuery& query) {
   if (is_index_op) {
     return {query.op, "cpu", "counting_sort", "The slots are counted and placed by integer code without vectors."};
   }
-  if (query.op == "moe_permute") {
+  if (query.op == "moe_permute" || query.op == "moe_dispatch") {
     return {query.op, "cpu", "row_copy", "Rows are copied whole, whatever their type."};
+  }
+  if (query.op == "rank_barrier") {
+    return {query.op, "cpu", query.op, "Signals are words of memory that the processes share."};
+  }
+  if (query.op == "moe_combine") {
+    return {query.op, "cpu", std::string("moe_finalize_") + isa, "A row is a sum as moe_finalize forms it."};
   }
   const std::string kernel =
       query.op == "biased_topk_and_plan" ? std::string("biased_topk_") + isa + ", counting_sort" : query.op + "_" + isa;

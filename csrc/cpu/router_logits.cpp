@@ -7,6 +7,7 @@
 #include "cpu/aligned_array.h"
 #include "cpu/check_params.h"
 #include "zexpert/parallel.h"
+#include "zexpert/scale_blocks.h"
 
 namespace zexpert {
 namespace {

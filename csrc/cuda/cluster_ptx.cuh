@@ -22,6 +22,11 @@ __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release;\n\tbarrier.cluster.wait.acquire;" ::: "memory");
 }
 
+/// The cluster's blocks meet, without a fence: for threads that have read, or have only initialised barriers.
+__device__ __forceinline__ void cluster_meet() {
+  asm volatile("barrier.cluster.arrive.relaxed;\n\tbarrier.cluster.wait;" ::: "memory");
+}
+
 /// The address, for instructions on a cluster's shared memory, of what is at `address` in block `rank`.
 __device__ __forceinline__ uint32_t address_in_block(uint32_t address, uint32_t rank) {
   uint32_t result;
@@ -29,25 +34,10 @@ __device__ __forceinline__ uint32_t address_in_block(uint32_t address, uint32_t 
   return result;
 }
 
+/// For threads that have read what the barrier guards: a release in the cluster would be a fence of all memory.
 /// `barrier` is an address_in_block.
 __device__ __forceinline__ void barrier_arrive_in_cluster(uint32_t barrier) {
-  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-
-/// The wait for a barrier at which other blocks arrive.
-__device__ __forceinline__ void barrier_wait_for_cluster(uint32_t barrier, uint32_t parity) {
-  uint32_t is_over = 0;
-  while (is_over == 0) {
-    asm volatile(
-        "{\n\t"
-        ".reg .pred over;\n\t"
-        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 over, [%1], %2;\n\t"
-        "selp.u32 %0, 1, 0, over;\n\t"
-        "}"
-        : "=r"(is_over)
-        : "r"(barrier), "r"(parity)
-        : "memory");
-  }
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
 /// `address` is an address_in_block.
@@ -69,6 +59,11 @@ __device__ __forceinline__ void load_box_2d_into_blocks(uint32_t destination, co
       "%5}], [%2], %3;" ::"r"(destination),
       "l"(reinterpret_cast<uint64_t>(&map)), "r"(barrier), "h"(blocks), "r"(c0), "r"(c1)
       : "memory");
+}
+
+/// What ordinary stores to this block's shared memory wrote before is seen by later matrix instructions.
+__device__ __forceinline__ void fence_async_proxy_of_block() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
 /// Brings a box into the L2 cache.

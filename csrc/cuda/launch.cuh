@@ -113,4 +113,37 @@ void launch(const char* name, void (*kernel)(Parameters...), int64_t num_blocks,
   launch_clusters(name, kernel, num_blocks, 1, num_threads, shared_memory_bytes, stream, arguments...);
 }
 
+/// A grid whose blocks each walk several units of work.
+struct WalkingGrid {
+  int64_t num_blocks;
+  int units_per_block;  ///< at a time, each by its own threads
+};
+
+/// A grid for `num_units` units of work that `threads_per_unit` threads do. If it may not occupy all multiprocessors, a
+/// block fills one: blocks of other kernels, which may need a whole one, then have the others.
+inline WalkingGrid walking_grid(int64_t num_units, int threads_per_unit, int most_multiprocessors) {
+  constexpr int kMostThreads = 1024;
+  constexpr int kThreadsPerMultiprocessor = 1024;  // the registers suffice for as many
+  const auto at_least_one = [](int64_t count) { return count < 1 ? 1 : count; };
+  const bool fills = most_multiprocessors > 0;
+  const int units_per_block = fills ? kMostThreads / threads_per_unit : 1;
+  const int64_t most_blocks =
+      fills ? most_multiprocessors : int64_t{num_multiprocessors()} * (kThreadsPerMultiprocessor / threads_per_unit);
+  const int64_t needed = (num_units + units_per_block - 1) / units_per_block;
+  return {at_least_one(needed < most_blocks ? needed : most_blocks), units_per_block};
+}
+
+/// The unit of work that this thread begins with in such a grid, and the step to its next one.
+struct OwnUnits {
+  int64_t first;
+  int64_t step;
+  int thread;  ///< of the unit
+};
+__device__ __forceinline__ OwnUnits own_units(int threads_per_unit) {
+  const auto units_per_block = static_cast<int>(blockDim.x) / threads_per_unit;
+  const auto unit = static_cast<int>(threadIdx.x) / threads_per_unit;
+  return {int64_t{blockIdx.x} * units_per_block + unit, int64_t{gridDim.x} * units_per_block,
+          static_cast<int>(threadIdx.x) % threads_per_unit};
+}
+
 }  // namespace zexpert::cuda

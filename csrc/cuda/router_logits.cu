@@ -166,24 +166,29 @@ Float32Arguments float32_arguments(const RouterLogitsParams& params) {
   return arguments;
 }
 
-/// Parts of the workspace, each aligned to 256 bytes. 0 bytes: not needed.
-struct Workspace {
-  int64_t partial_sums_bytes;
-  int64_t scales_bytes;
+/// Regions of the workspace, each aligned to 256 bytes. Those of 0 bytes are not needed.
+struct Regions {
+  int64_t partial_sums = 0;
+  int64_t parts = 0;
+  int64_t inverse_scales = 0;
+  int64_t has_scales = 0;
 
-  explicit Workspace(const RouterLogitsParams& params) {
+  explicit Regions(const RouterLogitsParams& params) {
     constexpr int64_t kAlignment = 256;
+    const auto aligned = [](int64_t bytes) { return divide_up(bytes, kAlignment) * kAlignment; };
     const bool on_hopper = router_logits_uses_wgmma(params);
-    const bool has_partial_sums = on_hopper ? choose_mode(params.num_tokens, params.num_experts, params.hidden_size,
-                                                          num_multiprocessors()) == Mode::kSome
-                                            : float32_arguments(params).groups_per_block == 1;
-    const bool has_scales = on_hopper && params.data_type == ScalarType::kFloat16;
-    const auto bytes = [](int64_t count) {
-      return divide_up(count * static_cast<int64_t>(sizeof(float)), kAlignment) * kAlignment;
-    };
-    partial_sums_bytes = has_partial_sums ? bytes(kGroups * params.num_tokens * params.num_experts) : 0;
-    scales_bytes = has_scales ? bytes(params.num_experts) : 0;
+    const Mode mode = choose_mode(params.num_tokens, params.num_experts, params.hidden_size, num_multiprocessors());
+    if (on_hopper ? mode == Mode::kSome : float32_arguments(params).groups_per_block == 1)
+      partial_sums = aligned(4 * kGroups * params.num_tokens * params.num_experts);
+    if (on_hopper && mode != Mode::kFew) {
+      const int64_t num_steps = divide_up(params.hidden_size, kStepDepth);
+      const int64_t num_tiles = divide_up(params.num_experts, kManyExperts);
+      parts = aligned(2 * kParts * params.num_experts * params.hidden_size);
+      inverse_scales = aligned(4 * num_steps * num_tiles * kManyExperts);
+      has_scales = aligned(4 * num_steps * num_tiles);
+    }
   }
+  int64_t num_bytes() const { return partial_sums + parts + inverse_scales + has_scales; }
 };
 
 }  // namespace
@@ -200,8 +205,7 @@ int64_t router_logits_cuda_workspace_bytes(const RouterLogitsParams& params) {
   if (params.is_empty()) {
     return 0;
   }
-  const cuda::router::Workspace workspace(params);
-  return workspace.partial_sums_bytes + workspace.scales_bytes;
+  return cuda::router::Regions(params).num_bytes();
 }
 
 void router_logits_cuda(const RouterLogitsParams& params, cudaStream_t stream) {
@@ -212,9 +216,8 @@ void router_logits_cuda(const RouterLogitsParams& params, cudaStream_t stream) {
   if (params.is_empty()) {
     return;
   }
-  const router::Workspace parts(params);
-  ZEXPERT_CHECK(params.workspace != nullptr || parts.partial_sums_bytes + parts.scales_bytes == 0,
-                "workspace must not be null");
+  const router::Regions regions(params);
+  ZEXPERT_CHECK(params.workspace != nullptr || regions.num_bytes() == 0, "workspace must not be null");
   auto* const partial_sums = static_cast<float*>(params.workspace);
   if (router_logits_uses_wgmma(params)) {
     ZEXPERT_CHECK(params.num_tokens <= INT32_MAX - router::kPair * router::kManyTokens &&
@@ -222,14 +225,18 @@ void router_logits_cuda(const RouterLogitsParams& params, cudaStream_t stream) {
                   "the numbers of tokens and experts and hidden_size must be below 2^31, got ", params.num_tokens, ", ",
                   params.num_experts, " and ", params.hidden_size);
     router::HopperWorkspace workspace;
+    auto* const bytes = static_cast<char*>(params.workspace);
     workspace.partial_sums = partial_sums;
-    workspace.scales = reinterpret_cast<float*>(static_cast<char*>(params.workspace) + parts.partial_sums_bytes);
+    workspace.parts = bytes + regions.partial_sums;
+    workspace.inverse_scales = reinterpret_cast<float*>(bytes + regions.partial_sums + regions.parts);
+    workspace.has_scales =
+        reinterpret_cast<int*>(bytes + regions.partial_sums + regions.parts + regions.inverse_scales);
     const router::Mode mode =
         router::choose_mode(params.num_tokens, params.num_experts, params.hidden_size, cuda::num_multiprocessors());
     router::multiply_on_hopper(params, mode, workspace, stream);
   } else {
     router::Float32Arguments arguments = router::float32_arguments(params);
-    arguments.out = parts.partial_sums_bytes > 0 ? partial_sums : static_cast<float*>(params.logits);
+    arguments.out = regions.partial_sums > 0 ? partial_sums : static_cast<float*>(params.logits);
     const int64_t num_blocks = int64_t{arguments.num_expert_tiles} * arguments.num_token_tiles *
                                (router::kGroups / arguments.groups_per_block);
     ZEXPERT_CHECK(num_blocks <= INT32_MAX, "the tiles of 64 tokens by 64 experts must be fewer than 2^31, got ",
@@ -240,7 +247,7 @@ void router_logits_cuda(const RouterLogitsParams& params, cudaStream_t stream) {
                    arguments);
     });
   }
-  if (parts.partial_sums_bytes > 0) {
+  if (regions.partial_sums > 0) {
     router::add_all_groups(params, partial_sums, stream);
   }
 }

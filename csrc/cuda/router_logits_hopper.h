@@ -12,8 +12,10 @@ namespace zexpert::cuda::router {
 
 /// Where the kernels keep what they hand to the next one; null if there is nothing.
 struct HopperWorkspace {
-  float* partial_sums = nullptr;  ///< [kGroups, num_tokens, num_experts], for Mode::kSome
-  float* scales = nullptr;        ///< [num_experts], for float16
+  float* partial_sums = nullptr;    ///< [kGroups, num_tokens, num_experts], for Mode::kSome
+  void* parts = nullptr;            ///< [kParts, num_experts, hidden_size], float16; this and the next not for kFew
+  float* inverse_scales = nullptr;  ///< [steps, expert tiles * kManyExperts]
+  int* has_scales = nullptr;        ///< [expert tiles, steps]
 };
 
 /// Whether the current device and this library run the kernels.

@@ -30,15 +30,16 @@ void bind_kernel_plan(py::module_& module) {
 
   module.def(
       "kernel_plan",
-      [](std::string op, std::string device, std::optional<std::string> dtype, std::optional<int64_t> num_tokens,
-         std::optional<int64_t> num_rows, std::optional<int64_t> num_experts, std::optional<int64_t> num_logits,
-         std::optional<int64_t> top_k, std::optional<int64_t> hidden_size, std::optional<int64_t> intermediate_size,
-         std::optional<int64_t> compute_capability, bool has_hopper_code, bool keep_gate_up,
-         std::string implementation) {
+      [](std::string op, std::string device, std::optional<std::string> dtype, std::optional<std::string> weight_dtype,
+         std::optional<int64_t> num_tokens, std::optional<int64_t> num_rows, std::optional<int64_t> num_experts,
+         std::optional<int64_t> num_logits, std::optional<int64_t> top_k, std::optional<int64_t> hidden_size,
+         std::optional<int64_t> intermediate_size, std::optional<int64_t> compute_capability, bool has_hopper_code,
+         bool keep_gate_up, std::string implementation) {
         KernelQuery query;
         query.op = std::move(op);
         query.device = std::move(device);
         query.dtype = std::move(dtype);
+        query.weight_dtype = std::move(weight_dtype);
         query.num_tokens = num_tokens;
         query.num_rows = num_rows;
         query.num_experts = num_experts;
@@ -53,10 +54,11 @@ void bind_kernel_plan(py::module_& module) {
         return kernel_plan(query);
       },
       py::arg("op"), py::kw_only(), py::arg("device") = "cpu", py::arg("dtype") = py::none(),
-      py::arg("num_tokens") = py::none(), py::arg("num_rows") = py::none(), py::arg("num_experts") = py::none(),
-      py::arg("num_logits") = py::none(), py::arg("top_k") = py::none(), py::arg("hidden_size") = py::none(),
-      py::arg("intermediate_size") = py::none(), py::arg("compute_capability") = py::none(),
-      py::arg("has_hopper_code") = true, py::arg("keep_gate_up") = true, py::arg("implementation") = "auto");
+      py::arg("weight_dtype") = py::none(), py::arg("num_tokens") = py::none(), py::arg("num_rows") = py::none(),
+      py::arg("num_experts") = py::none(), py::arg("num_logits") = py::none(), py::arg("top_k") = py::none(),
+      py::arg("hidden_size") = py::none(), py::arg("intermediate_size") = py::none(),
+      py::arg("compute_capability") = py::none(), py::arg("has_hopper_code") = true, py::arg("keep_gate_up") = true,
+      py::arg("implementation") = "auto");
 }
 
 }  // namespace zexpert::python

@@ -4,6 +4,7 @@
 #include <optional>
 #include <tuple>
 
+#include "torch/biased_topk.h"
 #include "torch/box.h"
 #include "torch/checks.h"
 #include "torch/device.h"
@@ -17,21 +18,49 @@ namespace {
 /// topk_weights, topk_ids, zero_weight, constant_weight
 using RoutingTensors = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
-/// Those four, then expert_offsets, row_slots, slot_rows.
-using PlannedRoutingTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-
 /// CUDA has no kernels for float64 logits; the error comes before outputs are allocated.
 void check_logits_type(const Tensor& logits) {
   ZEXPERT_CHECK(!kIsCuda || logits.scalar_type() != DType::Double,
                 "logits must be float32, bfloat16 or float16 on CUDA, got float64");
 }
 
-/// Logits and bias in the layout of the kernels.
+/// The spec for the logits, once logits, bias and given choices have passed their checks.
+RoutingSpec checked_spec(const Tensor& logits, const std::optional<Tensor>& bias, const std::optional<Tensor>& choices,
+                         const RoutingSpec& spec) {
+  if (bias) {
+    check_device(*bias, "bias", logits, "logits");
+  }
+  if (choices) {
+    check_device(*choices, "choices", logits, "logits");
+  }
+  check_floating(logits, "logits");
+  if (bias) {
+    check_floating(*bias, "bias");
+  }
+  if (choices) {
+    check_dtype(*choices, "choices", DType::Int);
+  }
+  check_dims(logits, "logits", 2, "[tokens, experts]");
+  if (bias) {
+    check_shape(*bias, "bias", {logits.size(1)}, "[experts]");
+  }
+  const RoutingSpec resolved = spec.for_width(logits.size(1));
+  if (choices) {
+    check_shape(*choices, "choices", {logits.size(0), resolved.top_k}, "[tokens, top_k]");
+  }
+  return resolved;
+}
+
+/// Logits, bias and given choices in the layout of the kernels.
 class InputTensors {
  public:
-  InputTensors(const Tensor& logits, const std::optional<Tensor>& bias) : logits_(with_unit_inner_stride(logits)) {
+  InputTensors(const Tensor& logits, const std::optional<Tensor>& bias, const std::optional<Tensor>& choices)
+      : logits_(with_unit_inner_stride(logits)) {
     if (bias) {
       bias_ = as_contiguous(*bias);
+    }
+    if (choices) {
+      choices_ = as_contiguous(*choices);
     }
   }
 
@@ -45,37 +74,30 @@ class InputTensors {
       params.bias = bias_->const_data_ptr();
       params.bias_type = element_type(*bias_);
     }
+    if (choices_) {
+      params.choices = choices_->const_data_ptr<int32_t>();
+    }
   }
 
  private:
   Tensor logits_;
   std::optional<Tensor> bias_;
+  std::optional<Tensor> choices_;
 };
 
-/// Routes, and makes the plan of the choice if `plan` is given.
-RoutingTensors route(const Tensor& logits, const std::optional<Tensor>& bias, const RoutingArguments& routing,
-                     std::optional<DType> indices_dtype, std::optional<PlanTensors>* plan) {
+/// Chooses, and makes the plan of the choice if `plan` is given.
+RoutingTensors choose(const Tensor& logits, const std::optional<Tensor>& bias, const RoutingWithChoices& routing,
+                      std::optional<DType> indices_dtype, std::optional<PlanTensors>* plan) {
   check_logits_type(logits);
-  const RoutingSpec spec = routing.spec();
+  const RoutingSpec described = routing.arguments.spec();
   const CurrentDevice device(logits);
-  if (bias) {
-    check_device(*bias, "bias", logits, "logits");
-  }
-  check_floating(logits, "logits");
-  if (bias) {
-    check_floating(*bias, "bias");
-  }
   const DType ids_dtype = indices_dtype.value_or(DType::Int);
   ZEXPERT_CHECK(ids_dtype == DType::Int || ids_dtype == DType::Long, "indices_dtype must be int32 or int64, got ",
                 text(ids_dtype));
-  check_dims(logits, "logits", 2, "[tokens, experts]");
-  const int64_t num_tokens = logits.size(0);
-  const int64_t num_experts = logits.size(1);
-  if (bias) {
-    check_shape(*bias, "bias", {num_experts}, "[experts]");
-  }
   BiasedTopKParams params;
-  params.spec = spec.for_width(num_experts);
+  params.spec = checked_spec(logits, bias, routing.choices, described);
+  const RoutingSpec& spec = params.spec;
+  const int64_t num_tokens = logits.size(0);
 
   const DType weights = weight_dtype(logits.scalar_type());
   const Tensor topk_weights = empty({num_tokens, spec.top_k}, weights, logits);
@@ -86,7 +108,7 @@ RoutingTensors route(const Tensor& logits, const std::optional<Tensor>& bias, co
     *plan = empty_plan(topk_ids, spec.num_real_experts);
     set_plan(params, **plan);
   }
-  const InputTensors inputs(logits, bias);
+  const InputTensors inputs(logits, bias, routing.choices);
   inputs.set(params);
   params.topk_weights = topk_weights.mutable_data_ptr();
   params.topk_ids = topk_ids.mutable_data_ptr();
@@ -99,53 +121,52 @@ RoutingTensors route(const Tensor& logits, const std::optional<Tensor>& bias, co
   return {topk_weights, topk_ids, zero_weight, constant_weight};
 }
 
-RoutingTensors biased_topk(const Tensor& logits, const std::optional<Tensor>& bias, const RoutingArguments& routing,
+RoutingTensors biased_topk(const Tensor& logits, const std::optional<Tensor>& bias, const RoutingWithChoices& routing,
                            std::optional<DType> indices_dtype) {
-  return route(logits, bias, routing, indices_dtype, nullptr);
+  return choose(logits, bias, routing, indices_dtype, nullptr);
 }
 
-PlannedRoutingTensors biased_topk_and_plan(const Tensor& logits, const std::optional<Tensor>& bias,
-                                           const RoutingArguments& routing, std::optional<DType> indices_dtype) {
-  std::optional<PlanTensors> plan;
-  const RoutingTensors outputs = route(logits, bias, routing, indices_dtype, &plan);
-  return std::tuple_cat(outputs, *plan);
+Tensor biased_topk_choices(const Tensor& logits, const std::optional<Tensor>& bias, const RoutingArguments& routing) {
+  check_logits_type(logits);
+  const RoutingSpec described = routing.spec();
+  const CurrentDevice device(logits);
+  BiasedTopKChoicesParams params;
+  params.spec = checked_spec(logits, bias, std::nullopt, described);
+
+  const Tensor chosen = empty({logits.size(0), params.spec.top_k}, DType::Int, logits);
+  const InputTensors inputs(logits, bias, std::nullopt);
+  inputs.set(params);
+  params.chosen = chosen.mutable_data_ptr<int32_t>();
+  ZEXPERT_LAUNCH(biased_topk_choices, params, device);
+  return chosen;
 }
 
 Tensor biased_topk_backward(const Tensor& grad_topk_weights, const Tensor& grad_zero_weight,
                             const Tensor& grad_constant_weight, const Tensor& logits, const std::optional<Tensor>& bias,
-                            const RoutingArguments& routing) {
+                            const RoutingWithChoices& routing) {
   check_logits_type(logits);
-  const RoutingSpec spec = routing.spec();
+  const RoutingSpec described = routing.arguments.spec();
   const CurrentDevice device(logits);
   check_device(grad_topk_weights, "grad_topk_weights", logits, "logits");
   check_device(grad_zero_weight, "grad_zero_weight", logits, "logits");
   check_device(grad_constant_weight, "grad_constant_weight", logits, "logits");
-  if (bias) {
-    check_device(*bias, "bias", logits, "logits");
-  }
   check_floating(logits, "logits");
   const DType weights = weight_dtype(logits.scalar_type());
   check_dtype(grad_topk_weights, "grad_topk_weights", weights, logits, "logits");
   check_dtype(grad_zero_weight, "grad_zero_weight", weights, logits, "logits");
   check_dtype(grad_constant_weight, "grad_constant_weight", weights, logits, "logits");
-  if (bias) {
-    check_floating(*bias, "bias");
-  }
-  check_dims(logits, "logits", 2, "[tokens, experts]");
+  BiasedTopKBackwardParams params;
+  params.spec = checked_spec(logits, bias, routing.choices, described);
+  const RoutingSpec& spec = params.spec;
   const int64_t num_tokens = logits.size(0);
   const int64_t num_experts = logits.size(1);
-  BiasedTopKBackwardParams params;
-  params.spec = spec.for_width(num_experts);
   check_shape(grad_topk_weights, "grad_topk_weights", {num_tokens, spec.top_k}, "[tokens, top_k]");
   check_shape(grad_zero_weight, "grad_zero_weight", {num_tokens}, "[tokens]");
   check_shape(grad_constant_weight, "grad_constant_weight", {num_tokens, spec.num_constant_experts},
               "[tokens, constant_experts]");
-  if (bias) {
-    check_shape(*bias, "bias", {num_experts}, "[experts]");
-  }
 
   const Tensor grad_logits = empty({num_tokens, num_experts}, logits.scalar_type(), logits);
-  const InputTensors inputs(logits, bias);
+  const InputTensors inputs(logits, bias, routing.choices);
   inputs.set(params);
   const Tensor dense_grad_topk_weights = as_contiguous(grad_topk_weights);
   const Tensor dense_grad_zero_weight = as_contiguous(grad_zero_weight);
@@ -160,9 +181,17 @@ Tensor biased_topk_backward(const Tensor& grad_topk_weights, const Tensor& grad_
 
 }  // namespace
 
+PlannedRoutingTensors biased_topk_and_plan(const Tensor& logits, const std::optional<Tensor>& bias,
+                                           const RoutingWithChoices& routing, std::optional<DType> indices_dtype) {
+  std::optional<PlanTensors> plan;
+  const RoutingTensors outputs = choose(logits, bias, routing, indices_dtype, &plan);
+  return std::tuple_cat(outputs, *plan);
+}
+
 ZEXPERT_OPERATORS(m) {
   m.impl("biased_topk", ZEXPERT_BOX(&biased_topk));
   m.impl("biased_topk_and_plan", ZEXPERT_BOX(&biased_topk_and_plan));
+  m.impl("biased_topk_choices", ZEXPERT_BOX(&biased_topk_choices));
   m.impl("biased_topk_backward", ZEXPERT_BOX(&biased_topk_backward));
 }
 

@@ -3,6 +3,7 @@
 
 #include "cpu/check_params.h"
 #include "cpu/expert_offsets.h"
+#include "torch/expert_matrices.h"
 #include "torch/matrix_product.h"
 #include "zexpert/moe_permute.h"
 #include "zexpert/silu_and_mul.h"
@@ -40,7 +41,8 @@ void gather_tokens(const GroupedMlpParams& mlp, const void* tokens, int64_t row_
 
 /// Runs every expert with more than min_rows rows. Row r of gate_up belongs to row r of params.rows if `keeps_gate_up`;
 /// else gate_up is scratch with as many rows as the longest segment. No size may be 0.
-void multiply_experts(const GroupedMlpParams& params, int64_t min_rows, const Tensor& gate_up, bool keeps_gate_up) {
+void multiply_experts(const GroupedMlpParams& params, const ExpertWeights& weights, int64_t min_rows,
+                      const Tensor& gate_up, bool keeps_gate_up) {
   const int64_t hidden = params.hidden_size;
   const int64_t inner = params.intermediate_size;
   const bool gathers = params.row_slots != nullptr;
@@ -50,6 +52,8 @@ void multiply_experts(const GroupedMlpParams& params, int64_t min_rows, const Te
   const Tensor rows_scratch = empty({gathers ? longest : 0, hidden}, gate_up.scalar_type(), gate_up);
   void* const activation_data = activation_scratch.mutable_data_ptr();
   void* const rows_data = rows_scratch.mutable_data_ptr();
+  const on_cpu::ExpertMatrices w13_of(weights.gate_up(), gate_up);
+  const on_cpu::ExpertMatrices w2_of(weights.down(), gate_up);
   for (int64_t expert = 0; expert < params.num_experts; ++expert) {
     const int64_t first = params.expert_offsets[expert];
     const int64_t num_rows = params.expert_offsets[expert + 1] - first;
@@ -62,17 +66,15 @@ void multiply_experts(const GroupedMlpParams& params, int64_t min_rows, const Te
     const Matrix rows = gathers ? multiply.matrix(rows_data, 0, num_rows, hidden, hidden)
                                 : multiply.matrix(params.rows, first * params.rows_row_stride, num_rows, hidden,
                                                   params.rows_row_stride);
-    const Matrix w13 = multiply.matrix(params.w13_weight, expert * params.w13_expert_stride, 2 * inner, hidden, hidden);
-    const Matrix w2 = multiply.matrix(params.w2_weight, expert * params.w2_expert_stride, hidden, inner, inner);
     const Matrix segment_gate_up = multiply.matrix(
         gate_up.const_data_ptr(), keeps_gate_up ? first * gate_up.stride(0) : 0, num_rows, 2 * inner, 2 * inner);
     const Matrix activation = multiply.matrix(activation_data, 0, num_rows, inner, inner);
     const Matrix out =
         multiply.matrix(params.out, first * params.out_row_stride, num_rows, hidden, params.out_row_stride);
 
-    multiply(rows, w13.transposed(), segment_gate_up);
+    multiply(rows, w13_of(expert).transposed(), segment_gate_up);
     activate(params.data_type, segment_gate_up, activation_data);
-    multiply(activation, w2.transposed(), out);
+    multiply(activation, w2_of(expert).transposed(), out);
   }
 }
 
@@ -107,6 +109,8 @@ class ExpertDerivatives {
         forward_(inputs.params()),
         gradients_(gradients),
         multiply_(inputs.rows),
+        w13_of_(inputs.weights.gate_up(), inputs.rows),
+        w2_of_(inputs.weights.down(), inputs.rows),
         scratch_(inputs, given) {}
 
   void differentiate(int64_t expert) {
@@ -117,9 +121,8 @@ class ExpertDerivatives {
     const Matrix rows = rows_or_tokens(forward_.rows, forward_.rows_row_stride, scratch_.rows);
     const Matrix grad_out =
         rows_or_tokens(given_.grad_out.const_data_ptr(), given_.grad_out.stride(0), scratch_.grad_out);
-    const Matrix w13 =
-        multiply_.matrix(forward_.w13_weight, expert * forward_.w13_expert_stride, 2 * inner, hidden, hidden);
-    const Matrix w2 = multiply_.matrix(forward_.w2_weight, expert * forward_.w2_expert_stride, hidden, inner, inner);
+    const Matrix w13 = w13_of_(expert);
+    const Matrix w2 = w2_of_(expert);
     const Matrix grad_gate_up = scratch_rows(scratch_.grad_gate_up);
     const Matrix gate_up = given_.gate_up
                                ? segment(given_.gate_up->const_data_ptr(), 2 * inner, given_.gate_up->stride(0))
@@ -215,6 +218,8 @@ class ExpertDerivatives {
   const GroupedMlpParams forward_;
   const ExpertGradients& gradients_;
   MatrixProduct multiply_;
+  on_cpu::ExpertMatrices w13_of_;
+  on_cpu::ExpertMatrices w2_of_;
   Scratch scratch_;
   int64_t first_ = 0;  ///< the current expert's first row
   int64_t num_rows_ = 0;
@@ -227,13 +232,14 @@ void run_expert_by_expert(const ExpertInputs& inputs, const Tensor& out) {
   params.out = out.mutable_data_ptr();
   params.out_row_stride = out.stride(0);
   // PyTorch's product accepts no empty matrix.
-  const int64_t max_rows =
-      params.intermediate_size == 0 ? params.num_rows : few_rows_limit(params.data_type, cpu_capability());
+  const int64_t max_rows = params.intermediate_size == 0
+                               ? params.num_rows
+                               : few_rows_limit(params.data_type, cpu_capability(), params.has_fp8_weights());
   grouped_mlp_cpu(params, max_rows);
   const int64_t longest = longest_segment(params.expert_offsets, params.num_experts);
   if (longest > max_rows) {
     const Tensor scratch = empty({longest, 2 * params.intermediate_size}, out.scalar_type(), out);
-    multiply_experts(params, max_rows, scratch, false);
+    multiply_experts(params, inputs.weights, max_rows, scratch, false);
   }
 }
 
@@ -247,7 +253,7 @@ void run_expert_by_expert_keeping_gate_up(const ExpertInputs& inputs, const Tens
   } else if (params.hidden_size == 0) {
     zero_rows(gate_up, 0, gate_up.size(0));
   } else {
-    multiply_experts(params, 0, gate_up, true);
+    multiply_experts(params, inputs.weights, 0, gate_up, true);
   }
 }
 

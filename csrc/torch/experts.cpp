@@ -4,6 +4,7 @@
 #include <optional>
 
 #include "torch/device.h"
+#include "torch/expert_matrices.h"
 #include "torch/segment_products.h"
 #include "torch/token_rows.h"
 #include "zexpert/silu_and_mul.h"
@@ -41,6 +42,12 @@ Tensor rows_for(GroupedMlpImplementation implementation, const Tensor& rows_or_t
 GroupedMlpDevice current_device() { return grouped_mlp_cuda_device(); }
 
 void run_own_kernels(const ExpertInputs& inputs, const ExpertResults& results, bool /*keeps_gate_up*/) {
+  if (inputs.weights.is_quantised()) {  // the kernels quantise rows where they gather them
+    ExpertInputs aligned = inputs;
+    aligned.rows = with_aligned_rows(inputs.rows);
+    run_hopper_kernels(aligned, results.out, 0);
+    return;
+  }
   const Tensor rows = rows_for(GroupedMlpImplementation::kHopper, inputs.rows, inputs);
   const ExpertRows gathered{rows, inputs.expert_offsets, std::nullopt, std::nullopt, 1};
   run_hopper_kernels(ExpertInputs(gathered, inputs.weights), results.out, 0);
@@ -96,15 +103,42 @@ Tensor activate(const Tensor& gate_up, const ExpertInputs& inputs) {
   return activation;
 }
 
+#ifdef ZEXPERT_FOR_CUDA
+/// Whether all experts must be dequantised together, for the grouped product: while a CUDA graph is captured, the host
+/// cannot read which experts have rows.
+bool dequantizes_all(const ExpertInputs& inputs, GroupedMlpImplementation implementation, GroupedMlpTask task) {
+  const GroupedMlpCall call{current_device(),          task,
+                            element_type(inputs.rows), inputs.num_experts(),
+                            inputs.hidden_size(),      inputs.intermediate_size()};
+  return implementation == GroupedMlpImplementation::kTorch && inputs.weights.is_quantised() &&
+         is_capturing(CurrentDevice(inputs.rows).stream()) &&
+         can_serve(GroupedMlpImplementation::kGroupedMm, call, [](const auto&...) {});
+}
+#else
+constexpr bool dequantizes_all(const ExpertInputs& /*inputs*/, GroupedMlpImplementation /*implementation*/,
+                               GroupedMlpTask /*task*/) {
+  return false;
+}
+#endif
+
+ExpertInputs with_dequantized_weights(const ExpertInputs& inputs) {
+  ExpertInputs result = inputs;
+  result.weights = dequantized(inputs.weights, inputs.rows);
+  return result;
+}
+
 /// Gate and up product, activation, down product, each for all experts. No size may be 0.
 ExpertResults run_products(const ExpertInputs& inputs, GroupedMlpImplementation implementation, bool keeps_gate_up) {
+  if (dequantizes_all(inputs, implementation, GroupedMlpTask::kForward)) {
+    return run_products(with_dequantized_weights(inputs), GroupedMlpImplementation::kGroupedMm, keeps_gate_up);
+  }
   const SegmentProducts multiply(implementation, inputs.expert_offsets, inputs.num_rows());
-  Tensor gate_up = multiply.with_transposed(rows_for(implementation, inputs.rows, inputs), inputs.weights.w13);
+  Tensor gate_up = multiply.with_transposed(rows_for(implementation, inputs.rows, inputs), inputs.weights.gate_up());
   const Tensor activation = activate(gate_up, inputs);
   if (!keeps_gate_up) {
     gate_up = empty({0, gate_up.size(1)}, gate_up.scalar_type(), gate_up);  // gives its memory back
   }
-  return {multiply.with_transposed(activation, inputs.weights.w2), gate_up};
+  return {multiply.with_transposed(activation, inputs.weights.down()), gate_up};
 }
 
 /// What the activation's backward makes.
@@ -152,6 +186,9 @@ ActivationGradients differentiate_activation(const Tensor& grad_activation, cons
 /// Gradients by products of all experts together. No size may be 0.
 ExpertGradients differentiate_products(const ExpertInputs& inputs, const ExpertGradientInputs& given,
                                        GroupedMlpImplementation implementation) {
+  if (dequantizes_all(inputs, implementation, GroupedMlpTask::kBackward)) {
+    return differentiate_products(with_dequantized_weights(inputs), given, GroupedMlpImplementation::kGroupedMm);
+  }
   const SegmentProducts multiply(implementation, inputs.expert_offsets, inputs.num_rows());
   const Tensor none = empty({0}, inputs.rows.scalar_type(), inputs.rows);
   ExpertGradients gradients{none, none, none, none};
@@ -165,9 +202,9 @@ ExpertGradients differentiate_products(const ExpertInputs& inputs, const ExpertG
   ActivationGradients activation;
   {
     const Tensor gate_up =
-        given.gate_up ? *given.gate_up : multiply.with_transposed(gathered_rows(), inputs.weights.w13);
+        given.gate_up ? *given.gate_up : multiply.with_transposed(gathered_rows(), inputs.weights.gate_up());
     const Tensor grad_out = rows_for(implementation, given.grad_out, inputs);
-    const Tensor grad_activation = multiply.with_matrices(grad_out, inputs.weights.w2);
+    const Tensor grad_activation = multiply.with_matrices(grad_out, inputs.weights.down());
     activation = differentiate_activation(grad_activation, gate_up, inputs, given);
     if (given.needs.w2_weight) {
       gradients.w2_weight = multiply.between(grad_out, activation.activation);
@@ -182,7 +219,7 @@ ExpertGradients differentiate_products(const ExpertInputs& inputs, const ExpertG
     gradients.w13_weight = multiply.between(activation.grad_gate_up, gathered_rows());
   }
   if (given.needs.rows) {
-    gradients.rows = multiply.with_matrices(activation.grad_gate_up, inputs.weights.w13);
+    gradients.rows = multiply.with_matrices(activation.grad_gate_up, inputs.weights.gate_up());
     if (!given.topk_weights) {
       zero_idle_rows(gradients.rows, inputs);
     }
@@ -231,10 +268,10 @@ void run_hopper_kernels(const ExpertInputs& inputs, const Tensor& out, int64_t t
 }
 #endif
 
-GroupedMlpImplementation choose_implementation(const std::string& requested, const ExpertWeights& weights,
-                                               GroupedMlpTask task) {
-  return choose_grouped_mlp(requested, {current_device(), task, element_type(weights.w13), weights.num_experts(),
-                                        weights.hidden_size(), weights.intermediate_size()});
+GroupedMlpImplementation choose_implementation(const std::string& requested, const Tensor& rows,
+                                               const ExpertWeights& weights, GroupedMlpTask task) {
+  return choose_grouped_mlp(requested, {current_device(), task, element_type(rows), weights.num_experts(),
+                                        weights.hidden_size(), weights.intermediate_size(), weights.is_quantised()});
 }
 
 ExpertResults run_experts(const ExpertInputs& inputs, GroupedMlpImplementation implementation, bool keeps_gate_up) {

@@ -12,8 +12,8 @@
 ZEXPERT_DEVICE_NAMESPACE_BEGIN
 
 /// The implementation for a call on the current device. Throws Error as choose_grouped_mlp does.
-GroupedMlpImplementation choose_implementation(const std::string& requested, const ExpertWeights& weights,
-                                               GroupedMlpTask task);
+GroupedMlpImplementation choose_implementation(const std::string& requested, const Tensor& rows,
+                                               const ExpertWeights& weights, GroupedMlpTask task);
 
 struct ExpertResults {
   Tensor out;      ///< [rows, hidden_size]; rows that do no work hold anything

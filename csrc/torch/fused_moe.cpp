@@ -71,15 +71,16 @@ Tensor working_rows(const Tensor& rows, const Tensor& expert_offsets) {
 
 std::tuple<Tensor, Tensor> fused_moe(const Tensor& hidden_states, const Tensor& topk_weights, const Tensor& zero_weight,
                                      const Tensor& expert_offsets, const Tensor& row_slots, const Tensor& slot_rows,
-                                     const ExpertWeights& weights, const std::optional<Tensor>& residual,
+                                     const ExpertWeights& given_weights, const std::optional<Tensor>& residual,
                                      const std::optional<Tensor>& constant_weight,
-                                     const std::optional<Tensor>& constant_vectors, bool keep_gate_up,
-                                     const std::string& implementation) {
+                                     const std::optional<Tensor>& constant_vectors, const ExpertScales& scales,
+                                     bool keep_gate_up, const std::string& implementation) {
   const CurrentDevice device(hidden_states);
+  const ExpertWeights weights = given_weights.with(scales);
   const FusedMoeTensors args{hidden_states, topk_weights, zero_weight, expert_offsets, row_slots, slot_rows, weights};
   check_fused_moe(args);
   const auto task = keep_gate_up ? GroupedMlpTask::kForwardKeepingGateUp : GroupedMlpTask::kForward;
-  const auto chosen = choose_implementation(implementation, weights, task);
+  const auto chosen = choose_implementation(implementation, hidden_states, weights, task);
   const ExpertResults results = run_experts(ExpertInputs(args.rows(), weights), chosen, keep_gate_up);
   const Tensor rows = working_rows(results.out, expert_offsets);
   const std::optional<Tensor> slot_weights = topk_weights;
@@ -90,10 +91,11 @@ std::tuple<Tensor, Tensor> fused_moe(const Tensor& hidden_states, const Tensor& 
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> fused_moe_backward(
     const Tensor& grad_out, const Tensor& hidden_states, const Tensor& topk_weights, const Tensor& zero_weight,
-    const Tensor& expert_offsets, const Tensor& row_slots, const Tensor& slot_rows, const ExpertWeights& weights,
-    const Tensor& gate_up, bool needs_hidden_states, bool needs_w13_weight, bool needs_w2_weight,
-    const std::string& implementation) {
+    const Tensor& expert_offsets, const Tensor& row_slots, const Tensor& slot_rows, const ExpertWeights& given_weights,
+    const Tensor& gate_up, const ExpertScales& scales, bool needs_hidden_states, bool needs_w13_weight,
+    bool needs_w2_weight, const std::string& implementation) {
   const CurrentDevice device(hidden_states);
+  const ExpertWeights weights = given_weights.with(scales);
   const FusedMoeTensors args{hidden_states, topk_weights, zero_weight, expert_offsets, row_slots, slot_rows, weights};
   check_device(grad_out, "grad_out", hidden_states, "hidden_states");
   check_device(gate_up, "gate_up", hidden_states, "hidden_states");
@@ -107,7 +109,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> fused_moe_backward(
   check_shape(gate_up, "gate_up", {has_gate_up ? row_slots.size(0) : 0, 2 * weights.intermediate_size()},
               "[rows, 2 * intermediate_size]");
 
-  const auto chosen = choose_implementation(implementation, weights, GroupedMlpTask::kBackward);
+  check_no_gradients_of_quantised(weights, needs_w13_weight, needs_w2_weight);
+  const auto chosen = choose_implementation(implementation, hidden_states, weights, GroupedMlpTask::kBackward);
   ExpertGradientInputs gradient_inputs{with_unit_inner_stride(grad_out),
                                        std::nullopt,
                                        as_contiguous(topk_weights),

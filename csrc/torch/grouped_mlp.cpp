@@ -12,21 +12,23 @@
 ZEXPERT_DEVICE_NAMESPACE_BEGIN
 namespace {
 
-Tensor grouped_mlp(const Tensor& rows, const Tensor& expert_offsets, const ExpertWeights& weights,
-                   const std::optional<Tensor>& row_slots, int64_t top_k, const std::string& implementation) {
+Tensor grouped_mlp(const Tensor& rows, const Tensor& expert_offsets, const ExpertWeights& given_weights,
+                   const std::optional<Tensor>& row_slots, int64_t top_k, const ExpertScales& scales,
+                   const std::string& implementation) {
   const CurrentDevice device(rows);
+  const ExpertWeights weights = given_weights.with(scales);
   const ExpertRows given{rows, expert_offsets, row_slots, std::nullopt, top_k};
   check_grouped_mlp(given, weights);
-  const auto chosen = choose_implementation(implementation, weights, GroupedMlpTask::kForward);
+  const auto chosen = choose_implementation(implementation, rows, weights, GroupedMlpTask::kForward);
   return run_experts(ExpertInputs(given, weights), chosen, false).out;
 }
 
-std::tuple<Tensor, Tensor, Tensor> grouped_mlp_backward(const Tensor& grad_out, const Tensor& rows,
-                                                        const Tensor& expert_offsets, const ExpertWeights& weights,
-                                                        const std::optional<Tensor>& gate_up, bool needs_rows,
-                                                        bool needs_w13_weight, bool needs_w2_weight,
-                                                        const std::string& implementation) {
+std::tuple<Tensor, Tensor, Tensor> grouped_mlp_backward(
+    const Tensor& grad_out, const Tensor& rows, const Tensor& expert_offsets, const ExpertWeights& given_weights,
+    const std::optional<Tensor>& gate_up, const ExpertScales& scales, bool needs_rows, bool needs_w13_weight,
+    bool needs_w2_weight, const std::string& implementation) {
   const CurrentDevice device(rows);
+  const ExpertWeights weights = given_weights.with(scales);
   const ExpertRows given{rows, expert_offsets, std::nullopt, std::nullopt, 1};
   check_device(grad_out, "grad_out", rows, "rows");
   if (gate_up) {
@@ -42,7 +44,8 @@ std::tuple<Tensor, Tensor, Tensor> grouped_mlp_backward(const Tensor& grad_out, 
     check_shape(*gate_up, "gate_up", {rows.size(0), 2 * weights.intermediate_size()}, "[rows, 2 * intermediate_size]");
   }
 
-  const auto chosen = choose_implementation(implementation, weights, GroupedMlpTask::kBackward);
+  check_no_gradients_of_quantised(weights, needs_w13_weight, needs_w2_weight);
+  const auto chosen = choose_implementation(implementation, rows, weights, GroupedMlpTask::kBackward);
   ExpertGradientInputs gradient_inputs{
       with_unit_inner_stride(grad_out), std::nullopt, std::nullopt, {needs_rows, needs_w13_weight, needs_w2_weight}};
   if (gate_up) {
@@ -59,7 +62,7 @@ std::tuple<Tensor, Tensor> grouped_mlp_with_gate_up(const Tensor& rows, const Te
   const CurrentDevice device(rows);
   const ExpertRows given{rows, expert_offsets, std::nullopt, std::nullopt, 1};
   check_grouped_mlp(given, weights);
-  const auto chosen = choose_implementation("auto", weights, GroupedMlpTask::kForwardKeepingGateUp);
+  const auto chosen = choose_implementation("auto", rows, weights, GroupedMlpTask::kForwardKeepingGateUp);
   const ExpertResults results = run_experts(ExpertInputs(given, weights), chosen, true);
   return {results.out, results.gate_up};
 }

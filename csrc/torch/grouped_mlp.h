@@ -51,6 +51,12 @@ inline void check_grouped_mlp(const ExpertRows& rows, const ExpertWeights& weigh
   }
 }
 
+/// Throws Error if a gradient of quantised weights is wanted.
+inline void check_no_gradients_of_quantised(const ExpertWeights& weights, bool needs_w13, bool needs_w2) {
+  ZEXPERT_CHECK(!weights.is_quantised() || !(needs_w13 || needs_w2), needs_w13 ? "needs_w13_weight" : "needs_w2_weight",
+                " must be False with float8_e4m3fn weights, which have no gradients, got True");
+}
+
 /// Checked arguments in the layout that kernels accept.
 struct ExpertInputs {
   ExpertInputs(const ExpertRows& given, const ExpertWeights& given_weights)
@@ -90,6 +96,12 @@ struct ExpertInputs {
     params.rows_row_stride = rows.stride(0);
     params.w13_expert_stride = weights.w13.stride(0);
     params.w2_expert_stride = weights.w2.stride(0);
+    if (weights.is_quantised()) {
+      params.w13_scale_inv = weights.scales.w13->const_data_ptr<float>();
+      params.w2_scale_inv = weights.scales.w2->const_data_ptr<float>();
+      params.w13_scale_expert_stride = weights.scales.w13->stride(0);
+      params.w2_scale_expert_stride = weights.scales.w2->stride(0);
+    }
     return params;
   }
 

@@ -7,6 +7,7 @@
 #include "torch/box.h"
 #include "torch/checks.h"
 #include "torch/device.h"
+#include "torch/router_logits.h"
 #include "torch/tensor.h"
 
 ZEXPERT_DEVICE_NAMESPACE_BEGIN
@@ -57,6 +58,8 @@ void check_dtypes(const Tensor& hidden_states, const Tensor& weight) {
                 " hidden_states, got ", text(dtype));
 }
 
+}  // namespace
+
 Tensor router_logits(const Tensor& hidden_states, const Tensor& weight) {
   const CurrentDevice device(hidden_states);
   check_device(weight, "weight", hidden_states, "hidden_states");
@@ -89,8 +92,6 @@ Tensor router_logits(const Tensor& hidden_states, const Tensor& weight) {
   ZEXPERT_LAUNCH(router_logits, params, device);
   return logits;
 }
-
-}  // namespace
 
 ZEXPERT_OPERATORS(m) { m.impl("router_logits", ZEXPERT_BOX(&router_logits)); }
 

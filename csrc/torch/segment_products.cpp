@@ -3,6 +3,7 @@
 
 #include "cpu/expert_offsets.h"
 #include "torch/device.h"
+#include "torch/expert_matrices.h"
 #include "zexpert/zero_idle.h"
 
 ZEXPERT_DEVICE_NAMESPACE_BEGIN
@@ -60,23 +61,23 @@ SegmentProducts::SegmentProducts(GroupedMlpImplementation implementation, const 
   check_expert_offsets(host_offsets_->const_data_ptr<int32_t>(), num_experts(), num_rows);
 }
 
-Tensor SegmentProducts::with_transposed(const Tensor& rows, const Tensor& matrices) const {
+Tensor SegmentProducts::with_transposed(const Tensor& rows, const ExpertWeight& matrices) const {
   return multiply_all(rows, matrices, true);
 }
 
-Tensor SegmentProducts::with_matrices(const Tensor& rows, const Tensor& matrices) const {
+Tensor SegmentProducts::with_matrices(const Tensor& rows, const ExpertWeight& matrices) const {
   return multiply_all(rows, matrices, false);
 }
 
-Tensor SegmentProducts::multiply_all(const Tensor& rows, const Tensor& matrices, bool transposed) const {
+Tensor SegmentProducts::multiply_all(const Tensor& rows, const ExpertWeight& matrices, bool transposed) const {
   if (!host_offsets_) {
-    return grouped_mm(view_of(rows, false), view_of(matrices, transposed));
+    return grouped_mm(view_of(rows, false), view_of(matrices.weight, transposed));
   }
-  const Tensor result = empty({rows.size(0), matrices.size(transposed ? 1 : 2)}, rows.scalar_type(), rows);
+  const Tensor result = empty({rows.size(0), matrices.weight.size(transposed ? 1 : 2)}, rows.scalar_type(), rows);
   const MatrixProduct multiply(rows);
+  const ExpertMatrices matrix_of_expert(matrices, rows);
   for_each_segment(*host_offsets_, [&](int64_t expert, int64_t first, int64_t num_rows) {
-    const Matrix matrix = multiply.matrix(matrices.const_data_ptr(), expert * matrices.stride(0), matrices.size(1),
-                                          matrices.size(2), matrices.size(2));
+    const Matrix matrix = matrix_of_expert(expert);
     multiply(matrix_of(multiply, rows, first, num_rows), transposed ? matrix.transposed() : matrix,
              matrix_of(multiply, result, first, num_rows));
   });

@@ -7,6 +7,7 @@
 #include <optional>
 
 #include "torch/device.h"
+#include "torch/expert_weights.h"
 #include "torch/matrix_product.h"
 #include "torch/tensor.h"
 #include "zexpert/grouped_mlp_choice.h"
@@ -21,12 +22,12 @@ class SegmentProducts {
   SegmentProducts(GroupedMlpImplementation implementation, const Tensor& expert_offsets, int64_t num_rows);
 
   /// result[r] = rows[r] @ matrices[e].T for the rows r of expert e: [rows, n] of rows [rows, k] and matrices
-  /// [experts, n, k].
-  Tensor with_transposed(const Tensor& rows, const Tensor& matrices) const;
+  /// [experts, n, k]. Quantised matrices need kTorch.
+  Tensor with_transposed(const Tensor& rows, const ExpertWeight& matrices) const;
 
   /// result[r] = rows[r] @ matrices[e] for the rows r of expert e: [rows, k] of rows [rows, n] and matrices
   /// [experts, n, k].
-  Tensor with_matrices(const Tensor& rows, const Tensor& matrices) const;
+  Tensor with_matrices(const Tensor& rows, const ExpertWeight& matrices) const;
 
   /// result[e] = left[rows of e].T @ right[rows of e]: [experts, m, n] of left [rows, m] and right [rows, n]; 0 for an
   /// expert without rows.
@@ -35,7 +36,7 @@ class SegmentProducts {
  private:
   int64_t num_experts() const { return expert_offsets_.size(0) - 1; }
 
-  Tensor multiply_all(const Tensor& rows, const Tensor& matrices, bool transposed) const;
+  Tensor multiply_all(const Tensor& rows, const ExpertWeight& matrices, bool transposed) const;
   Tensor grouped_mm(const Tensor& left, const Tensor& right) const;
 
   Tensor expert_offsets_;

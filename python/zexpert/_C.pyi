@@ -141,6 +141,7 @@ def kernel_plan(
     *,
     device: str = "cpu",
     dtype: str | None = None,
+    weight_dtype: str | None = None,
     num_tokens: int | None = None,
     num_rows: int | None = None,
     num_experts: int | None = None,

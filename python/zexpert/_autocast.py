@@ -24,6 +24,8 @@ def weights_to(weights: ExpertWeights, dtype: torch.dtype) -> ExpertWeights:
     constants = weights.constants
     if constants is not None:
         constants = ConstantExperts(constants.gate_weight, constants.vectors.to(dtype))
+    if weights.w13_scale_inv is not None:
+        return weights._replace(constants=constants)  # quantised weights stay as they are
     return ExpertWeights(weights.w13.to(dtype), weights.w2.to(dtype), constants=constants)
 
 

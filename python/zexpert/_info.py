@@ -65,6 +65,7 @@ def kernel_plan(
     *,
     device: str | torch.device = "cpu",
     dtype: str | torch.dtype | None = None,
+    weight_dtype: str | torch.dtype | None = None,
     num_tokens: int | None = None,
     num_rows: int | None = None,
     num_experts: int | None = None,
@@ -87,6 +88,8 @@ def kernel_plan(
         op: the operator's name, such as "biased_topk".
         device: of its tensors.
         dtype: of its data; float32 unless given. For ``moe_plan``, of the ids; int32 unless given.
+        weight_dtype: of the weights of ``grouped_mlp`` and ``fused_moe``: float8_e4m3fn if they are quantised, else
+            ``dtype``.
         num_tokens: T.
         num_rows: rows of all experts together, T * K unless given.
         num_experts: R, experts that have a feed-forward network.
@@ -122,7 +125,8 @@ def kernel_plan(
     return _C.kernel_plan(
         op,
         device=device_type,
-        dtype=str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype,
+        dtype=name_of_dtype(dtype),
+        weight_dtype=name_of_dtype(weight_dtype),
         num_tokens=num_tokens,
         num_rows=num_rows,
         num_experts=num_experts,
@@ -135,3 +139,7 @@ def kernel_plan(
         keep_gate_up=keep_gate_up,
         implementation=implementation,
     )
+
+
+def name_of_dtype(dtype: str | torch.dtype | None) -> str | None:
+    return str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype

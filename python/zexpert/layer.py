@@ -2,7 +2,7 @@
 """The mixture-of-experts layer."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, cast
 
@@ -12,6 +12,16 @@ from torch import Tensor, nn
 from zexpert._autocast import autocast_dtype, weights_to
 from zexpert._C import ScoringFunc, ZeroExpertType
 from zexpert.experts.factory import create_experts
+from zexpert.layer_quantization import (
+    QUANTISED_DTYPES,
+    check_has_scales,
+    check_not_quantised,
+    check_quantised,
+    check_quantization,
+    is_quantisable,
+    quantize_state_dict,
+    quantize_weight,
+)
 from zexpert.ops.types import ConstantExperts, ExpertWeights
 from zexpert.router.base_router import BaseRouter, check_tensor
 from zexpert.router.custom_routing_router import CustomRoutingFunction
@@ -19,7 +29,7 @@ from zexpert.router.factory import create_fused_moe_router
 from zexpert.router.zero_expert_spec import ZeroExperts, kind_name
 from zexpert.runner.factory import create_moe_runner
 from zexpert.runner.moe_runner import MoERunner
-from zexpert.runner.placement import EXPERT_WEIGHTS, WholeExperts
+from zexpert.runner.placement import EXPERT_SCALES, EXPERT_WEIGHTS, WholeExperts
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -42,6 +52,9 @@ class FusedMoE(nn.Module):
             [E / P, 2F, H], this rank's of E physical experts (E = R without a logical_to_physical_map).
         w2_weight [R, H, F]: down projection of each expert; likewise [E / P, H, F].
         constant_gate_weight [C, 2, H] and constant_vectors [C, H]: Wc and v_c; None without constant experts.
+        w13_weight_scale_inv [R, 2 * ceil(F / 128), ceil(H / 128)] and w2_weight_scale_inv
+            [R, ceil(H / 128), ceil(F / 128)], float32: the scales of quantised weights, gate's, then up's; None without
+            quantization.
 
     Args:
         num_experts: R, real experts.
@@ -58,6 +71,10 @@ class FusedMoE(nn.Module):
         renormalize: divide a token's weights by their sum.
         routed_scaling_factor: factor on every weight.
         params_dtype: dtype of the parameters, and so of hidden_states; None for torch's default dtype.
+        quantization: "fp8_block" for w13_weight and w2_weight in float8_e4m3fn with a scale for each block of 128 x
+            128, as zexpert.quantize makes them; None for weights of params_dtype. Quantised weights are not trained.
+            Gradients flow to hidden states and logits. hidden_states may be of any floating dtype. load_state_dict
+            quantises weights of other dtypes.
         shared_experts: a module called on hidden_states [T, H] that returns [T, H].
         chunk_size: most tokens to compute at a time; None for all.
         expert_parallel_group: ranks to spread the experts over: a torch.distributed.ProcessGroup or a DeviceMesh of one
@@ -85,6 +102,8 @@ class FusedMoE(nn.Module):
 
     w13_weight: nn.Parameter
     w2_weight: nn.Parameter
+    w13_weight_scale_inv: Tensor | None
+    w2_weight_scale_inv: Tensor | None
     constant_gate_weight: Tensor | None
     constant_vectors: Tensor | None
 
@@ -112,6 +131,7 @@ class FusedMoE(nn.Module):
         renormalize: bool = False,
         routed_scaling_factor: float = 1.0,
         params_dtype: torch.dtype | None = None,
+        quantization: str | None = None,
         shared_experts: nn.Module | None = None,
         chunk_size: int | None = None,
         expert_parallel_group: "dist.ProcessGroup | DeviceMesh | None" = None,
@@ -145,6 +165,10 @@ class FusedMoE(nn.Module):
             and e_score_correction_bias is None
         ):
             raise ValueError(f'zero_expert_num is required with zero_expert_type "{kind_name(zero_expert_type)}"')
+        if quantization is not None:
+            check_quantization(quantization)
+            if isinstance(params_dtype, torch.dtype) and params_dtype.itemsize < 2:
+                raise ValueError(f"params_dtype must be that of hidden_states with quantization, got {params_dtype}")
         if params_dtype not in (None, torch.float32, torch.float64, torch.bfloat16, torch.float16):
             raise ValueError(f"params_dtype must be float32, float64, bfloat16 or float16, got {params_dtype!r}")
         if not isinstance(cast(object, recompute), bool):
@@ -187,16 +211,28 @@ class FusedMoE(nn.Module):
         self.num_experts = num_experts
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size
+        self.quantization = quantization
+        self.params_dtype = torch.get_default_dtype() if params_dtype is None else params_dtype
         self.num_constant_experts = router.num_constant_experts
-        shapes: dict[str, tuple[int, ...] | None] = {name: self.placement.local_shape(name) for name in EXPERT_WEIGHTS}
+        placement = self.placement
+        if quantization is not None:
+            placement.place_scales()
+        shapes: dict[str, tuple[int, ...] | None] = {name: placement.local_shape(name) for name in EXPERT_WEIGHTS}
+        for name in EXPERT_SCALES:
+            shapes[name] = placement.local_shape(name) if quantization is not None else None
         has_constants = self.num_constant_experts > 0
         shapes["constant_gate_weight"] = (self.num_constant_experts, 2, hidden_size) if has_constants else None
         shapes["constant_vectors"] = (self.num_constant_experts, hidden_size) if has_constants else None
         for name, shape in shapes.items():
-            weight = None if shape is None else nn.Parameter(torch.empty(shape, dtype=params_dtype, device=device))
+            weight = None
+            if shape is not None:
+                dtype = params_dtype if quantization is None else QUANTISED_DTYPES.get(name, params_dtype)
+                is_trained = quantization is None or name not in QUANTISED_DTYPES
+                weight = nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=is_trained)
             self.register_parameter(name, weight)
         self.placement.register_hooks(self)
         register_pre_hook: Callable[..., Any] = self.register_load_state_dict_pre_hook
+        register_pre_hook(quantize_state_dict)
         register_pre_hook(check_shapes_of_state_dict)
         self.reset_parameters()
 
@@ -206,12 +242,54 @@ class FusedMoE(nn.Module):
         Where ranks share the experts, seed them alike: they then draw the same layer for any number of ranks.
         """
         for name in EXPERT_WEIGHTS:
-            fan_in = self.placement.whole_shapes[name][-1]
-            self.placement.draw(name, self.get_parameter(name), 1.0 / math.sqrt(fan_in))
+            bound = 1.0 / math.sqrt(self.placement.whole_shapes[name][-1])
+            weight = self.get_parameter(name)
+            if self.quantization is None:
+                self.placement.draw(name, weight, bound)
+                continue
+            drawn = torch.empty(weight.shape, dtype=self.params_dtype, device=weight.device)
+            self.placement.draw(name, drawn, bound)
+            with torch.no_grad():
+                for target, source in zip(self.quantised(name), quantize_weight(name, drawn), strict=True):
+                    target.copy_(source)
         bound = 1.0 / math.sqrt(self.hidden_size)
         for constant in (self.constant_gate_weight, self.constant_vectors):
             if constant is not None:
                 nn.init.uniform_(constant, -bound, bound)
+
+    def quantised(self, name: str) -> tuple[nn.Parameter, nn.Parameter]:
+        """The quantised weight `name` and its scales."""
+        return self.get_parameter(name), self.get_parameter(f"{name}_scale_inv")
+
+    def quantize(self) -> None:
+        """Quantises the experts in place: see zexpert.quantize, which checks that this is possible."""
+        self.placement.place_scales()
+        for name in EXPERT_WEIGHTS:
+            with torch.no_grad():
+                weight, scales = quantize_weight(name, self.get_parameter(name))
+            setattr(self, name, nn.Parameter(weight, requires_grad=False))
+            setattr(self, f"{name}_scale_inv", nn.Parameter(scales, requires_grad=False))
+        self.quantization = "fp8_block"
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """nn.Module.load_state_dict. A quantised layer quantises weights that are not; if strict, it refuses float8
+        weights without scales."""
+        if self.quantization is not None and strict:
+            check_has_scales(EXPERT_WEIGHTS, state_dict)
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FusedMoE":
+        """Moves the layer; quantised weights and their scales keep their dtypes."""
+        quantised = [self._parameters.get(name) for name in QUANTISED_DTYPES] if self.quantization is not None else []
+
+        def apply(tensor: Tensor) -> Tensor:
+            applied = fn(tensor)
+            if applied.dtype != tensor.dtype and any(tensor is own for own in quantised):
+                return tensor.to(applied.device)
+            return applied
+
+        super()._apply(apply, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     @property
     def placement(self) -> WholeExperts:
@@ -237,7 +315,10 @@ class FusedMoE(nn.Module):
     def experts_backend(self) -> str:
         """Name of the experts backend that a call would use now, for tokens of the parameters' device and dtype: "cpu",
         "grouped_mm", "hopper" or "torch". On a GPU it may be another under torch.no_grad()."""
-        return self.runner.experts.backend_for(self.w13_weight, self.w2_weight)
+        rows: Tensor = self.w13_weight
+        if self.quantization is not None:
+            rows = rows.new_empty(0, dtype=self.params_dtype)
+        return self.runner.experts.backend_for(rows, self.w2_weight)
 
     def forward(self, hidden_states: Tensor, router_logits: Tensor) -> Tensor:
         """The layer's output.
@@ -248,7 +329,8 @@ class FusedMoE(nn.Module):
         float32.
 
         Args:
-            hidden_states: [..., H], of the parameters' dtype; under autocast any floating dtype.
+            hidden_states: [..., H], of the parameters' dtype; with quantised weights or under autocast any floating
+                dtype.
             router_logits: [..., N] with the same leading dimensions, any floating dtype.
 
         Returns:
@@ -285,17 +367,19 @@ class FusedMoE(nn.Module):
         """The experts' weights as the runner accepts them."""
         w13: Tensor = self.w13_weight
         w2: Tensor = self.w2_weight
+        w13_scale_inv, w2_scale_inv = self.w13_weight_scale_inv, self.w2_weight_scale_inv
         if self.num_constant_experts == 0:
-            return ExpertWeights(w13, w2)
+            return ExpertWeights(w13, w2, w13_scale_inv, w2_scale_inv)
         gate_weight, vectors = self.constant_gate_weight, self.constant_vectors
         assert gate_weight is not None
         assert vectors is not None
-        return ExpertWeights(w13, w2, constants=ConstantExperts(gate_weight, vectors))
+        return ExpertWeights(w13, w2, w13_scale_inv, w2_scale_inv, ConstantExperts(gate_weight, vectors))
 
     def extra_repr(self) -> str:
         return (
             f"num_experts={self.num_experts}, hidden_size={self.hidden_size}, "
             f"intermediate_size={self.intermediate_size}, dtype={self.w13_weight.dtype}"
+            + (f", quantization={self.quantization!r}" if self.quantization is not None else "")
             + (", recompute=True" if self.runner.recompute else "")
         )
 
@@ -316,7 +400,10 @@ def check_shapes_of_state_dict(
             given = state_dict.get(key)
             if name in submodule._non_persistent_buffers_set or tensor is None or not isinstance(given, Tensor):
                 continue
-            if tensor.is_floating_point() and tensor.element_size() > 1:
+            if isinstance(submodule, FusedMoE) and submodule.quantization is not None and name in QUANTISED_DTYPES:
+                if submodule is module or name in EXPERT_SCALES or not is_quantisable(given):
+                    check_quantised(name, shown(key), given)  # the others are quantised by the layer's own hook
+            elif tensor.is_floating_point() and tensor.element_size() > 1:
                 check_not_quantised(shown(key), given)
             placement = getattr(submodule, "placement", None)
             if not isinstance(placement, WholeExperts) or name not in placement.whole_shapes:
@@ -324,9 +411,3 @@ def check_shapes_of_state_dict(
             if not placement.fits(name, tensor, given):
                 fitting = " or ".join(map(str, placement.loadable_shapes(name, tensor)))
                 raise RuntimeError(f"{shown(key)} must have shape {fitting}, got {list(given.shape)}")
-
-
-def check_not_quantised(name: str, given: Tensor) -> None:
-    """Raises RuntimeError if the entry `name` of a state dict holds integers or float8, whose values need a scale."""
-    if not given.is_floating_point() or given.element_size() < 2:
-        raise RuntimeError(f"{name} must be of a floating-point dtype that needs no scale, got {given.dtype}")

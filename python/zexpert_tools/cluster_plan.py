@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -42,7 +43,7 @@ class Cluster:
         network: bytes per second from a GPU to other nodes.
         latency: seconds of an exchange of no bytes.
         memory_bandwidth: bytes per second.
-        matmul_rate: floating-point operations per second of the experts' products.
+        matmul_rate: floating-point operations per second of the experts' products, which differ in size.
     """
 
     gpus_per_node: int = 8
@@ -64,7 +65,7 @@ class LayerPlan:
         all_slots_bytes: both, if every slot, zero experts' too, were a row of its own.
         network_bytes: of dispatch and combine together, what leaves the node.
         dispatch_seconds, combine_seconds: of the exchanges.
-        expert_seconds: of the experts' products.
+        expert_seconds: of the experts' products, and of copying and summing rows before and after them.
         weight_bytes: the rank's experts of one layer.
         model_weight_bytes: of all layers.
         buffer_bytes: rows in memory at the same time, at most.
@@ -115,8 +116,10 @@ def plan_layer(gpus: int, tokens: int, shape: MoEShape | None = None, cluster: C
     """The cost of one layer.
 
     Experts are chosen evenly. A token sends a row to each rank that holds one of its experts; to its own at no cost. An
-    exchange lasts as long as the slower of NVLink and network, which work at the same time; the products as long as the
-    slower of computing and reading the rank's experts.
+    exchange lasts as long as the slower of NVLink and network, which work at the same time. Computing the products and
+    reading the rank's experts overlap in part: together they last the root of the sum of their squares, which is close
+    to the longer where they differ much. Each slot's row is written before them and read after them, and each row that
+    is sent is read twice and written once more.
 
     Args:
         gpus: P, ranks that share the experts: a divisor of R, or a multiple, P / R of which have the same expert.
@@ -152,10 +155,11 @@ def plan_layer(gpus: int, tokens: int, shape: MoEShape | None = None, cluster: C
     slots = tokens * shape.ffn_experts
     expert_values = 3 * shape.hidden_size * shape.intermediate_size
     weight_bytes = experts * expert_values * shape.element_size
-    expert_seconds = max(
+    product_seconds = math.hypot(
         2 * slots * expert_values / cluster.matmul_rate,
         min(1.0, slots / experts) * weight_bytes / cluster.memory_bandwidth,
     )
+    passes_seconds = (2 * slots + 3 * rows) * row_bytes / cluster.memory_bandwidth
     # Rows that came, rows by expert, gate and up, the activation, the experts' results; rows sent; sums on both sides.
     buffer_bytes = shape.element_size * (
         slots * (2 * shape.hidden_size + 3 * shape.intermediate_size) + 4 * rows * shape.hidden_size
@@ -170,7 +174,7 @@ def plan_layer(gpus: int, tokens: int, shape: MoEShape | None = None, cluster: C
         network_bytes=rows * to_other_nodes * (2 * row_bytes + slot_bytes),
         dispatch_seconds=exchange_seconds(row_bytes + slot_bytes),
         combine_seconds=exchange_seconds(row_bytes),
-        expert_seconds=expert_seconds,
+        expert_seconds=product_seconds + passes_seconds,
         weight_bytes=weight_bytes,
         model_weight_bytes=weight_bytes * shape.num_layers,
         buffer_bytes=buffer_bytes,

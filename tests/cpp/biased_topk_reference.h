@@ -213,6 +213,8 @@ struct Result {
   Array topk_weights, topk_ids, zero_weight, constant_weight;
 };
 
+inline void expect_same_bits(const Result& a, const Result& b);
+
 inline Result run(const Call& call) {
   const auto tokens = static_cast<int64_t>(call.logits.size());
   const RoutingSpec& spec = call.spec;
@@ -245,6 +247,23 @@ inline Result run(const Call& call) {
   params.num_tokens = tokens;
   params.spec = spec;
   biased_topk_cpu(params);
+
+  // The same choice, made apart and given.
+  std::vector<int32_t> choices(static_cast<size_t>(tokens * spec.top_k));
+  BiasedTopKChoicesParams choice;
+  static_cast<RoutingInputs&>(choice) = params;
+  choice.chosen = choices.data();
+  biased_topk_choices_cpu(choice);
+  Result again{Array(weight_type, tokens * spec.top_k, call.offset),
+               Array(call.ids_type, tokens * spec.top_k, call.offset), Array(weight_type, tokens, call.offset),
+               Array(weight_type, tokens * spec.num_constant_experts, call.offset)};
+  params.choices = choices.data();
+  params.topk_weights = again.topk_weights.data();
+  params.topk_ids = again.topk_ids.data();
+  params.zero_weight = again.zero_weight.data();
+  params.constant_weight = again.constant_weight.data();
+  biased_topk_cpu(params);
+  expect_same_bits(again, result);
   return result;
 }
 

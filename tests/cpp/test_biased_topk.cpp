@@ -148,6 +148,53 @@ TEST(BiasedTopK, BadParamsAreRefusedBeforeAnythingIsRead) {
   EXPECT_EQ(error_of(params), "topk_ids must be int32 or int64, got float32");
 }
 
+TEST(BiasedTopK, GivenChoices) {
+  const auto result_of = [](const std::vector<int32_t>& choices) {
+    const float logits[8] = {0.0F, 0.0F, 0.0F, 0.0F, std::numeric_limits<float>::infinity(), 0.0F, 0.0F, 0.0F};
+    float topk_weights[6] = {};
+    int32_t topk_ids[6] = {};
+    float zero_weight[2] = {};
+    BiasedTopKParams params;
+    params.num_tokens = 2;
+    params.spec.num_real_experts = 3;
+    params.spec.top_k = 3;
+    params.spec = params.spec.for_width(4);
+    params.logits = logits;
+    params.choices = choices.data();
+    params.topk_weights = topk_weights;
+    params.topk_ids = topk_ids;
+    params.zero_weight = zero_weight;
+    std::string text;
+    try {
+      biased_topk_cpu(params);
+    } catch (const Error& error) {
+      text = error.what();
+      EXPECT_EQ(topk_ids[0], 0) << "nothing is written";
+      return text;
+    }
+    for (int i = 0; i < 6; ++i) text += std::to_string(topk_ids[i]) + (topk_weights[i] > 0 ? "+ " : " ");
+    EXPECT_EQ(zero_weight[0], choices[1] == 3 ? 0.25F : 0.0F);
+    return text;
+  };
+  EXPECT_EQ(result_of({2, 3, 1, 1, -1, 2}), "2+ -1 1+ 1+ -1 2+ ");
+  EXPECT_EQ(result_of({-1, -1, 1, 0, 1, -1}), "-1 -1 1+ -1 1+ -1 ") << "the logit of expert 0 is masked";
+  EXPECT_EQ(result_of({2, 3, 1, 1, 4, 2}),
+            "choices must be experts from 0 to 3, or -1 for an empty slot, got 4 for token 1");
+  EXPECT_EQ(result_of({2, 3, 1, 1, -2, 2}),
+            "choices must be experts from 0 to 3, or -1 for an empty slot, got -2 for token 1");
+  EXPECT_EQ(result_of({2, 3, 2, 1, 3, 2}), "choices must name an expert once per token, got 2 twice for token 0");
+}
+
+TEST(BiasedTopK, ChoicesNeedTheirArray) {
+  BiasedTopKChoicesParams params;
+  params.spec = make_spec(4, 2);
+  biased_topk_choices_cpu(params);  // no tokens
+  const float logits[4] = {};
+  params.logits = logits;
+  params.num_tokens = 1;
+  EXPECT_THROW(biased_topk_choices_cpu(params), Error);
+}
+
 TEST(BiasedTopK, RowsAreDenseUnlessAStrideIsGivenAndOneRowMayServeAllTokens) {
   const std::vector<float> logits = {0, 1, 2, 3, 3, 2, 1, 0, 1, 3, 0, 2};  // 3 rows of 4
   const auto chosen = [&](int64_t row_stride) {

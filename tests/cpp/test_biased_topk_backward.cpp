@@ -212,6 +212,27 @@ TEST(BiasedTopKBackward, MaskedLogitsHaveNoGradient) {
   }
 }
 
+TEST(BiasedTopKBackward, GivenChoicesHaveTheSameGradient) {
+  Random random;
+  for (const RoutingSpec& spec : every_spec()) {
+    Call<float> call(random, spec, 9);
+    call.logits.row(3)[2] = std::numeric_limits<float>::quiet_NaN();
+    std::vector<int32_t> choices(static_cast<size_t>(call.num_tokens * spec.top_k));
+    BiasedTopKBackwardParams params = call.params();
+    BiasedTopKChoicesParams choice;
+    static_cast<RoutingInputs&>(choice) = params;
+    choice.chosen = choices.data();
+    biased_topk_choices_cpu(choice);
+    biased_topk_backward_cpu(params);
+    Call<float> given = call;
+    params = given.params();
+    params.bias = nullptr;
+    params.choices = choices.data();
+    biased_topk_backward_cpu(params);
+    EXPECT_TRUE(given.grad_logits == call.grad_logits) << text(spec);
+  }
+}
+
 TEST(BiasedTopKBackward, TiesSendTheGradientToTheChosen) {
   Random random;
   RoutingSpec spec;

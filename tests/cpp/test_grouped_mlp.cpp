@@ -237,6 +237,118 @@ TYPED_TEST(GroupedMlp, ThreadsAndBatchChangeNoBit) {
   }
 }
 
+/// A call with quantised weights, whose values `values` holds in T: the scales are powers of two.
+template <typename T>
+struct QuantisedCall {
+  QuantisedCall(Random& random, const std::vector<int32_t>& segments, int64_t hidden, int64_t inner)
+      : values(random, segments, hidden, inner) {
+    const int64_t hidden_blocks = num_scale_blocks(hidden);
+    const int64_t inner_blocks = num_scale_blocks(inner);
+    w13_scale_inv = scales(random, values.num_experts * 2 * inner_blocks * hidden_blocks);
+    w2_scale_inv = scales(random, values.num_experts * inner_blocks * hidden_blocks);
+    for (int64_t e = 0; e < values.num_experts; ++e) {
+      for (int64_t half = 0; half < 2; ++half) {
+        quantise(random, values.w13_weight.row(e) + half * inner * hidden, inner, hidden,
+                 &w13_scale_inv[static_cast<size_t>((e * 2 + half) * inner_blocks * hidden_blocks)], w13_weight);
+      }
+      quantise(random, values.w2_weight.row(e), hidden, inner,
+               &w2_scale_inv[static_cast<size_t>(e * inner_blocks * hidden_blocks)], w2_weight);
+    }
+  }
+
+  GroupedMlpParams params() {
+    GroupedMlpParams params = values.params();
+    params.w13_weight = w13_weight.data();
+    params.w2_weight = w2_weight.data();
+    params.w13_scale_inv = w13_scale_inv.data();
+    params.w2_scale_inv = w2_scale_inv.data();
+    params.w13_expert_stride = 2 * values.intermediate_size * values.hidden_size;
+    params.w2_expert_stride = values.intermediate_size * values.hidden_size;
+    params.w13_scale_expert_stride = static_cast<int64_t>(w13_scale_inv.size()) / values.num_experts;
+    params.w2_scale_expert_stride = static_cast<int64_t>(w2_scale_inv.size()) / values.num_experts;
+    return params;
+  }
+
+  static std::vector<float> scales(Random& random, int64_t size) {
+    std::vector<float> result;
+    for (const int32_t exponent : random.integers<int32_t>(size, -8, -5)) result.push_back(std::ldexp(1.0F, exponent));
+    return result;
+  }
+
+  /// Appends the codes of random weights to `codes` and writes their values.
+  static void quantise(Random& random, T* matrix, int64_t rows, int64_t columns, const float* scale_inv,
+                       std::vector<Float8E4M3>& codes) {
+    const std::vector<float> numbers = random.normal<float>(rows * columns, 4);
+    for (int64_t i = 0; i < rows * columns; ++i) {
+      const int64_t block = i / columns / kScaleBlock * num_scale_blocks(columns) + i % columns / kScaleBlock;
+      codes.push_back(Float8E4M3(numbers[static_cast<size_t>(i)]));
+      matrix[i] = static_cast<T>(static_cast<float>(codes.back()) * scale_inv[block]);
+    }
+  }
+
+  Call<T> values;
+  std::vector<Float8E4M3> w13_weight, w2_weight;
+  std::vector<float> w13_scale_inv, w2_scale_inv;
+};
+
+TYPED_TEST(GroupedMlp, QuantisedWeightsGiveTheBitsOfTheirValues) {
+  using T = TypeParam;
+  Random random;
+  for (const auto& [hidden, inner] :
+       std::vector<std::pair<int64_t, int64_t>>{{300, 200}, {128, 256}, {5, 130}, {7, 3}}) {
+    QuantisedCall<T> call(random, {1, 0, 2, 7, 40}, hidden, inner);
+    grouped_mlp_cpu(call.values.params());
+    call.values.expect_matches_reference();
+    const Rows<T> expected = call.values.out;
+    for (const int64_t threads : {1, 3}) {
+      const ScopedThreads scope(threads);
+      call.values.out = Rows<T>(call.values.num_rows, hidden, hidden + 1);
+      grouped_mlp_cpu(call.params());
+      EXPECT_TRUE(call.values.out == expected) << hidden << " by " << inner << ", " << threads << " threads";
+    }
+  }
+}
+
+TYPED_TEST(GroupedMlp, QuantisedWeightsOfSeveralBlocksOfDepth) {
+  Random random;
+  QuantisedCall<TypeParam> call(random, {3, 14}, 2200, 40);
+  grouped_mlp_cpu(call.params());
+  call.values.expect_matches_reference();
+}
+
+TYPED_TEST(GroupedMlp, RowsTooLargeForTheQuickLoads) {
+  if (std::is_same_v<TypeParam, Half>) {
+    GTEST_SKIP() << "the results of such rows are infinite in float16";
+  }
+  Random random;
+  QuantisedCall<TypeParam> call(random, {2, 9}, 140, 20);
+  for (int64_t r = 0; r < 11; r += 2) call.values.rows.row(r)[r] = static_cast<TypeParam>(60000.0);
+  grouped_mlp_cpu(call.params());
+  call.values.expect_matches_reference();
+}
+
+TYPED_TEST(GroupedMlp, RefusesBadScalesOfExpertsThatHaveRows) {
+  Random random;
+  const auto error_with = [&](auto change) {
+    QuantisedCall<TypeParam> call(random, {2, 0, 1}, 130, 4);
+    GroupedMlpParams params = call.params();
+    change(call, params);
+    const std::string error = error_of([&] { grouped_mlp_cpu(params); });
+    EXPECT_TRUE(error == "no error" || call.values.out.untouched());
+    return error;
+  };
+  constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
+  EXPECT_EQ(error_with([](auto& call, auto&) { call.w13_scale_inv[0] = kNan; }),
+            "w13_scale_inv must be finite and not negative, got nan");
+  EXPECT_EQ(error_with([](auto& call, auto&) { call.w2_scale_inv.back() = std::numeric_limits<float>::infinity(); }),
+            "w2_scale_inv must be finite and not negative, got inf");
+  EXPECT_EQ(error_with([](auto& call, auto&) { call.w13_scale_inv.back() = -1; }),
+            "w13_scale_inv must be finite and not negative, got -1");
+  EXPECT_EQ(error_with([](auto& call, auto&) { call.w13_scale_inv[4] = kNan; }), "no error") << "expert 1 has no rows";
+  EXPECT_EQ(error_with([](auto&, auto& params) { params.w2_scale_inv = nullptr; }),
+            "w13_scale_inv and w2_scale_inv must be given both or neither, got w13_scale_inv alone");
+}
+
 TYPED_TEST(GroupedMlp, RefusesBadOffsetsAndWritesNothing) {
   Random random;
   const auto error_with = [&](const std::vector<int32_t>& offsets) {

@@ -61,6 +61,30 @@ TEST(GroupedMlpChoice, AutoOnAGpu) {
   EXPECT_EQ(chosen([](auto& call) { call.data_type = ScalarType::kFloat64; }), Implementation::kTorch);
 }
 
+TEST(GroupedMlpChoice, QuantisedWeights) {
+  const auto quantised = [](auto& call) { call.has_fp8_weights = true; };
+  EXPECT_EQ(chosen(quantised), Implementation::kHopper);
+  EXPECT_EQ(chosen(quantised, 80), Implementation::kTorch);
+  const auto quantised_float16 = [](auto& call) {
+    call.has_fp8_weights = true;
+    call.data_type = ScalarType::kFloat16;
+  };
+  EXPECT_EQ(chosen(quantised_float16), Implementation::kTorch);
+  for (const std::string requested : {"auto", "cpu"}) {
+    GroupedMlpCall call = call_on(false);
+    call.has_fp8_weights = true;
+    EXPECT_EQ(choose_grouped_mlp(requested, call), Implementation::kCpu);
+  }
+
+  GroupedMlpCall call = call_on(true);
+  call.has_fp8_weights = true;
+  EXPECT_EQ(error_of([&] { choose_grouped_mlp("grouped_mm", call); }),
+            R"(w13_weight must be bfloat16 for implementation "grouped_mm", got float8_e4m3fn)");
+  call.data_type = ScalarType::kFloat16;
+  EXPECT_EQ(error_of([&] { choose_grouped_mlp("hopper", call); }),
+            R"(rows must be bfloat16 with float8_e4m3fn weights for implementation "hopper", got float16)");
+}
+
 TEST(GroupedMlpChoice, AName) {
   EXPECT_EQ(choose_grouped_mlp("cpu", call_on(false)), Implementation::kCpu);
   EXPECT_EQ(choose_grouped_mlp("torch", call_on(false)), Implementation::kTorch);

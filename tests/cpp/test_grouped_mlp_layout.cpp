@@ -23,6 +23,7 @@ namespace {
 using testing::ascending;
 using testing::row_tile_starts;
 
+constexpr int kDepthOfInstruction = kInstructionBytes / kElementBytes;
 constexpr int kMaxRows = kHopperMaxTileRows;
 
 TEST(GroupedMlpLayout, RowBoxesFillATile) {
@@ -120,7 +121,7 @@ void matrix_instruction(Sums& sums, int columns, const Elements& memory, uint64_
       const int row = 16 * warp + lane / 4 + 8 * (i / 2 % 2);
       const int column = 8 * (i / 4) + 2 * (lane % 4) + i % 2;
       float& sum = sums[static_cast<size_t>(thread)][static_cast<size_t>(i)];
-      for (int k = 0; k < kInstructionDepth; ++k) sum += operand(memory, a, row, k) * operand(memory, b, column, k);
+      for (int k = 0; k < kDepthOfInstruction; ++k) sum += operand(memory, a, row, k) * operand(memory, b, column, k);
     }
   }
 }
@@ -195,6 +196,7 @@ template <Product kProduct, Tiles kTiles>
 Output grouped_product(const Elements& rows, int num_rows, int depth, const Elements& weights, int num_channels,
                        const std::vector<int>& segments, int max_rows, int num_blocks) {
   constexpr int kWeightBytes = weight_bytes(kTiles);
+  constexpr int kStepDepth = step_depth(kElementBytes);
   constexpr int kRounds = 2;  // fewer rounds of tiles than this have their steps divided
   const std::vector<int> offsets = ascending(segments);
   const std::vector<int> starts = row_tile_starts(segments, max_rows);
@@ -202,8 +204,9 @@ Output grouped_product(const Elements& rows, int num_rows, int depth, const Elem
   const int weight_tiles = (num_channels + tile_channels(kProduct, kTiles) - 1) / tile_channels(kProduct, kTiles);
   const Schedule schedule{offsets.data(),     starts.data(), num_experts, weight_tiles,
                           depth / kStepDepth, num_blocks,    kRounds};
-  const TensorMapShape weights_shape = weights_map(kProduct, kTiles, num_channels, depth, num_experts,
-                                                   int64_t{num_matrices(kProduct)} * num_channels * depth);
+  const TensorMapShape weights_shape =
+      weights_map(kProduct, kTiles, num_channels, depth, num_experts,
+                  int64_t{num_matrices(kProduct)} * num_channels * depth, kElementBytes);
   Output out{Elements(static_cast<size_t>(num_rows * num_channels), NAN),
              std::vector<int>(static_cast<size_t>(num_rows * num_channels))};
   std::map<int, std::array<std::vector<Sums>, kWarpgroups>> parts;  // of divided tiles: [warpgroup][half]
@@ -226,13 +229,14 @@ Output grouped_product(const Elements& rows, int num_rows, int depth, const Elem
       Elements memory((kStage + kWeightBytes + kMaxRows * kLineBytes) / kElementBytes, NAN);
       uint32_t bytes = 0;
       for (int half = 0; half < kHalves; ++half) {
-        const WeightBox box = weight_box(kProduct, kTiles, work.expert, work.weight_tile, half, step);
+        const WeightBox box = weight_box(kProduct, kTiles, work.expert, work.weight_tile, half, step * kStepDepth);
         bytes += copy_box(weights_shape, weights, {box.coordinates, box.coordinates + 5}, memory,
                           kStage + static_cast<uint32_t>(half * half_bytes(kTiles)));
       }
       for_each_row_box(num_lines, [&](int box, int line) {
-        bytes += copy_box(rows_map(num_rows, depth, depth, box), rows, {step * kStepDepth, work.first_row + line},
-                          memory, kStage + static_cast<uint32_t>(kWeightBytes + line * kLineBytes));
+        bytes += copy_box(rows_map(num_rows, depth, depth, box, kElementBytes), rows,
+                          {step * kStepDepth, work.first_row + line}, memory,
+                          kStage + static_cast<uint32_t>(kWeightBytes + line * kLineBytes));
       });
       EXPECT_EQ(bytes, static_cast<uint32_t>(kWeightBytes + num_lines * kLineBytes)) << "what the barrier expects";
       for (size_t warpgroup = 0; warpgroup < kWarpgroups; ++warpgroup) {

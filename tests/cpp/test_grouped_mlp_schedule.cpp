@@ -307,6 +307,38 @@ void run_ring(const std::vector<int>& steps_of_items, std::mt19937& random) {
   FAIL() << "all wait, or a check failed";
 }
 
+/// Segments of scales begin where the copy engine may read, do not overlap, and fit.
+TEST(GroupedMlpScales, SegmentsAreAligned) {
+  std::mt19937 random(7);
+  for (const int num_experts : {1, 2, 24, 513}) {
+    for (const std::vector<int>& segments : segment_profiles(num_experts, 5, random)) {
+      const std::vector<int> offsets = ascending(segments);
+      int64_t end = 0;
+      for (int expert = 0; expert < num_experts; ++expert) {
+        const auto e = static_cast<size_t>(expert);
+        const int begin = first_scale(offsets[e], expert);
+        EXPECT_EQ(begin * static_cast<int>(sizeof(float)) % 16, 0);
+        EXPECT_GE(begin, end);
+        end = begin + segments[e];
+      }
+      EXPECT_LE(end, padded_scale_rows(offsets.back(), num_experts));
+    }
+  }
+}
+
+/// A tile's scales begin in its expert's segment where its rows do.
+TEST(GroupedMlpScales, TilesFindTheirs) {
+  const std::vector<int> segments = {3, 0, 200, 137, 1};
+  const std::vector<int> offsets = ascending(segments);
+  const std::vector<int> starts = row_tile_starts(segments, kMaxRows);
+  const Schedule schedule{offsets.data(), starts.data(), 5, 2, 4, 7, 2};
+  for (int tile = 0; tile < schedule.num_tiles(); ++tile) {
+    const WorkItem work = schedule.whole_tile(tile);
+    const int begin = offsets[static_cast<size_t>(work.expert)];
+    EXPECT_EQ(work.first_scale - first_scale(begin, work.expert), work.first_row - begin);
+  }
+}
+
 TEST(GroupedMlpRing, EveryStepReachesEveryWarp) {
   std::mt19937 random(5);
   for (int repeat = 0; repeat < 40; ++repeat) {

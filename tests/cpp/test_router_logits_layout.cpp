@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <random>
@@ -49,8 +50,8 @@ uint16_t operand_element(const std::vector<uint8_t>& memory, uint64_t descriptor
   return value;
 }
 
-/// One tile through load, fragments and instructions, as multiply() in router_logits_hopper.cuh walks it. Weights and
-/// hidden states are small integers, so that every sum is exact. Hidden states stand for themselves as uint16_t.
+/// One tile through load, fragments and instructions, as multiply_few() walks it. Weights and hidden states are small
+/// integers, so that every sum is exact. Hidden states stand for themselves as uint16_t.
 std::vector<int> tile_product(const std::vector<float>& weight, const std::vector<uint16_t>& hidden_states,
                               int num_experts, int num_tokens, int depth, int tile_experts, int columns) {
   const uint32_t half_bytes = static_cast<uint32_t>(tile_experts * kLineBytes);
@@ -147,6 +148,130 @@ TEST(RouterLogitsLayout, TilesMultiplyTheirOperands) {
   }
 }
 
+/// The same as multiply_units() walks it: tokens are the instruction's rows. One part of the weights.
+std::vector<int> tile_product_of_tokens(const std::vector<uint16_t>& weight, const std::vector<uint16_t>& hidden_states,
+                                        int num_experts, int num_tokens, int depth) {
+  constexpr uint32_t kBase = 2 * kSwizzleBytes;
+  constexpr auto kWeightBytes = static_cast<uint32_t>(kManyExperts * kLineBytes);
+  std::vector<uint8_t> memory(kBase + kWeightBytes + static_cast<uint32_t>(kManyTokens * kLineBytes));
+  std::vector<int> sums(static_cast<size_t>(kManyTokens * kManyExperts));  // by row of all instructions and column
+  for (int step = 0; step < static_cast<int>(divide_up(depth, kStepDepth)); ++step) {
+    load_box(memory, kBase, weight, num_experts, depth, step * kStepDepth, 0, kManyExperts);
+    load_box(memory, kBase + kWeightBytes, hidden_states, num_tokens, depth, step * kStepDepth, 0, kManyTokens);
+    for (int i = 0; i < kInstructionsPerStep; ++i) {
+      std::array<std::array<uint16_t, kInstructionDepth>, kManyTokens> a{};
+      for (int warp = 0; warp < 4 * kManyWarpgroups; ++warp) {
+        const uint32_t line = kBase + kWeightBytes + static_cast<uint32_t>(16 * warp * kLineBytes);
+        for (int lane = 0; lane < 32; ++lane) {
+          EXPECT_EQ(token_offset(lane, 0) ^ static_cast<uint32_t>(i * 32), token_offset(lane, i));
+          for (int matrix = 0; matrix < 4; ++matrix) {  // lane l has row l / 4 and 2 elements of each matrix
+            const uint32_t address =
+                line + token_offset(8 * matrix + lane / 4, i) + static_cast<uint32_t>(lane % 4 * 4);
+            std::array<uint16_t, 2> pair{};
+            std::memcpy(pair.data(), &memory[address], 4);
+            // As the instruction wants it: operand 2 * d + h
+            const auto row = static_cast<size_t>(16 * warp + 8 * (matrix % 2) + lane / 4);
+            const auto k = static_cast<size_t>(8 * (matrix / 2) + 2 * (lane % 4));
+            a[row][k] = pair[0];
+            a[row][k + 1] = pair[1];
+          }
+        }
+      }
+      const uint64_t b = matrix_descriptor(kBase) + static_cast<uint64_t>(i) * kDescriptorStep;
+      for (int row = 0; row < kManyTokens; ++row) {
+        for (int column = 0; column < kManyExperts; ++column) {
+          for (int k = 0; k < kInstructionDepth; ++k) {
+            sums[static_cast<size_t>(row * kManyExperts + column)] +=
+                a[static_cast<size_t>(row)][static_cast<size_t>(k)] * operand_element(memory, b, column, k);
+          }
+        }
+      }
+    }
+  }
+  std::vector<int> out(static_cast<size_t>(num_tokens * num_experts), -1);
+  for (int warp = 0; warp < 4 * kManyWarpgroups; ++warp) {
+    for (int lane = 0; lane < 32; ++lane) {
+      for (int j = 0; j < kManyExperts / 8; ++j) {
+        for (int h = 0; h < 2; ++h) {
+          for (int i = 0; i < 2; ++i) {
+            const int token = token_of_row(warp, lane, h);
+            const int expert = expert_of_column(lane, j, i);
+            if (expert < num_experts && token < num_tokens) {
+              int& logit = out[static_cast<size_t>(token * num_experts + expert)];
+              EXPECT_EQ(logit, -1);
+              const int row = 16 * warp + 8 * h + lane / 4;
+              logit = sums[static_cast<size_t>(row * kManyExperts + 8 * j + 2 * (lane % 4) + i)];
+            }
+          }
+        }
+      }
+    }
+  }
+  return out;
+}
+
+TEST(RouterLogitsLayout, TilesOfManyTokensMultiplyTheirOperands) {
+  std::mt19937 random(2);
+  for (const auto& [experts, tokens, depth] : {std::array{128, 128, 128}, std::array{101, 70, 72}}) {
+    std::vector<uint16_t> weight(static_cast<size_t>(experts * depth));
+    std::vector<uint16_t> hidden_states(static_cast<size_t>(tokens * depth));
+    for (uint16_t& value : weight) value = static_cast<uint16_t>(random() % 50);
+    for (uint16_t& value : hidden_states) value = static_cast<uint16_t>(random() % 50);
+    const std::vector<int> out = tile_product_of_tokens(weight, hidden_states, experts, tokens, depth);
+    for (int t = 0; t < tokens; ++t) {
+      for (int e = 0; e < experts; ++e) {
+        int expected = 0;
+        for (int k = 0; k < depth; ++k) {
+          expected += weight[static_cast<size_t>(e * depth + k)] * hidden_states[static_cast<size_t>(t * depth + k)];
+        }
+        ASSERT_EQ(out[static_cast<size_t>(t * experts + e)], expected) << "token " << t << " expert " << e;
+      }
+    }
+  }
+}
+
+float as_float(uint32_t bits) {
+  float value = 0;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+uint32_t bits_of(float value) {
+  uint32_t bits = 0;
+  std::memcpy(&bits, &value, sizeof(bits));
+  return bits;
+}
+
+TEST(RouterLogitsLayout, ScalesBringTheLargestIntoFloat16sRange) {
+  for (int exponent = -126; exponent <= 127; ++exponent) {
+    for (const float factor : {1.0F, -1.5F, 1.9921875F}) {
+      const float largest = std::ldexp(factor, exponent);
+      const float token = as_float(token_scale(bits_of(largest)));
+      const float weight = as_float(weight_scale(bits_of(std::fabs(largest))));
+      EXPECT_EQ(token * as_float(inverse_scale(token_scale(bits_of(largest)))), 1.0F);
+      EXPECT_EQ(weight * as_float(inverse_scale(weight_scale(bits_of(std::fabs(largest))))), 1.0F);
+      EXPECT_LT(std::fabs(largest) * token, 32768.0F);
+      EXPECT_LT(std::fabs(largest) * weight, 32768.0F);
+      if (exponent >= -98)
+        EXPECT_GE(std::fabs(largest) * token, 16384.0F) << exponent;
+      else
+        EXPECT_EQ(token, std::ldexp(1.0F, 112));
+      if (exponent >= -13 && exponent < 3)
+        EXPECT_EQ(weight, 4096.0F) << exponent;
+      else if (exponent >= -112)
+        EXPECT_GE(std::fabs(largest) * weight, 16384.0F) << exponent;
+      else
+        EXPECT_EQ(weight, std::ldexp(1.0F, 126));
+    }
+  }
+  EXPECT_EQ(as_float(token_scale(0)), std::ldexp(1.0F, 112));
+  EXPECT_EQ(weight_scale(0), kDefaultWeightScale);
+  EXPECT_EQ(as_float(kDefaultWeightScale), 4096.0F);
+  const uint32_t infinity = 0x7f800000U;  // its other numbers may be as large as float32's
+  EXPECT_LT(as_float(0x7f7fffffU) * as_float(token_scale(infinity)), 65504.0F);
+  EXPECT_LT(as_float(0x7f7fffffU) * as_float(weight_scale(infinity)), 65504.0F);
+}
+
 /// Half a warp is served at a time where each lane reads 8 bytes, and reads or writes every bank once.
 TEST(RouterLogitsLayout, SharedMemoryIsAccessedWithoutConflicts) {
   for (int instruction = 0; instruction < kInstructionsPerStep; ++instruction) {
@@ -159,6 +284,13 @@ TEST(RouterLogitsLayout, SharedMemoryIsAccessedWithoutConflicts) {
         }
         EXPECT_EQ(banks.size(), 32U);
       }
+    }
+  }
+  for (int instruction = 0; instruction < kInstructionsPerStep; ++instruction) {
+    for (int matrix = 0; matrix < 4; ++matrix) {  // a matrix is served at a time, 16 bytes for each of 8 lanes
+      std::set<uint32_t> banks;
+      for (int lane = 8 * matrix; lane < 8 * matrix + 8; ++lane) banks.insert(token_offset(lane, instruction) / 16 % 8);
+      EXPECT_EQ(banks.size(), 8U);
     }
   }
   for (int h = 0; h < 2; ++h) {
@@ -236,14 +368,14 @@ struct Barrier {
 /// consumers find what they want, and everyone ends.
 TEST(RouterLogitsLayout, APairOfBlocksWalksItsRing) {
   constexpr int kWarps = 4 * kManyWarpgroups;
-  constexpr int kHalf = 100;
+  constexpr int kPart = 100;
   constexpr int kTokens = 70;
-  for (const int stages : {2, 4}) {
+  for (const int stages : {2, 3, 4}) {
     for (uint32_t seed = 0; seed < 200; ++seed) {
       std::mt19937 random(seed);
       const int steps = static_cast<int>(random() % 40) + 1;
       struct Copy {
-        int block, stage, part, step;  // part 0, 1: halves of the weights, 2: hidden states
+        int block, stage, part, step;  // part 0, 1: of the weights, 2: hidden states
       };
       struct Block {
         std::vector<Barrier> full, empty;
@@ -283,7 +415,7 @@ TEST(RouterLogitsLayout, APairOfBlocksWalksItsRing) {
           const auto stage = static_cast<size_t>(block.loaded % stages);
           const auto parity = static_cast<uint32_t>(block.loaded / stages % 2);
           if (block.loaded < steps && block.empty[stage].is_over(parity ^ 1U)) {
-            block.full[stage].arrive(2 * kHalf + kTokens);
+            block.full[stage].arrive(2 * kPart + kTokens);
             for (int to = 0; to < kPair; ++to) {
               copies.push_back({to, static_cast<int>(stage), static_cast<int>(b), block.loaded});
             }
@@ -299,7 +431,7 @@ TEST(RouterLogitsLayout, APairOfBlocksWalksItsRing) {
           const auto stage = static_cast<size_t>(copy.stage);
           for (const int done : target.done) ASSERT_GT(done, copy.step - stages) << "overwritten before it was read";
           target.content[stage][static_cast<size_t>(copy.part)] = copy.step;
-          target.full[stage].complete(copy.part == 2 ? kTokens : kHalf);
+          target.full[stage].complete(copy.part == 2 ? kTokens : kPart);
           idle = 0;
         }
       }

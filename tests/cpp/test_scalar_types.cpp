@@ -96,6 +96,43 @@ TEST(Half, LargestFiniteValueAndTheFirstPastIt) {
   EXPECT_EQ(static_cast<float>(Half(65520.0F)), kInfinity);
 }
 
+TEST(Float8E4M3, EveryPatternHasItsValueAndComesBack) {
+  for (uint32_t bits = 0; bits < 256; ++bits) {
+    Float8E4M3 number;
+    number.bits = static_cast<uint8_t>(bits);
+    const auto value = static_cast<float>(number);
+    const uint32_t magnitude = bits & 0x7fU;
+    if (magnitude == 0x7fU) {
+      EXPECT_TRUE(std::isnan(value));
+      EXPECT_EQ(Float8E4M3(value).bits & 0x7f, 0x7f);
+      continue;
+    }
+    const auto exponent = static_cast<int>(magnitude >> 3U);
+    const auto mantissa = static_cast<float>(magnitude & 7U);
+    const float expected = exponent == 0 ? std::ldexp(mantissa, -9) : std::ldexp(8 + mantissa, exponent - 10);
+    EXPECT_EQ(value, (bits & 0x80U) != 0 ? -expected : expected) << bits;
+    EXPECT_EQ(std::signbit(value), (bits & 0x80U) != 0);
+    EXPECT_EQ(Float8E4M3(value).bits, bits);
+  }
+}
+
+TEST(Float8E4M3, RoundsToNearestTiesToEvenAndSaturates) {
+  for (uint32_t bits = 0; bits < 0x7e; ++bits) {
+    Float8E4M3 lower, upper;
+    lower.bits = static_cast<uint8_t>(bits);
+    upper.bits = static_cast<uint8_t>(bits + 1);
+    const float tie = (static_cast<float>(lower) + static_cast<float>(upper)) / 2;
+    EXPECT_EQ(Float8E4M3(tie).bits, bits % 2 == 0 ? bits : bits + 1);
+    EXPECT_EQ(Float8E4M3(std::nextafter(tie, 0.0F)).bits, bits);
+    EXPECT_EQ(Float8E4M3(std::nextafter(tie, 448.0F)).bits, bits + 1);
+    EXPECT_EQ(Float8E4M3(-tie).bits, 0x80U | Float8E4M3(tie).bits);
+  }
+  for (const float large : {448.0F, 464.0F, 465.0F, 1e30F, std::numeric_limits<float>::infinity()}) {
+    EXPECT_EQ(Float8E4M3(large).bits, 0x7e);
+    EXPECT_EQ(Float8E4M3(-large).bits, 0xfe);
+  }
+}
+
 TEST(ScalarType, VisitGivesTheTypeOfItsName) {
   const auto size_of = [](ScalarType type) {
     size_t size = 0;

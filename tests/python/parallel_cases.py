@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from layer_cases import HIDDEN, LAYERS, SharedExperts
-from testing import assert_error_rule
+from testing import assert_equal, assert_error_rule
 from zexpert import FusedMoE
 from zexpert.runner import ExpertParallelMoERunner
 
@@ -24,6 +24,8 @@ EXCHANGES: dict[str, dict[str, Any]] = {
     "ragged in chunks": {"chunk_size": 20},
     "fixed": {"max_tokens": MAX_TOKENS},
     "all_gather": {"max_tokens": MAX_TOKENS},
+    "symmetric": {"max_tokens": MAX_TOKENS},
+    "symmetric in chunks": {"max_tokens": MAX_TOKENS, "chunk_size": 11},
 }
 
 
@@ -68,7 +70,7 @@ def make_parallel(kind: str, exchange: str, group: Any, dtype: torch.dtype = tor
     arguments = dict(EXCHANGES[exchange])
     layer = make_layer(kind, dtype, expert_parallel_group=group, chunk_size=arguments.pop("chunk_size", None), **extra)
     if arguments:
-        runner_of(layer).use_exchange(exchange, **arguments)
+        runner_of(layer).use_exchange(exchange.removesuffix(" in chunks"), **arguments)
     return layer
 
 
@@ -145,3 +147,26 @@ def assert_as_one_process(
         assert value.shape == whole[part].shape
         whole[part] = value
         assert_error_rule(whole, plain[name], expected[name], f"{kind}, {exchange}, {case}: {name}")
+
+
+def assert_slices_as_one_process(group: Any, num_tokens: int, device: str = "cpu") -> None:
+    """A slice of every expert on each rank, against one process by the error rule."""
+    rank = dist.get_rank(group)
+    for kind, dtype in (*((kind, torch.float32) for kind in LAYERS), ("mixed", torch.bfloat16)):
+        inputs = make_inputs(kind, num_tokens)
+        layer = make_layer(kind, dtype, tensor_parallel_group=group, recompute=kind == "constant").to(device)
+        size = INTERMEDIATE // dist.get_world_size(group)
+        assert layer.w13_weight.shape == (NUM_EXPERTS, 2 * size, HIDDEN)
+        actual = results(layer, *inputs)
+        plain = results(make_layer(kind, dtype, experts_backend="torch"), *inputs)
+        expected = results(make_layer(kind, torch.float64, experts_backend="torch"), *inputs)
+        own = slice(rank * size, (rank + 1) * size)
+        for each in (plain, expected):
+            each["w2_weight"] = each["w2_weight"][:, :, own]
+            each["w13_weight"] = each["w13_weight"].unflatten(1, (2, -1))[:, :, own].flatten(1, 2)
+        for name, value in actual.items():
+            assert_error_rule(value, plain[name], expected[name], f"{kind}, {dtype}: {name}")
+            if name not in ("w13_weight", "w2_weight"):
+                first = value.to(device, copy=True)
+                dist.broadcast(first, 0, group=group)
+                assert_equal(value, first.cpu(), f"{kind}, {dtype}: {name} on another rank")

@@ -119,9 +119,11 @@ def biased_topk(
     num_expert_group: int = 1,
     topk_group: int = 1,
     indices_dtype: torch.dtype = torch.int64,
+    choices: Tensor | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> RoutingResult:
-    """Experts are ordered [real | identity | constant | drop]; see docs/concepts.md."""
+    """Experts are ordered [real | identity | constant | drop]; see docs/concepts.md. With `choices` [T, K] nothing is
+    chosen, and a slot whose expert's logit is not finite is empty."""
     num_tokens, num_experts = logits.shape
     if num_identity_experts is None:
         num_identity_experts = num_experts - num_real_experts - num_constant_experts
@@ -129,10 +131,15 @@ def biased_topk(
     first_drop = first_constant + num_constant_experts
 
     scores = expert_scores(logits, scoring_func, dtype)
-    keys = selection_keys(logits, bias, scores)
-    chosen = chosen_experts(
-        keys, choosable_experts(logits, keys), top_k, num_real_experts, num_expert_group, topk_group
-    )
+    if choices is None:
+        keys = selection_keys(logits, bias, scores)
+        chosen = chosen_experts(
+            keys, choosable_experts(logits, keys), top_k, num_real_experts, num_expert_group, topk_group
+        )
+    else:
+        chosen = choices.long()
+        masked = ~torch.isfinite(logits).gather(1, chosen.clamp(min=0))
+        chosen = chosen.masked_fill(masked, -1)
 
     weights = scores.gather(1, chosen.clamp(min=0)).masked_fill(chosen < 0, 0.0)
     if renormalize:
@@ -284,6 +291,48 @@ def grouped_mlp(
             continue
         gate_up = rows[segment].to(dtype) @ w13_weight[expert].to(dtype).T
         out[segment] = silu_and_mul(gate_up, dtype=dtype) @ w2_weight[expert].to(dtype).T
+    return out
+
+
+def scales_of_elements(scale_inv: Tensor, rows: int, columns: int) -> Tensor:
+    """[..., rows, columns]: each element's scale, of scale_inv [..., ceil(rows / 128), ceil(columns / 128)]."""
+    return scale_inv.repeat_interleave(128, -2)[..., :rows, :].repeat_interleave(128, -1)[..., :columns]
+
+
+def quantize_blockwise(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """float8_e4m3fn and float32 scales of blocks of 128 x 128: max / 448, at least 2^-126, 1 for zeros."""
+    rows, columns = weight.shape[-2:]
+    padding = (0, -columns % 128, 0, -rows % 128)
+    blocks = torch.nn.functional.pad(weight.float(), padding).unflatten(-1, (-1, 128)).unflatten(-3, (-1, 128))
+    largest = blocks.abs().amax((-1, -3))
+    scale_inv = torch.where(largest == 0, 1.0, (largest / 448).clamp(min=2.0**-126))
+    quantised = weight.float() / scales_of_elements(scale_inv, rows, columns)
+    return quantised.clamp(-448, 448).to(torch.float8_e4m3fn), scale_inv
+
+
+def dequantize_blockwise(weight: Tensor, scale_inv: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+    """weight * scale_inv in `dtype`."""
+    return weight.to(dtype) * scales_of_elements(scale_inv, *weight.shape[-2:]).to(dtype)
+
+
+def quantised_rows(rows: Tensor) -> Tensor:
+    """rows, float64, as float8_e4m3fn with a scale for each row and 128 channels represents them: max / 448."""
+    groups = torch.nn.functional.pad(rows.float(), (0, -rows.shape[1] % 128)).unflatten(1, (-1, 128))
+    scale = groups.abs().amax(2, keepdim=True).clamp(min=1e-10) / 448
+    return ((groups / scale).to(torch.float8_e4m3fn).double() * scale).flatten(1)[:, : rows.shape[1]]
+
+
+def grouped_mlp_quantising_rows(rows: Tensor, expert_offsets: Tensor, w13_weight: Tensor, w2_weight: Tensor) -> Tensor:
+    """grouped_mlp whose rows and activations are quantised, products in float32."""
+    out = rows.new_zeros(rows.shape, dtype=torch.float32)
+    offsets = expert_offsets.tolist()
+    for expert in range(w13_weight.shape[0]):
+        segment = slice(offsets[expert], offsets[expert + 1])
+        if segment.start == segment.stop:
+            continue
+        gate_up = quantised_rows(rows[segment]).float() @ w13_weight[expert].float().T
+        activation = quantised_rows(silu_and_mul(gate_up, dtype=torch.float32))
+        out[segment] = activation.float() @ w2_weight[expert].float().T
     return out
 
 

@@ -15,9 +15,12 @@ from zexpert.ops import (
     fused_moe,
     grouped_mlp,
     grouped_mlp_hopper,
+    moe_combine,
+    moe_dispatch,
     moe_finalize,
     moe_permute,
     moe_plan,
+    rank_barrier,
     router_logits,
     silu_and_mul,
     zero_expert_accumulate,
@@ -51,6 +54,33 @@ def take_tokens_through(dtype: torch.dtype, hidden_size: int) -> None:
     torch.autograd.grad(zero_expert_accumulate(hidden_states, zero_weight), given[::2], torch.ones_like(hidden_states))
 
 
+def exchange_rows(dtype: torch.dtype, hidden_size: int) -> None:
+    """Between two ranks on one GPU; the first one's barrier fails, for the second one does not come."""
+
+    def of_ranks(*shape: int, dtype: torch.dtype) -> list[Tensor]:
+        return [torch.zeros(shape, device="cuda", dtype=dtype) for _ in range(2)]
+
+    rows, sums = (of_ranks(2, 9, hidden_size, dtype=dtype) for _ in range(2))
+    ids, weights = of_ranks(2, 9, 4, dtype=torch.int32), of_ranks(2, 9, 4, dtype=torch.float32)
+    hidden_states = torch.randn(7, hidden_size, device="cuda").to(dtype)
+    topk_ids = torch.randint(-2, 10, (7, 4), device="cuda").clamp(min=-1)
+    for most_multiprocessors in (0, 2):
+        for rank in range(2):
+            topk_weights = torch.rand(7, 4, device="cuda")
+            moe_dispatch(hidden_states, topk_ids, topk_weights, rows, ids, weights, rank, 5, most_multiprocessors)
+        for rank in range(2):
+            plan = moe_plan(ids[rank].flatten(0, 1), 5)
+            expert_rows = torch.randn(2 * 9 * 4, hidden_size, device="cuda").to(dtype)
+            for given in (weights[rank].flatten(0, 1), None):
+                moe_combine(expert_rows, plan.slot_rows, given, sums, rank, most_multiprocessors)
+    signals = of_ranks(2, dtype=torch.int64)
+    absent_rank = torch.full((1,), -1, dtype=torch.int32, pin_memory=True)
+    state = torch.zeros(1, device="cuda", dtype=torch.int64), torch.ones(1, device="cuda"), absent_rank
+    rank_barrier(signals, *state, rank=0, timeout_ms=10)
+    torch.cuda.synchronize()
+    assert int(absent_rank) == 1
+
+
 def train_experts(dtype: torch.dtype, hidden_size: int) -> None:
     """What zexpert's kernels do around PyTorch's products; an expert has no rows."""
     plan = moe_plan(torch.randint(-2, 4, (9, 4), device="cuda").clamp(min=-1), 5)
@@ -72,9 +102,9 @@ def train_experts(dtype: torch.dtype, hidden_size: int) -> None:
 
 def project_hidden_states(dtype: torch.dtype) -> None:
     """Every kernel of router_logits; the last width is no whole number of 16-byte accesses."""
-    for hidden_size in (512, 63):
-        weight = torch.randn(130, hidden_size, device="cuda")
-        for num_tokens in (1, 9, 200, 5000):
+    for hidden_size, scale in ((512, 0.02), (512, 1e3), (63, 1.0)):  # Hopper's kernels scale large weights otherwise
+        weight = scale * torch.randn(130, hidden_size, device="cuda")
+        for num_tokens in (1, 9, 20, 50, 100, 200, 5000):
             router_logits(torch.randn(num_tokens, hidden_size, device="cuda").to(dtype), weight)
 
 
@@ -115,6 +145,7 @@ def main(sees_plain_stores_only: bool) -> None:
         project_hidden_states(dtype)
         for hidden_size in (24, 1000, 1001):
             take_tokens_through(dtype, hidden_size)
+            exchange_rows(dtype, hidden_size)
             if not sees_plain_stores_only:
                 train_experts(dtype, hidden_size)
     if torch.ops.zexpert.is_hopper(torch.zeros(1, device="cuda")):

@@ -16,7 +16,7 @@ import reference
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
-from zexpert_tools.benchmark import harness, machine, rates, torch_routing
+from zexpert_tools.benchmark import harness, layer, machine, rates, torch_routing
 from zexpert_tools.benchmark.layer import LayerResult
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -338,6 +338,22 @@ def test_host_time_runs(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("small_machine")
+def test_layer_cases_start_from_hidden_states_or_logits() -> None:
+    shape = layer.Shape(layer.SMALL.routing, 16, 16)
+    weights = [layer.make_weights(shape, torch.float32, torch.device("cpu"), unused=True)]
+    limits = rates.Limits(bandwidth=1e9, rate=1e12)
+    whole, behind = (
+        layer.run_case(shape, 3, weights, limits=limits, repeats=1, router_projection=start, say=lambda _: None)
+        for start in (True, False)
+    )
+    assert whole.case.startswith("small: layer, 3 tokens")
+    assert behind.case.startswith("small: layer from logits, 3 tokens")
+    assert whole.operations - behind.operations == 2 * 3 * 16 * 96  # tokens, hidden size, experts
+    assert whole.num_bytes - behind.num_bytes == 4 * 16 * 96
+    assert all(check.passed for result in (whole, behind) for check in result.checks.values())
+
+
+@pytest.mark.usefixtures("small_machine")
 def test_cpu_layer_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import cpu_layer
 
@@ -357,8 +373,8 @@ def test_expert_parallel_runs(tmp_path: Path) -> None:
     arguments = ["--device", "cpu", *sizes, "--repeats", "1"]
     report = run_benchmark(gpu_expert_parallel, arguments, tmp_path / "expert_parallel.json")
     few, many = report["results"]  # type: ignore[misc]
-    assert set(few["checks"]) == {"ragged", "ragged, 4 chunks", "all slots", "fixed", "all_gather"}
-    assert set(many["seconds"]) == {"one rank", "ragged", "ragged, 4 chunks", "all slots"}
+    assert set(few["checks"]) == {"symmetric", "ragged", "ragged, 4 chunks", "all slots", "fixed", "all_gather"}
+    assert set(many["seconds"]) == {"one rank", "symmetric", "ragged", "ragged, 4 chunks", "all slots"}
     assert 0 < many["bytes_sent"]["ragged"] < many["bytes_sent"]["all slots"]
     with pytest.raises(SystemExit) as stop:
         gpu_expert_parallel.main(["--device", "cpu", "--experts", "9"])

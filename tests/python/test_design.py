@@ -22,9 +22,16 @@ from zexpert import _C, ops, router
 ROOT = Path(__file__).resolve().parents[2]
 
 #: Operators that are cases of another operator: their C++ may be in the other's files.
-CASES_OF = {"biased_topk_and_plan": "biased_topk", "zero_expert_accumulate": "moe_finalize"}
+CASES_OF = {
+    "biased_topk_and_plan": "biased_topk",
+    "biased_topk_choices": "biased_topk",
+    "zero_expert_accumulate": "moe_finalize",
+}
 #: Operators made of other operators: they have no kernels of their own.
-MADE_OF = {"fused_moe": ("moe_permute", "grouped_mlp", "moe_finalize")}
+MADE_OF = {
+    "fused_moe": ("moe_permute", "grouped_mlp", "moe_finalize"),
+    "route": ("router_logits", "biased_topk_and_plan"),
+}
 #: Older names that stay for one release, in the files of the operator that replaced them.
 ALIASES = {"grouped_mlp_hopper": "grouped_mlp", "grouped_mlp_with_gate_up": "grouped_mlp", "is_hopper": "grouped_mlp"}
 

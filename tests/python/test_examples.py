@@ -97,3 +97,24 @@ def test_mistakes_in_train(arguments: tuple[str, ...], message: str, capsys: pyt
         runpy.run_path(str(EXAMPLES / "train.py"))["main"](list(arguments))
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_replay_choices(device: str) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device: torch.cuda.is_available() is False")
+    out = run("replay_choices.py", "--device", device, "--requests", "32", "--new-tokens", "40")
+    differing = float(re.search(r"^tokens with other experts in the trainer +([\d.]+)%$", out, re.M)[1])
+    anew, replayed = map(float, re.findall(r"^log-probabilities off, experts .* ([\d.]+)$", out, re.M))
+    before, after = map(float, re.search(r"^loss before and after the step +(\S+) (\S+)$", out, re.M).groups())
+    assert 0.0 < differing < 20.0
+    assert replayed < 0.9 * anew
+    assert after < before
+
+
+@pytest.mark.parametrize("option", ["--requests", "--new-tokens"])
+def test_mistakes_in_replay_choices(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(EXAMPLES / "replay_choices.py"))["main"]([option, "0"])
+    assert stop.value.code == 2
+    assert f"{option} must be at least 1, got 0" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import weakref
 from typing import Any
 
@@ -29,6 +30,7 @@ from ranks import Ranks
 from testing import assert_equal, assert_error_rule
 from zexpert import FusedMoE
 from zexpert.runner.expert_exchange import RaggedBatch
+from zexpert.runner.shared_memory import shared_memories
 from zexpert.telemetry import collect_routing_stats, track_routing
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch is built without torch.distributed")
@@ -178,6 +180,44 @@ def repeat(group: Any) -> None:
 
 def test_repeatable(ranks: Ranks) -> None:
     ranks.run(repeat, 3)
+
+
+def with_rubbish(group: Any) -> None:
+    layer = make_parallel("mixed", "symmetric", group)
+    inputs = make_inputs("mixed", NUM_TOKENS[dist.get_rank(group)])
+    first = results(layer, *inputs)
+    memories = shared_memories(runner_of(layer).group)
+    assert memories
+    for memory in memories:
+        for arrays in (memory.rows, memory.sums, memory.weights, memory.weight_sums):
+            memory.own(arrays).fill_(torch.nan)
+        memory.own(memory.ids).fill_(1 << 30)
+    dist.barrier(group=group)
+    for name, value in results(layer, *inputs).items():
+        assert_equal(value, first[name], name)
+
+
+def test_what_shared_memory_held_before_does_not_matter(ranks: Ranks) -> None:
+    ranks.run(with_rubbish, 3)
+
+
+def memories_end(group: Any) -> None:
+    own = dist.new_group(list(range(2)))
+    layers = [FusedMoE(NUM_EXPERTS, TOP_K, HIDDEN, 8, expert_parallel_group=own) for _ in range(2)]
+    for layer in layers:
+        runner_of(layer).use_exchange("symmetric", 5)
+        layer(torch.zeros(3, HIDDEN), torch.zeros(3, NUM_EXPERTS))
+    (memory,) = shared_memories(runner_of(layers[0]).group)
+    left = weakref.ref(memory)
+    del memory, layers, layer
+    dist.destroy_process_group(own)
+    del own
+    gc.collect()
+    assert left() is None
+
+
+def test_shared_memory_is_one_for_all_layers_and_ends_with_the_group(ranks: Ranks) -> None:
+    ranks.run(memories_end, 2)
 
 
 def nothing_at_all(group: Any) -> None:

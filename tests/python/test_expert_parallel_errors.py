@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import time
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -76,17 +78,24 @@ def bad_calls(group: Any) -> None:
     ):
         layer(torch.zeros(62, HIDDEN), torch.zeros(62, NUM_EXPERTS))
     for arguments, message in (
-        (([],), r'^name must be "ragged", "fixed" or "all_gather", got \[\]$'),
-        (("ring",), r'^name must be "ragged", "fixed" or "all_gather", got \'ring\'$'),
+        (([],), r'^name must be "ragged", "fixed", "all_gather" or "symmetric", got \[\]$'),
+        (("ring",), r'^name must be "ragged", "fixed", "all_gather" or "symmetric", got \'ring\'$'),
         (("ragged", 3), r'^max_tokens must be None with the exchange "ragged", got 3$'),
         (("fixed",), r'^max_tokens is required with the exchange "fixed"$'),
         (("fixed", 3, 4), r"^capacity must be at most max_tokens \(3\), got 4$"),
         (("fixed", 0), r"^max_tokens must be an integer of at least 1, got 0$"),
+        (("symmetric",), r'^max_tokens is required with the exchange "symmetric"$'),
+        (("symmetric", 3, 3), r'^capacity must be None with the exchange "symmetric", got 3$'),
         (("all_gather", 3, 3), r'^capacity must be None with the exchange "all_gather", got 3$'),
     ):
         with pytest.raises(ValueError, match=message):
             runner.use_exchange(*arguments)
     assert runner.exchange_name == "fixed"
+    with (
+        mock.patch.object(runner.group, "size", 65),
+        pytest.raises(ValueError, match=r'^the ranks must be at most 64 with the exchange "symmetric", got 65$'),
+    ):
+        runner.use_exchange("symmetric", 3)
     chunked = runner_of(make_parallel("plain", "ragged in chunks", group))
     with pytest.raises(ValueError, match=r'^chunk_size must be None with the exchange "fixed", got 20$'):
         chunked.use_exchange("fixed", 3)
@@ -127,6 +136,25 @@ def test_bad_calls(ranks: Ranks) -> None:
     ranks.run(bad_calls, 1)
     ranks.run(other_errors, 1)
     ranks.run(uneven, 2)
+
+
+def without_room(group: Any) -> str:
+    """Rank 1 has no room for the memory, and nobody uses it."""
+    layer = make_parallel("plain", "symmetric", group)
+    runner_of(layer).use_exchange("symmetric", max_tokens=7)
+    has_room = dist.get_rank(group) == 0
+    full = contextlib.nullcontext() if has_room else mock.patch("os.posix_fallocate", side_effect=OSError("it is full"))
+    inputs = torch.zeros(3, HIDDEN), torch.zeros(3, NUM_EXPERTS)
+    with full, pytest.raises(RuntimeError) as error:
+        layer(*inputs)
+    assert layer(*inputs).shape == (3, HIDDEN), "the next call makes it"
+    return str(error.value)
+
+
+def test_every_rank_says_that_memory_cannot_be_shared(ranks: Ranks) -> None:
+    for message in ranks.run(without_room, 2):
+        assert message.startswith('the exchange "symmetric" needs CPUs of one host that share memory: /')
+        assert message.endswith("bytes: it is full")
 
 
 # --- Ranks that were set up differently
@@ -231,10 +259,10 @@ CANNOT_EXCHANGE = (
 )
 
 
-def one_rank_fails(rank: int, folder: str, how: str) -> None:
+def one_rank_fails(rank: int, folder: str, how: str, exchange: str) -> None:
     torch.set_num_threads(1)
     start_rank(rank, 3, f"{folder}/rendezvous", timedelta(seconds=TIMEOUT))
-    layer = make_parallel("identity", "ragged", dist.group.WORLD)
+    layer = make_parallel("identity", exchange, dist.group.WORLD)
     hidden_states, logits = (tensor.float() for tensor in make_inputs("identity", 4)[:2])
     layer(hidden_states, logits)
     dist.barrier()
@@ -250,13 +278,18 @@ def one_rank_fails(rank: int, folder: str, how: str) -> None:
         with pytest.raises(RuntimeError, match=f"^rank {rank} of the 3 that share the experts {CANNOT_EXCHANGE}: .+"):
             layer(hidden_states, logits)
         assert time.monotonic() - started < 5 * TIMEOUT
+        if exchange == "symmetric":
+            for call in (lambda: layer(hidden_states, logits), runner_of(layer).check_overflow):
+                with pytest.raises(RuntimeError, match=f"{CANNOT_EXCHANGE}: rank [0-2] did not come within 3000 ms"):
+                    call()
         Path(folder, f"told{rank}").touch()
     os._exit(0)  # threads of a group that failed must not meet the end of Python
 
 
+@pytest.mark.parametrize("exchange", ["ragged", "symmetric"])
 @pytest.mark.parametrize("how", ["ends", "raises"])
-def test_others_learn_of_a_rank_that_fails(how: str, tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(one_rank_fails, args=(str(tmp_path), how), nprocs=3)
+def test_others_learn_of_a_rank_that_fails(how: str, exchange: str, tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(one_rank_fails, args=(str(tmp_path), how, exchange), nprocs=3)
     told = sorted(path.name for path in tmp_path.glob("told*"))
     assert told == (["told0", "told2"] if how == "ends" else ["told0", "told1", "told2"])
 

@@ -52,6 +52,7 @@ def call_of(op: str, num_tokens: int = T, *, requires_grad: bool = True) -> tupl
     calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
         "biased_topk": ((logits, torch.rand(R + 5), K), ROUTING),
         "biased_topk_and_plan": ((logits, torch.rand(R + 5), K), ROUTING),
+        "route": ((data(num_tokens, H), data(R + 5, H), torch.rand(R + 5), K), ROUTING),
         "biased_topk_backward": ((*gradients, logits, torch.rand(R + 5), K), ROUTING),
         "zero_expert_accumulate": ((data(num_tokens, H), data(num_tokens)), {}),
         "zero_expert_accumulate_backward": ((data(num_tokens, H), data(num_tokens, H), data(num_tokens)), {}),
@@ -76,6 +77,7 @@ def call_of(op: str, num_tokens: int = T, *, requires_grad: bool = True) -> tupl
 FORWARD = [
     "biased_topk",
     "biased_topk_and_plan",
+    "route",
     "zero_expert_accumulate",
     "moe_permute",
     "silu_and_mul",
@@ -84,7 +86,8 @@ FORWARD = [
     "moe_finalize",
     "fused_moe",
 ]
-BACKWARD = [f"{op}_backward" for op in FORWARD if op not in ("biased_topk_and_plan", "grouped_mlp_with_gate_up")]
+OF_OTHERS = ("biased_topk_and_plan", "route", "grouped_mlp_with_gate_up")  # they share the backwards of others
+BACKWARD = [f"{op}_backward" for op in FORWARD if op not in OF_OTHERS]
 
 
 @pytest.mark.parametrize("num_tokens", [0, T])
@@ -309,6 +312,8 @@ def test_what_is_kept_for_the_backward(op: str) -> None:
     new = [tensor for tensor in kept if tensor.data_ptr() not in inputs]
     if op.startswith("biased_topk"):
         assert [tensor.shape for tensor in new] == [(R + 5,)]
+    elif op == "route":  # a copy of the bias, and the logits
+        assert [tensor.shape for tensor in new] == [(R + 5,), (T, R + 5)]
     elif op in ("grouped_mlp_with_gate_up", "fused_moe"):
         assert [tensor.data_ptr() for tensor in new] == [outputs[1].data_ptr()]
     else:

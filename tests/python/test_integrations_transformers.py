@@ -6,16 +6,20 @@ from __future__ import annotations
 import copy
 import functools
 import io
+import itertools
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+import reference
+import zexpert
 from model_cases import TINY_DECODER
 from testing import assert_equal, assert_error_rule
 from zexpert.telemetry import track_routing
@@ -24,9 +28,10 @@ from zexpert.training import LongCatBiasController
 pytest.importorskip("transformers")
 
 from transformers import AutoConfig, AutoModelForCausalLM, LongcatFlashConfig, LongcatFlashForCausalLM
+from transformers.integrations.moe import use_experts_implementation
 from transformers.models.longcat_flash.modeling_longcat_flash import LongcatFlashMoE
 
-from zexpert.integrations.transformers import PatchedMoE, experts_forward, patch, unpatch
+from zexpert.integrations.transformers import PatchedMoE, experts_forward, fp8_experts_forward, patch, unpatch
 
 REAL, ZERO = 16, 8
 TOKENS = torch.tensor([[1, 7, 12, 30, 4, 44, 9, 21, 3], [5, 5, 2, 18, 33, 40, 8, 11, 27]])
@@ -402,6 +407,90 @@ def test_slots_of_another_device_are_left_out() -> None:
     assert not experts_forward(experts, x, ids, weights)[2].any()
 
 
+def fp8_experts(hidden_size: int = 160, intermediate_size: int = 256, num_experts: int = 6, **others: Any) -> Any:
+    """The experts that transformers gives a fine-grained-fp8 model, with random weights."""
+    fp8 = pytest.importorskip("transformers.integrations.finegrained_fp8")
+    config = SimpleNamespace(
+        hidden_size=hidden_size,
+        num_local_experts=num_experts,
+        moe_intermediate_size=intermediate_size,
+        hidden_act="silu",
+        _experts_implementation="zexpert",
+    )
+    decorated = use_experts_implementation(
+        type("Experts", (fp8.FP8Experts,), {}), experts_interface=fp8.ALL_FP8_EXPERTS_FUNCTIONS
+    )
+    torch.manual_seed(0)
+    experts = decorated(config, **{"block_size": (128, 128), **others})
+    with torch.no_grad():
+        for name in ("gate_up_proj", "down_proj"):
+            weight = getattr(experts, name)
+            quantised, scale_inv = zexpert.ops.quantize_blockwise(torch.randn(weight.shape) / weight.shape[-1] ** 0.5)
+            weight.copy_(quantised)
+            getattr(experts, f"{name}_scale_inv").copy_(scale_inv)
+    return experts
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_fine_grained_fp8_experts(dtype: torch.dtype) -> None:
+    experts = fp8_experts()
+    values = [
+        reference.dequantize_blockwise(getattr(experts, name).detach(), getattr(experts, f"{name}_scale_inv").detach())
+        for name in ("gate_up_proj", "down_proj")
+    ]
+    x, ids, weights = torch.randn(30, 160).to(dtype), torch.rand(30, 6).topk(3).indices, torch.rand(30, 3).to(dtype)
+
+    def layer(dtype: torch.dtype) -> Tensor:
+        out = torch.zeros(30, 160, dtype=dtype)
+        for token, slot in itertools.product(range(30), range(3)):
+            gate_up, down = (value[ids[token, slot]].to(dtype) for value in values)
+            row = reference.silu_and_mul(x[token : token + 1].to(dtype) @ gate_up.T, dtype=dtype) @ down.T
+            out[token] += weights[token, slot].to(dtype) * row[0]
+        return out
+
+    ours = experts(x, ids, weights)  # through transformers' own dispatch
+    assert ours.dtype == dtype
+    assert_error_rule(ours, layer(dtype), layer(torch.float64))
+    hidden_states = x.requires_grad_()
+    experts(hidden_states, ids, weights).sum().backward()
+    assert hidden_states.grad is not None
+    assert experts.gate_up_proj.grad is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"block_size": (64, 128)}, r"block_size=\(128, 128\), got \(64, 128\) of Experts$"),
+        ({"block_size": None}, r"block_size=\(128, 128\), got None of Experts$"),
+        ({"intermediate_size": 192}, r"a multiple of 128, so that gate and up share no scale, got 192 of Experts$"),
+    ],
+)
+def test_fp8_experts_of_another_kind_are_refused(options: dict[str, Any], message: str) -> None:
+    fp8 = pytest.importorskip("transformers.integrations.finegrained_fp8")
+    sizes = {"hidden_size": 160, "intermediate_size": 256, "block_size": (128, 128), **options}
+    config = SimpleNamespace(
+        hidden_size=sizes["hidden_size"],
+        num_local_experts=2,
+        moe_intermediate_size=sizes["intermediate_size"],
+        hidden_act="silu",
+    )
+    experts = type("Experts", (fp8.FP8Experts,), {})(config, block_size=sizes["block_size"])
+    with pytest.raises(ValueError, match=message):
+        fp8_experts_forward(experts, torch.randn(1, 160), torch.zeros(1, 1, dtype=torch.long), torch.ones(1, 1))
+    usual = type("Experts", (fp8.FP8Experts,), {})(config, block_size=(128, 128))
+    usual.swiglu_limit = 7.0
+    with pytest.raises(ValueError, match=r"must have experts with swiglu_limit=None, got 7.0 of Experts$"):
+        fp8_experts_forward(usual, torch.randn(1, 160), torch.zeros(1, 1, dtype=torch.long), torch.ones(1, 1))
+
+
+def test_a_longcat_with_fp8_experts_is_not_patched() -> None:
+    model = longcat()
+    for layer in model.model.layers:
+        layer.mlp.experts = fp8_experts()
+    with pytest.raises(ValueError, match=r"must have experts that are not quantised, got Experts: load float8"):
+        patch(model)
+
+
 def test_experts_of_another_kind_are_refused() -> None:
     experts = other_moe("qwen3_moe").model.layers[0].mlp.experts
     arguments = (torch.randn(1, 32), torch.zeros(1, 1, dtype=torch.long), torch.ones(1, 1))
@@ -448,3 +537,15 @@ def test_a_missing_transformers_is_told() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     last = done.stderr.strip().splitlines()[-1]
     assert re.match(r"ImportError: zexpert.integrations.transformers needs transformers 5 \(.*pip install", last)
+
+
+def test_zexpert_experts_on_a_longcat_warn_of_patch(tmp_path: Path) -> None:
+    model = longcat()
+    with pytest.warns(
+        UserWarning, match=r'"zexpert" has no effect on LongCat-Flash: call .*transformers.patch\(model\)'
+    ):
+        model.set_experts_implementation("zexpert")
+    model.set_experts_implementation("eager")
+    model.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match=r"has no effect on LongCat-Flash"):
+        LongcatFlashForCausalLM.from_pretrained(tmp_path, experts_implementation="zexpert")

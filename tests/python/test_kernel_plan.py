@@ -17,6 +17,9 @@ import zexpert
 OPS = [
     "biased_topk",
     "biased_topk_and_plan",
+    "biased_topk_choices",
+    "router_logits",
+    "route",
     "zero_expert_accumulate",
     "moe_plan",
     "moe_permute",
@@ -24,8 +27,21 @@ OPS = [
     "grouped_mlp",
     "fused_moe",
     "moe_finalize",
+    "quantize_blockwise",
+    "dequantize_blockwise",
+    "moe_dispatch",
+    "moe_combine",
+    "rank_barrier",
 ]
-VECTORISED = ["biased_topk", "zero_expert_accumulate", "silu_and_mul", "moe_finalize"]
+VECTORISED = [
+    "biased_topk",
+    "router_logits",
+    "zero_expert_accumulate",
+    "silu_and_mul",
+    "moe_finalize",
+    "quantize_blockwise",
+    "dequantize_blockwise",
+]
 DECODING = {"num_tokens": 256, "num_experts": 768, "top_k": 12, "compute_capability": 9}
 GROUPED = {"num_rows": 8, "num_experts": 4}
 INFERENCE = {"dtype": "float16", "keep_gate_up": False}
@@ -67,6 +83,13 @@ def test_kernel_names_the_instruction_set_in_use(op: str) -> None:
 def test_choice_and_plan_are_two_kernels_on_a_cpu() -> None:
     names = [zexpert.kernel_plan(op).kernel for op in ("biased_topk", "moe_plan")]
     assert zexpert.kernel_plan("biased_topk_and_plan").kernel == ", ".join(names)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_route_runs_the_kernels_of_its_parts(device: str) -> None:
+    sizes: dict[str, Any] = {"device": device, "dtype": "bfloat16", **DECODING}
+    names = [zexpert.kernel_plan(op, **sizes).kernel for op in ("router_logits", "biased_topk_and_plan")]
+    assert zexpert.kernel_plan("route", **sizes).kernel == ", ".join(names)
 
 
 def test_plan_follows_the_lowered_capability() -> None:
@@ -130,7 +153,7 @@ def test_torch_types_are_taken_as_well_as_names() -> None:
 @pytest.mark.parametrize(
     ("op", "arguments", "message"),
     [
-        ("top_k", {}, r'^op must be "biased_topk", .* or "moe_finalize", got "top_k"$'),
+        ("top_k", {}, r'^op must be "biased_topk", .* or "rank_barrier", got "top_k"$'),
         ("biased_topk", {"device": "tpu"}, r'^device must be "cpu" or "cuda", got "tpu"$'),
         ("biased_topk", {"dtype": torch.int8}, r'^dtype must be "float32", .* or "float16", got "int8"$'),
         ("moe_plan", {"dtype": "float32"}, r'^dtype \(of moe_plan\'s ids\) must be "int32" or "int64", got "float32"$'),
@@ -153,6 +176,7 @@ def test_torch_types_are_taken_as_well_as_names() -> None:
             for op, name in (
                 ("biased_topk", "num_logits"),
                 ("biased_topk_and_plan", "num_logits"),
+                ("route", "num_logits"),
                 ("moe_plan", "num_experts"),
             )
         ),
@@ -230,6 +254,9 @@ def test_bad_questions_get_a_sentence(op: str, arguments: dict[str, Any], messag
         ("moe_permute", {}, "cuda", "moe_permute"),
         ("silu_and_mul", {}, "cuda", "silu_and_mul"),
         ("moe_finalize", {}, "cuda", "moe_finalize"),
+        ("moe_dispatch", {}, "cuda", "place_tokens, send_rows"),
+        ("moe_combine", {}, "cuda", "moe_combine"),
+        ("rank_barrier", {}, "cuda", "rank_barrier"),
         ("grouped_mlp", {"compute_capability": 8}, "torch", "loop"),
         ("fused_moe", {"dtype": "float16", "compute_capability": 8, "keep_gate_up": False}, "torch", "loop"),
         ("fused_moe", {"dtype": "float16", "compute_capability": 9}, "torch", "loop"),

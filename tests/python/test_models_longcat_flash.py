@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from model_cases import TINY_DECODER, as_module_list, clear_rows, mixture, stacked_experts
 from testing import assert_equal, assert_error_rule
 from zexpert.models import LongcatFlashConfig, LongcatFlashMoE
+from zexpert.models.float32_linear import Float32Linear
+from zexpert.ops import router_logits
 from zexpert.telemetry import track_routing
 from zexpert.training import LongCatBiasController
 
@@ -312,6 +314,22 @@ def test_a_whole_model_tells_whole_names() -> None:
         "norm.bias",
         "norm.weight",
     ]
+
+
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_logits_are_those_of_router_logits(dtype: torch.dtype, weight_dtype: torch.dtype) -> None:
+    classifier = Float32Linear(16, 6).to(weight_dtype)
+    rows = torch.randn(2, 3, 16).to(dtype)
+    logits = classifier(rows)
+    if dtype == torch.float64:
+        torch.testing.assert_close(logits, rows @ classifier.weight.double().t())
+    else:
+        assert torch.equal(logits, router_logits(rows, classifier.weight.float()))
+        assert torch.equal(classifier(rows[1, 2]), logits[1, 2])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(classifier(rows), logits)
+    assert torch.equal(torch.jit.script(classifier)(rows), logits)
 
 
 @torch.no_grad()

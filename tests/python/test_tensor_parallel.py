@@ -10,49 +10,27 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from layer_cases import HIDDEN, LAYERS
+from layer_cases import HIDDEN
 from parallel_cases import (
     INTERMEDIATE,
     NUM_EXPERTS,
     TOP_K,
+    assert_slices_as_one_process,
     make_inputs,
     make_layer,
-    results,
 )
 from ranks import Ranks
-from testing import assert_equal, assert_error_rule
+from testing import assert_equal
 from zexpert import FusedMoE
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch is built without torch.distributed")
-
-
-def sliced(group: Any, num_tokens: int) -> None:
-    rank = dist.get_rank(group)
-    for kind, dtype in (*((kind, torch.float32) for kind in LAYERS), ("mixed", torch.bfloat16)):
-        inputs = make_inputs(kind, num_tokens)
-        layer = make_layer(kind, dtype, tensor_parallel_group=group, recompute=kind == "constant")
-        size = INTERMEDIATE // dist.get_world_size(group)
-        assert layer.w13_weight.shape == (NUM_EXPERTS, 2 * size, HIDDEN)
-        actual = results(layer, *inputs)
-        plain = results(make_layer(kind, dtype, experts_backend="torch"), *inputs)
-        expected = results(make_layer(kind, torch.float64, experts_backend="torch"), *inputs)
-        own = slice(rank * size, (rank + 1) * size)
-        for each in (plain, expected):
-            each["w2_weight"] = each["w2_weight"][:, :, own]
-            each["w13_weight"] = each["w13_weight"].unflatten(1, (2, -1))[:, :, own].flatten(1, 2)
-        for name, value in actual.items():
-            assert_error_rule(value, plain[name], expected[name], f"{kind}, {dtype}: {name}")
-            if name not in ("w13_weight", "w2_weight"):
-                first = value.clone()
-                dist.broadcast(first, 0, group=group)
-                assert_equal(value, first, f"{kind}, {dtype}: {name} on another rank")
 
 
 @pytest.mark.parametrize("num_tokens", [0, 60])
 @pytest.mark.parametrize("num_ranks", [2, 4])
 def test_tensor_parallel(num_ranks: int, num_tokens: int, ranks: Ranks) -> None:
     """The zero part, constants and shared experts count once however many ranks there are."""
-    ranks.run(sliced, num_ranks, num_tokens)
+    ranks.run(assert_slices_as_one_process, num_ranks, num_tokens)
 
 
 def gradients_where_wanted(group: Any) -> None:

@@ -149,6 +149,8 @@ def on_device(op: Callable[..., Any], device: str) -> Callable[..., Any]:
         moved: list[tuple[Tensor, Tensor]] = []
 
         def there(value: Any) -> Any:
+            if isinstance(value, list):
+                return [there(each) for each in value]
             if not isinstance(value, Tensor) or value.device.type != "cpu":
                 return value
             if value.requires_grad and torch.is_grad_enabled():
@@ -167,6 +169,8 @@ def on_device(op: Callable[..., Any], device: str) -> Callable[..., Any]:
             if isinstance(value, tuple):
                 parts = map(back, value)
                 return tuple(parts) if type(value) is tuple else type(value)(*parts)
+            if value is None:
+                return None
             given = [original for original, tensor in moved if tensor is value]
             return given[0] if given else value.cpu()
 

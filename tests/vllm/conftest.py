@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "python"))  # the reference
 import vllm.platforms
 from vllm.platforms.cpu import CpuPlatform
 
-# vLLM's wheel is for GPUs; its platform must be known before its layers are imported.
+# vLLM's platform must be known before its layers are imported.
 vllm.platforms._current_platform = CpuPlatform()
 
 

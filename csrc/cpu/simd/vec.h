@@ -6,6 +6,10 @@
 
 using Mask = uint32_t;
 
+/// The bits of a float8_e4m3fn, moved to their places in a float32, make this many times the value, but a number for
+/// NaN.
+constexpr float kTinyFloat8 = 0x1p-120F;
+
 /// Any machine, and float64 everywhere: the compiler's own vectors, as wide as the instruction set's registers.
 template <typename T>
 struct Vec {
@@ -34,6 +38,12 @@ struct Vec {
       for (int64_t i = 0; i < kWidth; ++i) result.lanes[i] = static_cast<T>(source[i]);
     }
     return result;
+  }
+  /// kTinyFloat8 times the values.
+  static ZEXPERT_INLINE Vec load_tiny(const Float8E4M3* source) {
+    Bits word;
+    for (int64_t i = 0; i < kWidth; ++i) word[i] = static_cast<int8_t>(source[i].bits);
+    return {reinterpret_cast<Lanes>((word << 20) & static_cast<Bit>(0x87f00000))};
   }
   /// The first `count` lanes from memory, `fill` in the others. Reads nothing past them.
   template <typename From>
@@ -138,11 +148,29 @@ struct Vec<float> {
   static ZEXPERT_INLINE Vec load(const Half* source) {
     return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(source)))};
   }
+  static ZEXPERT_INLINE Vec load(const Float8E4M3* source) {
+    // In their places in a float16 the bits make a value that is 2^8 times smaller.
+    const __m256i word = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source)));
+    const __m256i half = _mm256_and_si256(_mm256_slli_epi16(word, 7), _mm256_set1_epi16(static_cast<int16_t>(0xbf80)));
+    const __m256i magnitude = _mm256_and_si256(half, _mm256_set1_epi16(0x3f80));
+    const __m256i is_nan = _mm256_cmpeq_epi16(magnitude, _mm256_set1_epi16(0x3f80));
+    return {_mm512_mul_ps(_mm512_cvtph_ps(_mm256_or_si256(half, is_nan)), _mm512_set1_ps(256.0F))};
+  }
+  static ZEXPERT_INLINE Vec load_tiny(const Float8E4M3* source) {
+    const __m512i word = _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source)));
+    const __m512i mask = _mm512_set1_epi32(static_cast<int>(0x87f00000));
+    return {_mm512_castsi512_ps(_mm512_and_si512(_mm512_slli_epi32(word, 20), mask))};
+  }
   static ZEXPERT_INLINE Vec load_partial(const float* source, int64_t count, float fill) {
     return {_mm512_mask_loadu_ps(_mm512_set1_ps(fill), first(count), source)};
   }
   static ZEXPERT_INLINE Vec load_partial(const BFloat16* source, int64_t count, float fill) {
     return select(first(count), widen(_mm256_maskz_loadu_epi16(first(count), source)), broadcast(fill));
+  }
+  static ZEXPERT_INLINE Vec load_partial(const Float8E4M3* source, int64_t count, float fill) {
+    float buffer[kWidth];
+    for (int64_t i = 0; i < kWidth; ++i) buffer[i] = i < count ? static_cast<float>(source[i]) : fill;
+    return load(buffer);
   }
   static ZEXPERT_INLINE Vec load_partial(const Half* source, int64_t count, float fill) {
     return select(first(count), {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(count), source))}, broadcast(fill));
@@ -218,6 +246,19 @@ struct Vec<float> {
   }
   static ZEXPERT_INLINE Vec load(const Half* source) {
     return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source)))};
+  }
+  static ZEXPERT_INLINE Vec load(const Float8E4M3* source) {
+    // In their places in a float16 the bits make a value that is 2^8 times smaller.
+    const __m128i word = _mm_cvtepi8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(source)));
+    const __m128i half = _mm_and_si128(_mm_slli_epi16(word, 7), _mm_set1_epi16(static_cast<int16_t>(0xbf80)));
+    const __m128i magnitude = _mm_and_si128(half, _mm_set1_epi16(0x3f80));
+    const __m128i is_nan = _mm_cmpeq_epi16(magnitude, _mm_set1_epi16(0x3f80));
+    return {_mm256_mul_ps(_mm256_cvtph_ps(_mm_or_si128(half, is_nan)), _mm256_set1_ps(256.0F))};
+  }
+  static ZEXPERT_INLINE Vec load_tiny(const Float8E4M3* source) {
+    const __m256i word = _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(source)));
+    const __m256i mask = _mm256_set1_epi32(static_cast<int>(0x87f00000));
+    return {_mm256_castsi256_ps(_mm256_and_si256(_mm256_slli_epi32(word, 20), mask))};
   }
   template <typename From>
   static ZEXPERT_INLINE Vec load_partial(const From* source, int64_t count, float fill) {

@@ -74,6 +74,16 @@ void biased_topk_cuda(const BiasedTopKParams& params, cudaStream_t stream) {
   }
 }
 
+void biased_topk_choices_cuda(const BiasedTopKChoicesParams& params, cudaStream_t stream) {
+  params.validate();
+  cuda::check_for_cuda(params);
+  if (params.num_tokens > 0) {
+    cuda::RoutingOutputs outputs{};
+    outputs.chosen = params.chosen;
+    cuda::launch_biased_topk(params, outputs, stream);
+  }
+}
+
 void biased_topk_backward_cuda(const BiasedTopKBackwardParams& params, cudaStream_t stream) {
   params.validate();
   cuda::check_for_cuda(params);

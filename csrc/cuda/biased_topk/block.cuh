@@ -54,6 +54,16 @@ __device__ inline void mask_groups_of_block(const RoutingArguments& arguments, u
   __syncthreads();
 }
 
+/// The expert given for a slot, -1 if an earlier slot has it too.
+__device__ __forceinline__ int given_expert_of_block(const RoutingArguments& arguments, int64_t token, int slot) {
+  const int expert = given_expert(arguments, token, slot);
+  for (int earlier = 0; earlier < slot && earlier < arguments.top_k; ++earlier) {
+    if (given_expert(arguments, token, earlier) == expert)
+      return -1;
+  }
+  return expert;
+}
+
 /// Slots of a token that each lane of the first warp holds.
 inline constexpr int kSlotsPerLane = kMaxBlockTopK / kWarpSize;
 
@@ -106,13 +116,14 @@ __global__ void __launch_bounds__(kBlockThreads)
   const int thread = static_cast<int>(threadIdx.x);
   const int num_experts = arguments.num_experts;
   const ScoringFunc scoring_func = arguments.scoring_func;
+  const bool has_choices = arguments.choices != nullptr;
   unsigned* const key_bits = row_memory;
   auto* group_scores = reinterpret_cast<float*>(row_memory + num_experts);
 
   for (int64_t token = blockIdx.x; token < arguments.num_tokens; token += gridDim.x) {
     const Logit* row = static_cast<const Logit*>(arguments.logits) + token * arguments.logits_row_stride;
 
-    // Scores and keys
+    // Scores
     RowScale scale{0.0F, 1.0F};
     visit_scoring_func(scoring_func, [&](auto scoring) {
       using Scoring = decltype(scoring);
@@ -135,7 +146,9 @@ __global__ void __launch_bounds__(kBlockThreads)
         scale.inverse = static_cast<float>(1.0 / sum);
       }
     });
-    for (int expert = thread; expert < num_experts; expert += kBlockThreads) {
+
+    // Keys
+    for (int expert = thread; !has_choices && expert < num_experts; expert += kBlockThreads) {
       const float logit = to_float(row[expert]);
       float key = is_finite(logit) ? score_of<true>(scoring_func, logit, scale) : NAN;
       if (arguments.bias != nullptr) {
@@ -144,13 +157,13 @@ __global__ void __launch_bounds__(kBlockThreads)
       key_bits[expert] = ordered_bits(key);
     }
     __syncthreads();
-    if (arguments.topk_group < arguments.num_expert_group)
+    if (!has_choices && arguments.topk_group < arguments.num_expert_group)
       mask_groups_of_block(arguments, key_bits, group_scores);
 
     // Choice
     uint64_t best = 0;
     bool is_stale = true;
-    for (int k = 0; k < arguments.top_k; ++k) {
+    for (int k = 0; !has_choices && k < arguments.top_k; ++k) {
       if (is_stale) {
         best = 0;
         for (int expert = thread; expert < num_experts; expert += kBlockThreads) {
@@ -172,9 +185,15 @@ __global__ void __launch_bounds__(kBlockThreads)
 #pragma unroll
     for (int s = 0; s < kSlotsPerLane; ++s) {
       slots[s] = {s * kWarpSize + thread, -1, 0.0F};
-      const uint64_t word = slots[s].is_of_row(arguments) ? chosen[slots[s].index] : 0;
-      if (word != 0) {
-        slots[s].expert = index_of(word);
+      if (has_choices) {
+        slots[s].expert = given_expert_of_block(arguments, token, slots[s].index);
+        if (slots[s].expert >= 0 && !is_finite(to_float(row[slots[s].expert])))
+          slots[s].expert = -1;
+      } else {
+        const uint64_t word = slots[s].is_of_row(arguments) ? chosen[slots[s].index] : 0;
+        slots[s].expert = word != 0 ? index_of(word) : -1;
+      }
+      if (slots[s].expert >= 0) {
         slots[s].score = score_of<true>(scoring_func, to_float(row[slots[s].expert]), scale);
       }
     }

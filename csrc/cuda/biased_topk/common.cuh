@@ -19,7 +19,8 @@ namespace zexpert::cuda {
 struct RoutingArguments {
   const void* logits;
   int64_t logits_row_stride;
-  const void* bias;  // or null
+  const void* bias;        // or null
+  const int32_t* choices;  // the given experts, or null
   int64_t num_tokens;
   int num_experts;
   int top_k;
@@ -148,6 +149,12 @@ __device__ __forceinline__ bool is_best_group(const float* group_scores, int gro
 
 __device__ __forceinline__ float warp_max(float value) {
   return from_ordered_bits(__reduce_max_sync(kFullMask, ordered_bits(value)));
+}
+
+/// The expert given for a slot of a token; -1 for an empty slot and for a number that is not an expert's.
+__device__ __forceinline__ int given_expert(const RoutingArguments& arguments, int64_t token, int slot) {
+  const int expert = slot < arguments.top_k ? arguments.choices[token * arguments.top_k + slot] : -1;
+  return expert >= 0 && expert < arguments.num_experts ? expert : -1;
 }
 
 /// One slot of a token, held by a lane.

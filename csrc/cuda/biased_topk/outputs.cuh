@@ -8,13 +8,14 @@
 
 namespace zexpert::cuda {
 
-/// Outputs of biased_topk.
+/// Outputs of biased_topk; or, if `chosen` is not null, that of biased_topk_choices alone.
 struct RoutingOutputs {
   float* topk_weights;
   void* topk_ids;
   float* zero_weight;
   float* constant_weight;
   bool ids_are_int64;
+  int32_t* chosen;
 };
 
 /// Writes a token's outputs. The whole warp calls this. Each lane holds kSlots slots, so that each slot of the row is
@@ -22,6 +23,14 @@ struct RoutingOutputs {
 template <int kSlots>
 __device__ __forceinline__ void write_routing(const RoutingArguments& arguments, const RoutingOutputs& outputs,
                                               int64_t token, int lane, const Slot (&slots)[kSlots]) {
+  if (outputs.chosen != nullptr) {
+#pragma unroll
+    for (int s = 0; s < kSlots; ++s) {
+      if (slots[s].is_of_row(arguments))
+        outputs.chosen[token * arguments.top_k + slots[s].index] = slots[s].expert;
+    }
+    return;
+  }
   float weights[kSlots];
 #pragma unroll
   for (int s = 0; s < kSlots; ++s) weights[s] = slots[s].weight(arguments);

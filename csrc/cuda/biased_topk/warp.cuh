@@ -52,6 +52,13 @@ __device__ __forceinline__ void finish_token(const RoutingArguments& arguments, 
   write_slot_gradients(arguments, slots, slot_gradient, grad_row);
 }
 
+/// The expert given for a lane's slot, -1 if an earlier slot has it too. The whole warp calls this.
+__device__ __forceinline__ int given_expert_once(const RoutingArguments& arguments, int64_t token, int lane) {
+  const int expert = given_expert(arguments, token, lane);
+  const unsigned holders = __match_any_sync(kFullMask, expert);
+  return (holders & ((1U << lane) - 1U)) == 0 ? expert : -1;
+}
+
 /// Routes one token. A careful call is right for every row. Another call returns false, and writes nothing, if the row
 /// needs a careful one. `row_keys` is the warp's shared memory for groups.
 template <bool kCareful, typename Layout, typename Logit, typename Outputs>
@@ -105,38 +112,44 @@ __device__ __forceinline__ bool route_token(const RoutingArguments& arguments, c
   if (!is_right)
     return false;
 
-  // Keys
-  if (bias != nullptr)
-    add_vectors<Layout>(bias, lane, values);
-  if (kCareful) {
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
-      if ((masked >> i & 1U) != 0)
-        values[i] = NAN;
-    }
-    if (arguments.topk_group < arguments.num_expert_group)
-      mask_groups<Layout>(arguments, lane, row_keys, values);
-  }
-
-  // Candidates. If fewer than top_k lanes have a key that can be chosen, the bound is -inf and no key reaches it.
-  float largest_key = -INFINITY;
-#pragma unroll
-  for (int i = 0; i < kPerLane; ++i) largest_key = fmaxf(largest_key, values[i]);
-  const float bound = __shfl_sync(kFullMask, warp_sort_descending(largest_key, lane), arguments.top_k - 1);
-  const float just_below = from_ordered_bits(ordered_bits(bound) - 1);
-  unsigned reached = 0;
-#pragma unroll
-  for (int i = kPerLane - 1; i >= 0; --i) reached = push_less(reached, just_below, values[i]);
-  const int num_reached = __popc(reached);
-  const int num_until = warp_inclusive_sum(num_reached);
-  const int num_candidates = __shfl_sync(kFullMask, num_until, kWarpSize - 1);
-
   Slot slot{lane, -1, 0.0F};
-  const bool few = num_candidates >= arguments.top_k && num_candidates <= kMaxCandidates;
-  if (__builtin_expect(few, 1)) {
-    slot.expert = take_candidate<Layout>(reached, num_until - num_reached, num_candidates, lane, scratch);
+  bool few = false;  // the lanes hold candidates, which are to be ranked
+  int num_candidates = 0;
+  if (arguments.choices != nullptr) {
+    slot.expert = given_expert_once(arguments, token, lane);
   } else {
-    slot.expert = choose_in_rounds<Layout>(arguments.top_k, lane, values);
+    // Keys
+    if (bias != nullptr)
+      add_vectors<Layout>(bias, lane, values);
+    if (kCareful) {
+#pragma unroll
+      for (int i = 0; i < kPerLane; ++i) {
+        if ((masked >> i & 1U) != 0)
+          values[i] = NAN;
+      }
+      if (arguments.topk_group < arguments.num_expert_group)
+        mask_groups<Layout>(arguments, lane, row_keys, values);
+    }
+
+    // Candidates. If fewer than top_k lanes have a key that can be chosen, the bound is -inf and no key reaches it.
+    float largest_key = -INFINITY;
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) largest_key = fmaxf(largest_key, values[i]);
+    const float bound = __shfl_sync(kFullMask, warp_sort_descending(largest_key, lane), arguments.top_k - 1);
+    const float just_below = from_ordered_bits(ordered_bits(bound) - 1);
+    unsigned reached = 0;
+#pragma unroll
+    for (int i = kPerLane - 1; i >= 0; --i) reached = push_less(reached, just_below, values[i]);
+    const int num_reached = __popc(reached);
+    const int num_until = warp_inclusive_sum(num_reached);
+    num_candidates = __shfl_sync(kFullMask, num_until, kWarpSize - 1);
+
+    few = num_candidates >= arguments.top_k && num_candidates <= kMaxCandidates;
+    if (__builtin_expect(few, 1)) {
+      slot.expert = take_candidate<Layout>(reached, num_until - num_reached, num_candidates, lane, scratch);
+    } else {
+      slot.expert = choose_in_rounds<Layout>(arguments.top_k, lane, values);
+    }
   }
   float key = NAN;
   bool is_unsure = false;
@@ -148,6 +161,8 @@ __device__ __forceinline__ bool route_token(const RoutingArguments& arguments, c
   }
   if (!kCareful && __any_sync(kFullMask, is_unsure))
     return false;
+  if (kCareful && is_unsure)
+    slot.expert = -1;  // given, but masked
   if (__builtin_expect(few, 1)) {
     const int rank = rank_candidate(key, slot.expert, num_candidates, lane, scratch);
     if (lane < num_candidates)

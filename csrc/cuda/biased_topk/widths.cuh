@@ -15,7 +15,8 @@ inline RoutingArguments routing_arguments(const RoutingInputs& inputs) {
   RoutingArguments arguments{};
   arguments.logits = inputs.logits;
   arguments.logits_row_stride = inputs.row_stride();
-  arguments.bias = inputs.bias;
+  arguments.bias = inputs.choices == nullptr ? inputs.bias : nullptr;  // it affects the choice alone
+  arguments.choices = inputs.choices;
   arguments.num_tokens = inputs.num_tokens;
   arguments.num_experts = static_cast<int>(spec.num_logits);
   arguments.top_k = static_cast<int>(spec.top_k);

@@ -27,11 +27,12 @@ namespace zexpert::cuda {
 enum class Product { kGateUp, kDown };
 enum class Tiles { kTall, kWide };
 
-inline constexpr int kElementBytes = 2;  ///< bfloat16 or float16
-inline constexpr int kStepDepth = 64;    ///< elements of depth that a pipeline stage holds: one swizzled line
-inline constexpr int kLineBytes = kStepDepth * kElementBytes;
-inline constexpr int kInstructionDepth = 16;
-inline constexpr int kInstructionsPerStep = kStepDepth / kInstructionDepth;
+inline constexpr int kElementBytes = 2;       ///< bfloat16 or float16; float8 elements have 1
+inline constexpr int kLineBytes = 128;        ///< of depth in a pipeline stage: one swizzled line
+inline constexpr int kInstructionBytes = 32;  ///< of depth in a matrix instruction
+inline constexpr int kInstructionsPerStep = kLineBytes / kInstructionBytes;
+/// Elements of depth that a pipeline stage holds. For float8 elements it is one block of scales.
+ZEXPERT_HOST_DEVICE constexpr int step_depth(int element_bytes) { return kLineBytes / element_bytes; }
 inline constexpr int kWarpgroups = 2;
 inline constexpr int kWarpsPerWarpgroup = 4;
 inline constexpr int kHalves = 2;
@@ -68,34 +69,42 @@ struct TensorMapShape {
 /// Weights [num_experts, matrices, num_channels, depth] as [experts, groups, matrices, channels of a group, depth].
 /// num_channels is a multiple of 64. Groups past the last are read as 0.
 inline TensorMapShape weights_map(Product product, Tiles tiles, int64_t num_channels, int64_t depth,
-                                  int64_t num_experts, int64_t expert_stride) {
+                                  int64_t num_experts, int64_t expert_stride, int element_bytes) {
   const auto size = [](int64_t value) { return static_cast<uint64_t>(value); };
   const int group = group_channels(product);
   return {5,
           {size(depth), size(group), size(num_matrices(product)), size(num_channels / group), size(num_experts)},
-          {kElementBytes, size(depth * kElementBytes), size(num_channels * depth * kElementBytes),
-           size(group * depth * kElementBytes), size(expert_stride * kElementBytes)},
-          {kStepDepth, static_cast<uint32_t>(group / kHalves), static_cast<uint32_t>(num_matrices(product)),
-           static_cast<uint32_t>(num_groups(tiles)), 1}};
+          {size(element_bytes), size(depth * element_bytes), size(num_channels * depth * element_bytes),
+           size(group * depth * element_bytes), size(expert_stride * element_bytes)},
+          {static_cast<uint32_t>(step_depth(element_bytes)), static_cast<uint32_t>(group / kHalves),
+           static_cast<uint32_t>(num_matrices(product)), static_cast<uint32_t>(num_groups(tiles)), 1}};
 }
 
-/// Where the box of one half of a weight tile begins.
+/// Where the box of one half of a weight tile begins, at `depth`.
 struct WeightBox {
   int coordinates[kMaxTensorRank];
 };
 ZEXPERT_HOST_DEVICE WeightBox weight_box(Product product, Tiles tiles, int expert, int weight_tile, int half,
-                                         int step) {
-  return {{step * kStepDepth, half * group_channels(product) / kHalves, 0, weight_tile * num_groups(tiles), expert}};
+                                         int depth) {
+  return {{depth, half * group_channels(product) / kHalves, 0, weight_tile * num_groups(tiles), expert}};
 }
 
 // The rows of a tile come in boxes of 8, 16, 32, ... lines, the largest first, for any multiple of 8.
 inline constexpr int kRowBoxes = 6;
 
-inline TensorMapShape rows_map(int64_t num_rows, int64_t depth, int64_t row_stride, int box) {
+inline TensorMapShape rows_map(int64_t num_rows, int64_t depth, int64_t row_stride, int box, int element_bytes) {
   return {2,
           {static_cast<uint64_t>(depth), static_cast<uint64_t>(num_rows)},
-          {kElementBytes, static_cast<uint64_t>(row_stride * kElementBytes)},
-          {kStepDepth, static_cast<uint32_t>(kRowStep << box)}};
+          {static_cast<uint64_t>(element_bytes), static_cast<uint64_t>(row_stride * element_bytes)},
+          {static_cast<uint32_t>(step_depth(element_bytes)), static_cast<uint32_t>(kRowStep << box)}};
+}
+
+/// Rows' scales [blocks of depth, padded_scale_rows]: a stage has those of its step, `most_rows` of them.
+inline TensorMapShape row_scales_map(int64_t padded_rows, int64_t num_blocks, int most_rows) {
+  return {2,
+          {static_cast<uint64_t>(padded_rows), static_cast<uint64_t>(num_blocks)},
+          {sizeof(float), static_cast<uint64_t>(padded_rows) * sizeof(float)},
+          {static_cast<uint32_t>(most_rows), 1}};
 }
 
 /// Calls fn(box, line) for the boxes that hold a tile's `num_columns` rows; `line` is the first one's place in the
@@ -114,15 +123,16 @@ ZEXPERT_HOST_DEVICE void for_each_row_box(int num_columns, const Fn& fn) {
 
 /// The matrix instruction's description of an operand with the 128-byte swizzle. Depth runs along the lines of both
 /// operands: 8 lines are adjacent, the next 8 are kSwizzleBytes further. `address` is that of the first line in shared
-/// memory, plus 32 bytes for every 16 elements of depth; the swizzle depends on the bits of the address.
+/// memory, plus kInstructionBytes for every instruction along the depth; the swizzle depends on the bits of the
+/// address.
 ZEXPERT_HOST_DEVICE uint64_t matrix_descriptor(uint32_t address) {
   constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
   constexpr uint64_t kStride = uint64_t{kSwizzleBytes / 16} << 32;
   constexpr uint64_t kUnusedLeading = uint64_t{1} << 16;
   return kSwizzle128 | kStride | kUnusedLeading | ((address & 0x3ffffU) >> 4);
 }
-/// What a step of 16 elements of depth adds to a descriptor.
-inline constexpr uint64_t kDescriptorStep = kInstructionDepth * kElementBytes / 16;
+/// What an instruction's depth adds to a descriptor.
+inline constexpr uint64_t kDescriptorStep = kInstructionBytes / 16;
 
 /// First channel that a warp holds sums of.
 ZEXPERT_HOST_DEVICE int first_channel(Product product, Tiles tiles, int weight_tile, int warpgroup, int warp) {

@@ -11,7 +11,7 @@ namespace zexpert::cuda {
 
 template <typename T, Product kProduct, Tiles kTiles, int kMaxRows, int kStages>
 void launch_with_tiles(const ProductArguments& arguments, int num_blocks, cudaStream_t stream) {
-  constexpr size_t kMemoryBytes = sizeof(ProductMemory<kTiles, kMaxRows, kStages>) + kSwizzleBytes;  // to align it
+  constexpr size_t kMemoryBytes = sizeof(ProductMemory<T, kTiles, kMaxRows, kStages>) + kSwizzleBytes;  // to align it
   constexpr size_t kMostMemoryBytes = 227 * 1024;
   static_assert(kMemoryBytes <= kMostMemoryBytes);
   launch("grouped_mlp", &grouped_product<T, kProduct, kTiles, kMaxRows, kStages>, num_blocks, kProductThreads,
@@ -22,6 +22,8 @@ template <typename T, Product kProduct>
 void launch_product(const ProductArguments& arguments, int num_blocks, cudaStream_t stream) {
   if (arguments.max_rows_per_tile <= kHopperFewTileRows) {
     launch_with_tiles<T, kProduct, Tiles::kTall, kHopperFewTileRows, 5>(arguments, num_blocks, stream);
+  } else if constexpr (kIsScaled<T>) {
+    launch_with_tiles<T, kProduct, Tiles::kTall, kHopperFloat8TileRows, 4>(arguments, num_blocks, stream);
   } else if (arguments.max_rows_per_tile <= kHopperTallTileRows) {
     launch_with_tiles<T, kProduct, Tiles::kTall, kHopperTallTileRows, 4>(arguments, num_blocks, stream);
   } else {

@@ -35,12 +35,25 @@ ZEXPERT_HOST_DEVICE SegmentTiles split_segment(int num_rows, int max_rows_per_ti
   return {(num_rows + rows_per_tile - 1) / rows_per_tile, rows_per_tile};
 }
 
+/// Scales of rows are in segments that begin at multiples of this: the copy engine reads from multiples of 16 bytes.
+inline constexpr int kScaleRowStep = 4;
+
+/// Where the scales of an expert's rows begin, in a row of padded_scale_rows.
+ZEXPERT_HOST_DEVICE int first_scale(int segment_begin, int expert) {
+  return (segment_begin / kScaleRowStep + expert) * kScaleRowStep;
+}
+
+inline int64_t padded_scale_rows(int64_t num_rows, int64_t num_experts) {
+  return (divide_up(num_rows, kScaleRowStep) + num_experts) * kScaleRowStep;
+}
+
 /// A tile, or a part of one's depth.
 struct WorkItem {
   int expert;
   int weight_tile;  ///< of the expert
   int first_row;    ///< of all rows
   int num_rows;     ///< none: there is no more work
+  int first_scale;  ///< place of the first row's scale
   int first_step;   ///< of the depth
   int last_step;    ///< exclusive; more than first_step
   int part;         ///< of the tile
@@ -126,6 +139,7 @@ struct Schedule {
     const int row_tile = first_row_tile + index_in_group - work.weight_tile * group_size;
     const int rows_left = segment_rows - row_tile * rows_per_tile;
     work.first_row = segment_begin + row_tile * rows_per_tile;
+    work.first_scale = first_scale(segment_begin, low) + row_tile * rows_per_tile;
     work.num_rows = rows_left < rows_per_tile ? rows_left : rows_per_tile;
     return work;
   }

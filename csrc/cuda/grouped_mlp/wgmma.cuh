@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// The matrix instruction wgmma.m64nNk16 for every N that the grouped products use: sums[64, N] += a[64, 16] @ b[N,
-// 16].T, float32 sums of bfloat16 or float16, both operands in shared memory with their depth contiguous. Only for code
-// compiled for sm_90a.
+// The matrix instruction wgmma for every N that the grouped products use: sums[64, N] += a[64, k] @ b[N, k].T, both
+// operands in shared memory with their depth contiguous; k is 16 for bfloat16 and float16, 32 for float8_e4m3fn. Sums
+// are float32; those of float8 products keep about 14 bits. Only for code compiled for sm_90a.
 #pragma once
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_fp8.h>
 
 #include <cstdint>
 
@@ -13,6 +14,7 @@ namespace zexpert::cuda {
 
 /// Starts the instruction. A thread holds N / 2 of the sums: of warp w of the warpgroup, lane l, sums[4 * j + 2 * h +
 /// i] is that of row 16 * w + 8 * h + l / 4 and column 8 * j + 2 * (l % 4) + i. `a` and `b` are matrix_descriptor's.
+/// For float8, start() is the same with sums that count as 0.
 template <typename T, int N>
 struct Wgmma;
 
@@ -77,9 +79,30 @@ struct Wgmma;
           : "memory");                                                                                       \
     }                                                                                                        \
   };
+// START: 0 adds to the sums.
+#define ZEXPERT_WGMMA_FP8(NAME, START, SUMS, N, A, B)                                               \
+  static __device__ __forceinline__ void NAME(float (&sums)[N / 2], uint64_t a, uint64_t b) {        \
+    asm volatile(                                                                                    \
+        "{\n\t"                                                                                      \
+        ".reg .pred add;\n\t"                                                                        \
+        "setp.eq.u32 add, " #START ", 0;\n\t"                                                        \
+        "wgmma.mma_async.sync.aligned.m64n" #N "k32.f32.e4m3.e4m3 {" ZEXPERT_REGISTERS_##N "}, "      \
+        "%" #A ", %" #B ", add, 1, 1;\n\t"                                                           \
+        "}"                                                                                          \
+        : SUMS                                                                                       \
+        : "l"(a), "l"(b)                                                                             \
+        : "memory");                                                                                 \
+  }
+#define ZEXPERT_WGMMA_FP8_TYPE(N, A, B)                          \
+  template <>                                                    \
+  struct Wgmma<__nv_fp8_e4m3, N> {                               \
+    ZEXPERT_WGMMA_FP8(add, 0, ZEXPERT_SUMS_##N, N, A, B)         \
+    ZEXPERT_WGMMA_FP8(start, 1, ZEXPERT_SUMS_##N, N, A, B)       \
+  };
 #define ZEXPERT_WGMMA_TYPES(N, A, B)            \
   ZEXPERT_WGMMA(__nv_bfloat16, "bf16", N, A, B) \
-  ZEXPERT_WGMMA(__half, "f16", N, A, B)
+  ZEXPERT_WGMMA(__half, "f16", N, A, B)         \
+  ZEXPERT_WGMMA_FP8_TYPE(N, A, B)
 
 ZEXPERT_WGMMA_TYPES(8, 4, 5)
 ZEXPERT_WGMMA_TYPES(16, 8, 9)
@@ -104,6 +127,8 @@ ZEXPERT_WGMMA_TYPES(160, 80, 81)
 
 #undef ZEXPERT_WGMMA_TYPES
 #undef ZEXPERT_WGMMA
+#undef ZEXPERT_WGMMA_FP8
+#undef ZEXPERT_WGMMA_FP8_TYPE
 #undef ZEXPERT_REGISTERS_8
 #undef ZEXPERT_SUMS_8
 #undef ZEXPERT_REGISTERS_16

@@ -22,6 +22,7 @@ struct RoutingInputs {
   int64_t logits_row_stride = kDenseRows;  ///< in elements; 0: all tokens read the same row
   const void* bias = nullptr;              ///< [num_experts] or null; any floating type, contiguous
   ScalarType bias_type = ScalarType::kFloat32;
+  const int32_t* choices = nullptr;  ///< [num_tokens, top_k], contiguous: the choice; null: it is made from the keys
   int64_t num_tokens = 0;
   RoutingSpec spec;  ///< resolved by RoutingSpec::for_width: every count known
 
@@ -48,6 +49,11 @@ struct RoutingInputs {
 /// its two largest keys and only real experts of the best topk_group groups are choosable; zero experts always are.
 /// A slot that chose a zero expert has id -1 and weight 0. So has a slot that stays empty because too few experts can
 /// be chosen.
+///
+/// With `choices`, slot k of token t has the expert choices[t, k], of all num_experts, or stays empty for -1. Bias and
+/// groups are not used. A slot whose expert's logit is masked stays empty. An expert that is out of range, or repeated
+/// within a token, is an error on the CPU; on CUDA, where checking would wait for the device, the slot stays empty (of
+/// repeated experts, the later slots).
 ///
 /// With expert_offsets, row_slots and slot_rows it also writes the plan of topk_ids over the real experts (moe_plan.h).
 ///
@@ -132,10 +138,29 @@ void biased_topk_cpu(const BiasedTopKParams& params);
 /// results do not depend on the other rows. The plan has the same bits as moe_plan_cuda's.
 void biased_topk_cuda(const BiasedTopKParams& params, cudaStream_t stream);
 
-/// The choice of experts is made again from the logits and the bias, exactly as biased_topk made it; it is a constant
-/// of the differentiation, so the bias has no gradient. With s the scores, w the chosen experts' weights before
-/// renormalisation (drop experts' 0 under drop_before_renormalize), S = sum w, v = w / S if renormalize (0 if S is 0),
-/// else w, and f = routed_scaling_factor, a chosen expert's output is f * v; with g its upstream gradient,
+/// The choice alone, zero experts by their own number: what RoutingInputs::choices accepts.
+struct BiasedTopKChoicesParams : RoutingInputs {
+  int32_t* chosen = nullptr;  ///< [num_tokens, top_k], contiguous: experts below num_experts, -1 for an empty slot
+
+  /// Throws Error for inputs that are not valid or a missing array.
+  void validate() const {
+    validate_inputs();
+    if (num_tokens > 0) {
+      detail::check_pointers({{"logits", logits}, {"chosen", chosen}});
+    }
+  }
+};
+
+/// Throws Error, before anything is written, for params that are not valid; on CUDA also for what biased_topk_cuda does
+/// not compute.
+void biased_topk_choices_cpu(const BiasedTopKChoicesParams& params);
+void biased_topk_choices_cuda(const BiasedTopKChoicesParams& params, cudaStream_t stream);
+
+/// The choice of experts is that of `choices` or made again from the logits and the bias, exactly as biased_topk made
+/// it; it is a constant of the differentiation, so the bias has no gradient. With s the scores, w the chosen experts'
+/// weights before renormalisation (drop experts' 0 under drop_before_renormalize), S = sum w, v = w / S if renormalize
+/// (0 if S is 0), else w, and f = routed_scaling_factor, a chosen expert's output is f * v; with g its upstream
+/// gradient,
 ///   dv = f * g            (g: grad_topk_weights[t, k] for a real expert, grad_zero_weight[t] for an identity expert,
 ///                          grad_constant_weight[t, c] for constant expert c, 0 for a drop expert)
 ///   dw = (dv - sum dv * v) / S if renormalize, else dv;   0 where w was made 0 and where S is 0

@@ -16,7 +16,8 @@ enum class GroupedMlpImplementation {
   kCpu,        ///< grouped_mlp_cpu, and PyTorch's matrix product for experts with many rows
   kHopper,     ///< grouped_mlp_cuda
   kGroupedMm,  ///< PyTorch's grouped matrix product: all experts in one launch
-  kTorch,      ///< PyTorch's matrix product, expert by expert; a GPU's offsets are copied to the host
+  kTorch,      ///< PyTorch's matrix product, expert by expert; a GPU's offsets are copied to the host. Quantised
+               ///< weights are dequantised to the rows' type, expert by expert
 };
 
 /// The name that forces an implementation.
@@ -51,10 +52,11 @@ enum class GroupedMlpTask {
 struct GroupedMlpCall {
   GroupedMlpDevice device;
   GroupedMlpTask task = GroupedMlpTask::kForward;
-  ScalarType data_type = ScalarType::kFloat32;
+  ScalarType data_type = ScalarType::kFloat32;  ///< of the rows
   int64_t num_experts = 0;
   int64_t hidden_size = 0;
   int64_t intermediate_size = 0;
+  bool has_fp8_weights = false;  ///< float8_e4m3fn with scales; else weights are of data_type
 };
 
 // What PyTorch's grouped matrix product accepts.
@@ -90,6 +92,10 @@ bool fits_hopper(const GroupedMlpCall& call, const Report& report) {
     report("implementation must be \"auto\", \"grouped_mm\" or \"torch\" for gradients, got \"hopper\"");
     return false;
   }
+  if (call.has_fp8_weights && call.data_type != ScalarType::kBFloat16) {
+    report("rows must be bfloat16 with float8_e4m3fn weights", kFor, name(call.data_type));
+    return false;
+  }
   if (call.data_type != ScalarType::kBFloat16 && call.data_type != ScalarType::kFloat16) {
     report("w13_weight must be bfloat16 or float16", kFor, name(call.data_type));
     return false;
@@ -112,6 +118,10 @@ bool fits_hopper(const GroupedMlpCall& call, const Report& report) {
 template <typename Report>
 bool fits_grouped_mm(const GroupedMlpCall& call, const Report& report) {
   constexpr const char* kFor = " for implementation \"grouped_mm\", got ";
+  if (call.has_fp8_weights) {
+    report("w13_weight must be bfloat16", kFor, "float8_e4m3fn");
+    return false;
+  }
   if (call.data_type != ScalarType::kBFloat16) {
     report("w13_weight must be bfloat16", kFor, name(call.data_type));
     return false;

@@ -14,6 +14,7 @@ struct KernelQuery {
   std::string op;                             ///< the operator's name, "biased_topk" for one
   std::string device = "cpu";                 ///< "cpu" or "cuda"
   std::optional<std::string> dtype;           ///< of the data; float32 unless given, int32 (the ids') for moe_plan
+  std::optional<std::string> weight_dtype;    ///< of grouped_mlp's and fused_moe's weights: dtype or float8_e4m3fn
   std::optional<int64_t> num_tokens;          ///< T
   std::optional<int64_t> num_rows;            ///< rows of all experts together; num_tokens * top_k unless given
   std::optional<int64_t> num_experts;         ///< experts that have a feed-forward network

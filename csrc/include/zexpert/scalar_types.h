@@ -111,6 +111,39 @@ struct Half {
   explicit operator double() const { return static_cast<double>(static_cast<float>(*this)); }
 };
 
+/// float8_e4m3fn: 1 sign, 4 exponent and 3 mantissa bits, no infinity; NaN has all bits set but the sign. Converting to
+/// it rounds to nearest, ties to even, and saturates at 448; NaN stays NaN.
+struct Float8E4M3 {
+  uint8_t bits = 0;
+
+  Float8E4M3() = default;
+  explicit Float8E4M3(float value) {
+    const auto word = detail::bit_cast<uint32_t>(value);
+    const uint32_t magnitude = word & 0x7fffffffU;
+    uint32_t code = 0;
+    if (magnitude > 0x7f800000U) {
+      code = 0x7fU;
+    } else if (magnitude >= 0x43e00000U) {
+      code = 0x7eU;
+    } else if (magnitude < 0x3c800000U) {
+      // Below 2^-6 the result is subnormal, in units of 2^-9, the last bit of 2^14: the float adder does the rounding.
+      const float sum = detail::bit_cast<float>(magnitude) + 16384.0F;
+      code = detail::bit_cast<uint32_t>(sum) - 0x46800000U;
+    } else {
+      code = ((magnitude + 0x7ffffU + ((magnitude >> 20U) & 1U)) >> 20U) - (120U << 3U);
+    }
+    bits = static_cast<uint8_t>(((word >> 24U) & 0x80U) | code);
+  }
+  explicit operator float() const {
+    const uint32_t sign = static_cast<uint32_t>(bits & 0x80U) << 8U;
+    const uint32_t magnitude = bits & 0x7fU;
+    Half small;  // the same bits in their places in a float16, which makes it 2^-8 times the value
+    small.bits = static_cast<uint16_t>(sign | (magnitude == 0x7fU ? 0x7e00U : magnitude << 7U));
+    return static_cast<float>(small) * 256.0F;
+  }
+  explicit operator double() const { return static_cast<double>(static_cast<float>(*this)); }
+};
+
 /// The type in which values of T are computed: float64 for float64, float32 for every other.
 template <typename T>
 struct Accumulate {

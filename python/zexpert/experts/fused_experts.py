@@ -26,13 +26,24 @@ class FusedExperts(MoEExperts):
         self, hidden_states: Tensor, routing: RoutingResult, plan: DispatchPlan, weights: ExpertWeights
     ) -> Tensor:
         """[T * K, H], or as many rows as plan.row_slots has; rows past the last offset are unspecified."""
+        top_k = routing.topk_ids.size(1)
+        row_slots: Tensor | None = plan.row_slots
+        if hidden_states.is_cuda and weights.w13_scale_inv is None:
+            # Every implementation there permutes the tokens. With slot_rows that reads a token once, not once per row.
+            # Quantised weights have their tokens quantised in the same pass.
+            hidden_states = torch.ops.zexpert.moe_permute(
+                hidden_states, plan.row_slots, plan.expert_offsets, top_k, plan.slot_rows
+            )
+            row_slots, top_k = None, 1
         rows: Tensor = torch.ops.zexpert.grouped_mlp(
             hidden_states,
             plan.expert_offsets,
             weights.w13,
             weights.w2,
-            plan.row_slots,
-            routing.topk_ids.size(1),
+            row_slots,
+            top_k,
+            weights.w13_scale_inv,
+            weights.w2_scale_inv,
             implementation=self.name,
         )
         return rows
@@ -60,6 +71,8 @@ class FusedExperts(MoEExperts):
             residual,
             None if constants is None else routing.constant_weight,
             None if constants is None else constants.vectors,
+            weights.w13_scale_inv,
+            weights.w2_scale_inv,
             keep_gate_up=keep_gate_up,
             implementation=self.name,
         )[0]
@@ -81,6 +94,7 @@ class FusedExperts(MoEExperts):
             num_experts=num_experts,
             hidden_size=hidden_size,
             intermediate_size=intermediate_size,
+            weight_dtype=w2_weight.dtype if w2_weight.element_size() == 1 else None,
             keep_gate_up=torch.is_grad_enabled() and (hidden_states.requires_grad or w2_weight.requires_grad),
         )
         return plan.implementation

@@ -1,27 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
 """zexpert in Hugging Face transformers (version 5).
 
-LongCat-Flash: `patch(model)` makes every LongcatFlashMoE of a loaded model run on zexpert, and `unpatch(model)` undoes
-that. Other mixtures of experts: importing this module registers the experts implementation "zexpert", for
+LongCat-Flash: `from_pretrained` loads a checkpoint in the hub's layout. `patch(model)` makes every LongcatFlashMoE of a
+loaded model run on zexpert, and `unpatch(model)` undoes that.
+
+Other mixtures of experts: importing this module registers the experts implementation "zexpert", for
 `from_pretrained(..., experts_implementation="zexpert")` and `model.set_experts_implementation("zexpert")`.
+It serves fine-grained-fp8 models too.
 
 Importing it needs transformers, the extra `zexpert[transformers]`.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import partial, wraps
 from types import MethodType
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from zexpert._autocast import autocast_dtype, full_precision_linear
+from zexpert._autocast import autocast_dtype
 from zexpert.experts.factory import create_experts
 from zexpert.integrations.given_routing import RUNNER
+from zexpert.integrations.transformers_loading import from_pretrained
 from zexpert.models.config import require_silu
+from zexpert.models.float32_linear import float32_linear
+from zexpert.ops.quantize_blockwise import SCALE_BLOCK
 from zexpert.ops.types import ExpertWeights
 from zexpert.router.factory import create_fused_moe_router
 from zexpert.runner.chunking_moe_runner import ChunkingMoERunner
@@ -34,12 +41,19 @@ try:
     from transformers.models.longcat_flash.modeling_longcat_flash import (
         LongcatFlashExperts,
         LongcatFlashMoE,
+        LongcatFlashPreTrainedModel,
         LongcatFlashTopkRouter,
     )
 except ImportError as error:
     raise ImportError(
         f"zexpert.integrations.transformers needs transformers 5 ({error}): pip install 'zexpert[transformers]'"
     ) from error
+
+try:
+    from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS
+except ImportError:  # early versions of transformers 5
+    ALL_FP8_EXPERTS_FUNCTIONS = None
+__all__ = ["EXPERTS_IMPLEMENTATION", "experts_forward", "from_pretrained", "patch", "unpatch"]
 
 #: The name of zexpert's experts in transformers.
 EXPERTS_IMPLEMENTATION = "zexpert"
@@ -162,11 +176,11 @@ class PatchedRouter(LongcatFlashTopkRouter):  # type: ignore[misc]
     """transformers' router without its choice, which the layer's runner makes from the logits."""
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-        """hidden_states [..., H] -> router_logits [T, N], float32, which transformers records first of all outputs, and
-        the selection bias [N]."""
+        """hidden_states [..., H] -> router_logits [T, N], float32 (float64 for float64), which transformers records
+        first of all outputs, and the selection bias [N]."""
         check_classifier(self)
-        rows = hidden_states.reshape(-1, self.hidden_dim).float()
-        return full_precision_linear(rows, self.classifier.weight.float()), self.e_score_correction_bias
+        rows = hidden_states.reshape(-1, self.hidden_dim)
+        return float32_linear(rows, self.classifier.weight), self.e_score_correction_bias
 
 
 class PatchedExperts(LongcatFlashExperts):  # type: ignore[misc]
@@ -251,6 +265,11 @@ def resize_gate_up(experts: nn.Module, count: int) -> None:
 def check_layer(name: str, layer: Any, free_unused_weights: bool) -> None:
     """Raises ValueError unless `patch` can patch the layer called `name`."""
     require_silu(layer.config)
+    if not any(isinstance(module, LongcatFlashExperts) for module in layer.modules()):
+        raise ValueError(
+            f"layer {name!r} must have experts that are not quantised, got {type(layer.experts).__name__}: load float8 "
+            "checkpoints into zexpert.models.LongcatFlashMoE"
+        )
     experts = experts_of(layer)
     if experts.num_routed_experts < 1:
         raise ValueError(f"n_routed_experts must be at least 1, got {experts.num_routed_experts} in layer {name!r}")
@@ -353,20 +372,67 @@ def experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, to
     """
     check_experts(experts)
     rows, w13_weight, w2_weight = in_one_dtype(hidden_states, experts.gate_up_proj, experts.down_proj)
-    if getattr(experts, "_is_expert_parallel", True):  # versions before 5.18 do not say
-        top_k_index = torch.where(top_k_index < w13_weight.size(0), top_k_index, -1)
+    top_k_index = own_slots(experts, top_k_index)
     return RUNNER.run(rows, top_k_weights, top_k_index, w13_weight, w2_weight).to(hidden_states.dtype)
+
+
+def own_slots(experts: Any, top_k_index: Tensor) -> Tensor:
+    """top_k_index with -1 for the slots of another device."""
+    if getattr(experts, "_is_expert_parallel", True):  # versions before 5.18 do not say
+        return torch.where(top_k_index < experts.gate_up_proj.size(0), top_k_index, -1)
+    return top_k_index
+
+
+def fp8_experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """experts_forward for the experts of a fine-grained-fp8 model, transformers' FP8Experts: float8_e4m3fn weights with
+    a scale for each block of 128 x 128.
+
+    Hidden states and activations are not quantised, so results are closer to the weights' values than transformers'.
+    The weights have no gradients.
+
+    Raises:
+        ValueError: if the experts have scales of other blocks or dtypes, an intermediate size that is no multiple of
+            128, float4 weights, no gate, another gate than silu(gate) * up, or biases.
+    """
+    check_fp8_experts(experts)
+    return RUNNER.run(
+        hidden_states,
+        top_k_weights,
+        own_slots(experts, top_k_index),
+        experts.gate_up_proj.detach(),
+        experts.down_proj.detach(),
+        experts.gate_up_proj_scale_inv.detach(),
+        experts.down_proj_scale_inv.detach(),
+    )
+
+
+def check_fp8_experts(experts: Any) -> None:
+    """Raises ValueError unless fp8_experts_forward computes what the experts do."""
+    subject = f'experts_implementation "{EXPERTS_IMPLEMENTATION}" must have experts with'
+    name = type(experts).__name__
+    block_size = None if experts.block_size is None else tuple(experts.block_size)
+    expected = {"block_size": (SCALE_BLOCK, SCALE_BLOCK), "has_gate": True, "has_bias": False}
+    given = {"block_size": block_size, "has_gate": experts.has_gate, "has_bias": experts.has_bias}
+    for gate in ("swiglu_alpha", "swiglu_limit", "gate_softcap", "up_softcap", "limit"):
+        expected[gate], given[gate] = None, getattr(experts, gate, None)
+    for attribute, wanted in expected.items():
+        if given[attribute] != wanted:
+            raise ValueError(f"{subject} {attribute}={wanted}, got {given[attribute]} of {name}")
+    if not isinstance(experts.act_fn, SILU_MODULES):
+        raise ValueError(f"{subject} silu, got {type(experts.act_fn).__name__} of {name}")
+    for weight, dtype in (("gate_up_proj", torch.float8_e4m3fn), ("gate_up_proj_scale_inv", torch.float32)):
+        if getattr(experts, weight).dtype != dtype:
+            raise ValueError(f"{subject} {weight} of {dtype}, got {getattr(experts, weight).dtype} of {name}")
+    if experts.intermediate_dim % SCALE_BLOCK != 0:
+        raise ValueError(
+            f"{subject} an intermediate size that is a multiple of {SCALE_BLOCK}, so that gate and up share no scale, "
+            f"got {experts.intermediate_dim} of {name}"
+        )
 
 
 def check_experts(experts: Any) -> None:
     """Raises ValueError unless the experts are gated by silu and nothing else, with weights that need no scale."""
     name = type(experts).__name__
-    for weight in (experts.gate_up_proj, experts.down_proj):
-        if not weight.is_floating_point() or weight.element_size() < 2:
-            raise ValueError(
-                f'experts_implementation "{EXPERTS_IMPLEMENTATION}" must have experts that are not quantised, got '
-                f"{weight.dtype} of {name}"
-            )
     for attribute, wanted in (
         ("has_gate", True),
         ("is_concatenated", True),
@@ -380,16 +446,44 @@ def check_experts(experts: Any) -> None:
                 f'experts_implementation "{EXPERTS_IMPLEMENTATION}" must have experts with {attribute}={wanted}, '
                 f"got {value} of {name}"
             )
+    for weight in (experts.gate_up_proj, experts.down_proj):
+        if not weight.is_floating_point() or weight.element_size() < 2:
+            raise ValueError(
+                f'experts_implementation "{EXPERTS_IMPLEMENTATION}" must have experts that are not quantised, got '
+                f"{weight.dtype} of {name}"
+            )
     if experts._apply_gate.__func__.__module__ != ALL_EXPERTS_FUNCTIONS.__class__.__module__:
         raise ValueError(
             f'experts_implementation "{EXPERTS_IMPLEMENTATION}" must have experts with the usual gate, '
             f"act(gate) * up, got one of {name}'s own"
         )
-    if not isinstance(experts.act_fn, SILU_MODULES):
+    activation = experts.act_fn
+    if not isinstance(activation, SILU_MODULES) and activation is not nn.functional.silu:
+        given = getattr(activation, "__name__", type(activation).__name__)
         raise ValueError(
-            f'experts_implementation "{EXPERTS_IMPLEMENTATION}" must have experts with silu, got '
-            f"{type(experts.act_fn).__name__} of {name}"
+            f'experts_implementation "{EXPERTS_IMPLEMENTATION}" must have experts with silu, got {given} of {name}'
         )
 
 
+def warn_of_longcat(choose: Callable[[Any, str | None], str]) -> Callable[[Any, str | None], str]:
+    """transformers' choice of an experts implementation, with a warning for LongCat-Flash, whose experts ignore it."""
+
+    @wraps(choose)
+    def choose_and_warn(model: Any, requested_experts: str | None) -> str:
+        if requested_experts == EXPERTS_IMPLEMENTATION:
+            warnings.warn(
+                f'experts_implementation "{EXPERTS_IMPLEMENTATION}" has no effect on LongCat-Flash: call '
+                "zexpert.integrations.transformers.patch(model)",
+                stacklevel=4,
+            )
+        return choose(model, requested_experts)
+
+    return choose_and_warn
+
+
 ALL_EXPERTS_FUNCTIONS.register(EXPERTS_IMPLEMENTATION, experts_forward)
+if ALL_FP8_EXPERTS_FUNCTIONS is not None:
+    ALL_FP8_EXPERTS_FUNCTIONS.register(EXPERTS_IMPLEMENTATION, fp8_experts_forward)
+LongcatFlashPreTrainedModel.get_correct_experts_implementation = warn_of_longcat(
+    LongcatFlashPreTrainedModel.get_correct_experts_implementation
+)

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from zexpert.layer import FusedMoE, check_shapes_of_state_dict
+from zexpert.layer_quantization import check_has_scales, is_quantisable
 from zexpert.models.expert_tensors import ExpertLoader, ExpertTensor, module_list
+from zexpert.ops.quantize_blockwise import num_scale_blocks
 from zexpert.runner.placement import EXPERT_WEIGHTS
 
 Block = TypeVar("Block", bound="CheckpointBlock")
@@ -36,11 +38,12 @@ class CheckpointBlock(nn.Module):
     def checkpoint_names(self) -> dict[str, str]:
         """Maps the checkpoint's names to this block's where they differ. A name that ends in "." stands for all names
         that start with it."""
-        experts, _ = experts_of(self)
-        return {
-            "experts.gate_up_proj": f"{experts}.w13_weight",  # transformers' tensors of all experts
-            "experts.down_proj": f"{experts}.w2_weight",
-        }
+        name, experts = experts_of(self)
+        # transformers' tensors of all experts
+        names = {"experts.gate_up_proj": f"{name}.w13_weight", "experts.down_proj": f"{name}.w2_weight"}
+        if experts.quantization is not None:
+            names |= {f"{theirs}_scale_inv": f"{ours}_scale_inv" for theirs, ours in names.items()}
+        return names
 
     def expert_tensors(self) -> dict[str, ExpertTensor]:
         """The entries of a checkpoint that has a module list of experts, by name."""
@@ -52,6 +55,14 @@ class CheckpointBlock(nn.Module):
         trim_stacked_experts(state_dict, prefix, experts_of(self)[1])
         rename(state_dict, prefix, self.checkpoint_names())
 
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """nn.Module.load_state_dict, for a checkpoint's names too. If strict, float8 experts without scales are refused
+        before anything is loaded."""
+        name, experts = experts_of(self)
+        if strict and experts.quantization is not None:
+            check_has_scales([*self.expert_tensors(), *(f"{name}.{weight}" for weight in EXPERT_WEIGHTS)], state_dict)
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
     def checkpoint_state_dict(self) -> dict[str, Tensor]:
         """The weights of all experts under a checkpoint's names, in a layout that load_state_dict accepts.
 
@@ -59,10 +70,28 @@ class CheckpointBlock(nn.Module):
         """
         weights: dict[str, Tensor] = dict(self.state_dict())
         name, experts = experts_of(self)
+        if experts.quantization is not None:
+            for weight in experts.placement.whole_shapes:
+                del weights[f"{name}.{weight}"]
+            rename(weights, "", {ours: theirs for theirs, ours in self.checkpoint_names().items()})
+            return weights | self.quantised_experts()
         for weight in EXPERT_WEIGHTS:
             weights[f"{name}.{weight}"] = experts.placement.whole(weight, experts.get_parameter(weight).detach())
         rename(weights, "", {ours: theirs for theirs, ours in self.checkpoint_names().items()})
         return weights
+
+    def quantised_experts(self) -> dict[str, Tensor]:
+        """The tensors of all experts and their scales, as checkpoints with float8 experts have them."""
+        _, experts = experts_of(self)
+        whole = {
+            name: experts.placement.whole(name, experts.get_parameter(name).detach())
+            for name in experts.placement.whole_shapes
+        }
+        tensors = {}
+        for name, place in self.expert_tensors().items():
+            of_expert = whole[place.weight][place.expert]
+            tensors[name] = (of_expert if place.half is None else of_expert.chunk(2)[place.half]).clone()
+        return tensors
 
     @classmethod
     def from_state_dict(
@@ -82,22 +111,30 @@ class CheckpointBlock(nn.Module):
             prefix: the start of the block's names, such as "model.layers.0.mlp.".
             assign: use the tensors of `state_dict` themselves, on their device and in their dtype, instead of copies.
                 A training step then changes them. The experts of a module list are copied all the same.
-            options: as in the constructor, such as params_dtype.
+            options: as in the constructor, such as params_dtype. quantization is "fp8_block" unless it is given, if the
+                checkpoint has float8 experts with scales.
 
         Raises:
             ValueError: if no name starts with `prefix`.
-            RuntimeError: if an entry is missing, unknown, quantised or has another shape.
+            RuntimeError: if an entry is missing, unknown or has another shape, or float8 weights have no scales.
         """
         entries = {name.removeprefix(prefix): tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
         if not entries:
             raise ValueError(f"state_dict must have entries whose names start with {prefix!r}, got none")
         if assign:
             options["device"] = "meta"
+        if any(
+            tensor.dtype == torch.float8_e4m3fn and "experts." in name and f"{name}_scale_inv" in entries
+            for name, tensor in entries.items()
+        ):
+            options.setdefault("quantization", "fp8_block")
         construct: Any = cls
         block: Block = construct(config, **options)
         listed = block.expert_tensors()
-        missing = [name for name in listed if name not in entries]
-        if missing and len(missing) < len(listed):
+        # Weights without scales are quantised, and make their scales.
+        needed = [name for name in listed if not is_made_from(name.removesuffix("_scale_inv"), name, entries)]
+        missing = [name for name in needed if name not in entries]
+        if missing and len(missing) < len(needed):
             raise RuntimeError(f"{missing[0]} must be in the checkpoint, got none")
         block.load_state_dict(entries, assign=assign)
         return block
@@ -181,6 +218,11 @@ def checkpoint_name(block: CheckpointBlock, key: str) -> str:
     return key
 
 
+def is_made_from(weight: str, name: str, entries: Mapping[str, Tensor]) -> bool:
+    """True if `name` is the scales of an entry `weight` that needs none."""
+    return name != weight and weight in entries and is_quantisable(entries[weight])
+
+
 def rename(state_dict: dict[str, Any], prefix: str, names: Mapping[str, str]) -> None:
     """Renames the entries of `state_dict` under `prefix`, in place. A name that ends in "." stands for all names that
     start with it."""
@@ -206,10 +248,15 @@ def trim_stacked_experts(state_dict: dict[str, Any], prefix: str, experts: Fused
     num_real_experts = experts.num_experts
     hidden_size, intermediate_size = experts.hidden_size, experts.intermediate_size
     first_sizes = sorted({num_real_experts, experts.router.num_experts or num_real_experts})
-    for name, sizes in (
-        ("experts.gate_up_proj", [2 * intermediate_size, hidden_size]),
-        ("experts.down_proj", [hidden_size, intermediate_size]),
-    ):
+    hidden_blocks, inner_blocks = num_scale_blocks(hidden_size), num_scale_blocks(intermediate_size)
+    stacked_sizes = {
+        "experts.gate_up_proj": [2 * intermediate_size, hidden_size],
+        "experts.down_proj": [hidden_size, intermediate_size],
+    }
+    if experts.quantization is not None:
+        stacked_sizes["experts.gate_up_proj_scale_inv"] = [2 * inner_blocks, hidden_blocks]
+        stacked_sizes["experts.down_proj_scale_inv"] = [hidden_blocks, inner_blocks]
+    for name, sizes in stacked_sizes.items():
         stacked = state_dict.get(prefix + name)
         if stacked is None:
             continue

@@ -20,6 +20,7 @@ class LayerOptions(TypedDict, total=False):
     """The keyword arguments that every block passes on to its FusedMoE, which documents them."""
 
     params_dtype: torch.dtype | None
+    quantization: str | None
     chunk_size: int | None
     recompute: bool
     experts_backend: str

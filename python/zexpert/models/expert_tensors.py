@@ -8,8 +8,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from zexpert.layer import FusedMoE, check_not_quantised
-from zexpert.runner.placement import EXPERT_WEIGHTS
+from zexpert.layer import FusedMoE
+from zexpert.layer_quantization import (
+    QUANTISED_DTYPES,
+    check_not_quantised,
+    check_quantised,
+    is_quantisable,
+    quantize_weight,
+)
+from zexpert.ops.quantize_blockwise import num_scale_blocks, quantize_blockwise
+from zexpert.runner.placement import EXPERT_SCALES, EXPERT_WEIGHTS
 
 
 class ExpertTensor(NamedTuple):
@@ -18,7 +26,7 @@ class ExpertTensor(NamedTuple):
     Attributes:
         weight: the name of the FusedMoE's parameter, [R, ...].
         expert: the index of the expert in it.
-        half: 0 or 1 for the gate's or up's half of w13_weight; None for all of the expert.
+        half: 0 or 1 for the gate's or up's half of w13_weight or its scales; None for all of the expert.
         shape: of the tensor.
     """
 
@@ -45,11 +53,32 @@ def module_list(experts: FusedMoE, name: str, *, gate_proj: bool) -> dict[str, E
     if gate_proj:
         one_projection = [intermediate_size, hidden_size]
         projections[:1] = [("gate_proj", "w13_weight", 0, one_projection), ("up_proj", "w13_weight", 1, one_projection)]
-    return {
+    listed = {
         f"{name.format(expert)}{projection}.weight": ExpertTensor(weight, expert, half, shape)
         for expert in range(experts.num_experts)
         for projection, weight, half, shape in projections
     }
+    if experts.quantization is None:
+        return listed
+    return listed | {
+        f"{key}_scale_inv": ExpertTensor(f"{place.weight}_scale_inv", place.expert, place.half, shape_of_scales(place))
+        for key, place in listed.items()
+    }
+
+
+def shape_of_scales(place: ExpertTensor) -> list[int]:
+    """Of a quantised tensor. Gate and up have blocks of their own."""
+    rows, columns = place.shape
+    num_parts = 2 if place.weight == "w13_weight" and place.half is None else 1
+    return [num_parts * num_scale_blocks(rows // num_parts), num_scale_blocks(columns)]
+
+
+def quantised(place: ExpertTensor, tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """The tensor in float8, and its scales."""
+    if place.half is not None:
+        return quantize_blockwise(tensor)
+    weight, scale_inv = quantize_weight(place.weight, tensor.unsqueeze(0))
+    return weight[0], scale_inv[0]
 
 
 class ExpertLoader:
@@ -71,19 +100,30 @@ class ExpertLoader:
         """Moves the tensors of `places` under `prefix` out of `state_dict`. Nothing is copied yet.
 
         Raises:
-            RuntimeError: if one is quantised or has another shape.
+            RuntimeError: if one has another shape, is float8 for weights that are not, or scales are not float32.
         """
         self._places, self._given = places, {}
+        is_quantised = any(place.weight in EXPERT_SCALES for place in places.values())
         for name, place in places.items():
             tensor = state_dict.get(prefix + name)
             if tensor is None:
                 continue
-            check_not_quantised(prefix + name, tensor)
+            if not is_quantised or place.weight not in QUANTISED_DTYPES:
+                check_not_quantised(prefix + name, tensor)
+            elif place.weight in EXPERT_SCALES or not is_quantisable(tensor):
+                check_quantised(place.weight, prefix + name, tensor)
+            elif f"{prefix}{name}_scale_inv" in state_dict:
+                raise RuntimeError(
+                    f"{prefix}{name} must be torch.float8_e4m3fn with {prefix}{name}_scale_inv, got {tensor.dtype}"
+                )
             if list(tensor.shape) != place.shape:
                 raise RuntimeError(f"{prefix}{name} must have shape {place.shape}, got {list(tensor.shape)}")
             self._given[name] = tensor
-        for name in self._given:
+        for name in list(self._given):
             del state_dict[prefix + name]
+            if is_quantised and is_quantisable(self._given[name]) and self._places[name].weight in EXPERT_WEIGHTS:
+                given = quantised(self._places[name], self._given[name].detach())
+                self._given[name], self._given[f"{name}_scale_inv"] = given
 
     def fill(self, experts: FusedMoE, assign: bool) -> dict[str, Tensor]:
         """Copies what `take` found.
@@ -142,7 +182,7 @@ def replaced_like(experts: FusedMoE, weight: str, like: Tensor) -> nn.Parameter:
 def copy_expert(experts: FusedMoE, parameter: Tensor, place: ExpertTensor, tensor: Tensor) -> None:
     """Copies one tensor of a checkpoint into `parameter`: this rank's part of it, if ranks share the experts."""
     rows = [place.expert]
-    if place.weight in EXPERT_WEIGHTS:
+    if place.weight in experts.placement.whole_shapes:
         rows = (experts.placement.own_experts() == place.expert).nonzero().flatten().tolist()
         tensor = experts.placement.own_slice(place.weight, tensor)
     for row in rows:

@@ -145,8 +145,10 @@ class LongcatFlashMoE(SelectionBiasBlock):
 
     def checkpoint_state_dict(self) -> dict[str, Tensor]:
         """See CheckpointBlock. The layout is that of transformers' LongcatFlashMoE: experts.gate_up_proj has N expert
-        rows, and those past the real experts are zero."""
+        rows, and those past the real experts are zero. Quantised experts are a module list, as they are published."""
         weights = super().checkpoint_state_dict()
+        if experts_of(self)[1].quantization is not None:
+            return weights
         gate_up_proj = weights["experts.gate_up_proj"]
         zero_experts = gate_up_proj.new_zeros(self.config.zero_expert_num, *gate_up_proj.shape[1:])
         weights["experts.gate_up_proj"] = torch.cat((gate_up_proj, zero_experts))

@@ -26,6 +26,7 @@ def biased_topk(
     num_expert_group: int = 1,
     topk_group: int = 1,
     indices_dtype: torch.dtype = torch.int32,
+    choices: Tensor | None = None,
 ) -> RoutingResult:
     """Chooses K of N experts for each of T tokens; experts are ordered [real | identity | constant | drop].
 
@@ -55,12 +56,16 @@ def biased_topk(
         num_expert_group: groups the real experts are split into; divides R.
         topk_group: groups that stay eligible.
         indices_dtype: torch.int32 or torch.int64, the type of the ids.
+        choices: [T, K] int32, as biased_topk_choices returns them: the expert of each slot, of all N, or -1 for an
+            empty slot. The weights follow from the logits as above; bias and groups are not used. None: choose.
 
     Returns:
         RoutingResult: topk_weights [T, K], topk_ids [T, K], zero_weight [T], constant_weight [T, C].
 
     Raises:
-        RuntimeError: an argument has a wrong device, dtype, shape or value.
+        RuntimeError: an argument has a wrong device, dtype, shape or value. On CUDA the values of choices are not
+            checked, because the host would wait: a slot with a number that is not an expert's, or an expert that an
+            earlier slot of its row has, stays empty.
 
     Gradients flow to the logits, through topk_weights, zero_weight and constant_weight: the choice is a constant of the
     differentiation. The bias has none, and may change between forward and backward.
@@ -81,17 +86,22 @@ def biased_topk(
         num_expert_group,
         topk_group,
     )
-    return choose_experts(logits, bias, arguments, indices_dtype)
+    return choose_experts(logits, bias, arguments, indices_dtype, choices)
 
 
 def choose_experts(
-    logits: Tensor, bias: Tensor | None, arguments: RoutingArguments, indices_dtype: torch.dtype | None
+    logits: Tensor,
+    bias: Tensor | None,
+    arguments: RoutingArguments,
+    indices_dtype: torch.dtype | None,
+    choices: Tensor | None = None,
 ) -> RoutingResult:
     """biased_topk with its routing arguments in one tuple; scriptable. No indices_dtype: int32."""
     topk_weights, topk_ids, zero_weight, constant_weight = torch.ops.zexpert.biased_topk(
         logits,
         bias,
         arguments.top_k,
+        choices,
         num_real_experts=arguments.num_real_experts,
         num_identity_experts=arguments.num_identity_experts,
         num_constant_experts=arguments.num_constant_experts,
@@ -119,12 +129,13 @@ def biased_topk_fake(
     logits: Tensor,
     bias: Tensor | None,
     top_k: int,
+    choices: Tensor | None = None,
     *,
     num_constant_experts: int = 0,
     indices_dtype: torch.dtype | None = None,
     **_others: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    check_devices("logits", logits, bias=bias)
+    check_devices("logits", logits, bias=bias, choices=choices)
     num_tokens = logits.shape[0]
     weights = weight_dtype(logits.dtype)
     return (
@@ -138,9 +149,11 @@ def biased_topk_fake(
 def setup_context(
     ctx: Context, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: tuple[Tensor, ...]
 ) -> None:
-    logits, bias, ctx.top_k = inputs
+    logits, bias, ctx.top_k, choices = inputs
+    if choices is not None:
+        bias = None
     # The backward chooses again, and by then a controller may have written to the bias.
-    ctx.save_for_backward(logits, None if bias is None else bias.clone())
+    ctx.save_for_backward(logits, None if bias is None else bias.clone(), choices)
     ctx.keywords = {name: value for name, value in keyword_only_inputs.items() if name != "indices_dtype"}
 
 
@@ -151,22 +164,32 @@ def backward(
     grad_zero_weight: Tensor | None,
     grad_constant_weight: Tensor | None,
     *_grad_plan: None,
-) -> tuple[Tensor | None, None, None]:
+) -> tuple[Tensor | None, None, None, None]:
     """The backward of biased_topk and of biased_topk_and_plan. The plan is integers and has no gradient."""
     if not ctx.needs_input_grad[0]:
-        return None, None, None
-    logits, bias = ctx.saved_tensors
+        return None, None, None, None
+    logits, bias, choices = ctx.saved_tensors
+    gradients = (grad_topk_weights, grad_zero_weight, grad_constant_weight)
+    return logits_gradient(gradients, logits, bias, choices, ctx.top_k, ctx.keywords), None, None, None
+
+
+def logits_gradient(
+    gradients: tuple[Tensor | None, Tensor | None, Tensor | None],
+    logits: Tensor,
+    bias: Tensor | None,
+    choices: Tensor | None,
+    top_k: int,
+    keywords: dict[str, Any],
+) -> Tensor:
+    """The gradient of the logits from those of topk_weights, zero_weight and constant_weight; None stands for zeros."""
     num_tokens, dtype = logits.shape[0], weight_dtype(logits.dtype)
-    if grad_topk_weights is None:
-        grad_topk_weights = logits.new_zeros((num_tokens, ctx.top_k), dtype=dtype)
-    if grad_zero_weight is None:
-        grad_zero_weight = logits.new_zeros((num_tokens,), dtype=dtype)
-    if grad_constant_weight is None:
-        grad_constant_weight = logits.new_zeros((num_tokens, ctx.keywords["num_constant_experts"]), dtype=dtype)
-    grad_logits = torch.ops.zexpert.biased_topk_backward(
-        grad_topk_weights, grad_zero_weight, grad_constant_weight, logits, bias, ctx.top_k, **ctx.keywords
-    )
-    return grad_logits, None, None
+    shapes = ((num_tokens, top_k), (num_tokens,), (num_tokens, keywords["num_constant_experts"]))
+    given = [
+        logits.new_zeros(shape, dtype=dtype) if gradient is None else gradient
+        for gradient, shape in zip(gradients, shapes, strict=True)
+    ]
+    grad_logits: Tensor = torch.ops.zexpert.biased_topk_backward(*given, logits, bias, top_k, choices, **keywords)
+    return grad_logits
 
 
 @register_fake("biased_topk_backward")
@@ -177,6 +200,7 @@ def _biased_topk_backward_fake(
     logits: Tensor,
     bias: Tensor | None,
     top_k: int,
+    choices: Tensor | None = None,
     **_keywords: Any,
 ) -> Tensor:
     check_devices(
@@ -186,6 +210,7 @@ def _biased_topk_backward_fake(
         grad_zero_weight=grad_zero_weight,
         grad_constant_weight=grad_constant_weight,
         bias=bias,
+        choices=choices,
     )
     return logits.new_empty(logits.shape)
 

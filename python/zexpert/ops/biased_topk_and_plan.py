@@ -28,6 +28,7 @@ def biased_topk_and_plan(
     num_expert_group: int = 1,
     topk_group: int = 1,
     indices_dtype: torch.dtype = torch.int32,
+    choices: Tensor | None = None,
 ) -> tuple[RoutingResult, DispatchPlan]:
     """biased_topk, and moe_plan of its ids over the real experts: the same results bit for bit.
 
@@ -59,11 +60,15 @@ def biased_topk_and_plan(
         num_expert_group,
         topk_group,
     )
-    return choose_experts_and_plan(logits, bias, arguments, indices_dtype)
+    return choose_experts_and_plan(logits, bias, arguments, indices_dtype, choices)
 
 
 def choose_experts_and_plan(
-    logits: Tensor, bias: Tensor | None, arguments: RoutingArguments, indices_dtype: torch.dtype | None
+    logits: Tensor,
+    bias: Tensor | None,
+    arguments: RoutingArguments,
+    indices_dtype: torch.dtype | None,
+    choices: Tensor | None = None,
 ) -> tuple[RoutingResult, DispatchPlan]:
     """biased_topk_and_plan with its routing arguments in one tuple; scriptable. No indices_dtype: int32."""
     topk_weights, topk_ids, zero_weight, constant_weight, expert_offsets, row_slots, slot_rows = (
@@ -71,6 +76,7 @@ def choose_experts_and_plan(
             logits,
             bias,
             arguments.top_k,
+            choices,
             num_real_experts=arguments.num_real_experts,
             num_identity_experts=arguments.num_identity_experts,
             num_constant_experts=arguments.num_constant_experts,

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from zexpert.ops._autograd import Context, register_autograd, register_not_differentiable
 from zexpert.ops._library import check_devices, register_fake
-from zexpert.ops.grouped_mlp import check_has_gradients
+from zexpert.ops.grouped_mlp import check_frozen, check_has_gradients
 from zexpert.ops.moe_finalize import constant_gradients
 
 
@@ -26,6 +26,8 @@ def fused_moe(
     constant_vectors: Tensor | None = None,
     keep_gate_up: bool = True,
     implementation: str = "auto",
+    w13_scale_inv: Tensor | None = None,
+    w2_scale_inv: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The layer after routing and plan: ``moe_finalize`` of what ``grouped_mlp`` computes from the tokens, in one
     operator.
@@ -41,8 +43,8 @@ def fused_moe(
         expert_offsets: [R + 1] int32, of the DispatchPlan.
         row_slots: [T * K] int32, of the DispatchPlan, or cut behind its last offset.
         slot_rows: [T, K] int32, of the DispatchPlan.
-        w13_weight: [R, 2F, H], type of hidden_states: gate rows first, then up.
-        w2_weight: [R, H, F], type of hidden_states: down.
+        w13_weight: [R, 2F, H], type of hidden_states, or float8_e4m3fn with scales: gate rows first, then up.
+        w2_weight: [R, H, F], likewise: down.
         residual: [T, H], type of hidden_states, or None.
         constant_weight: [T, C], type of topk_weights; with constant_vectors, or C = 0, or None.
         constant_vectors: [C, H], type of hidden_states, or None.
@@ -50,6 +52,9 @@ def fused_moe(
             may run faster kernels; gradients still work, and the backward computes gate_up again.
         implementation: which kernels run the experts; see ``grouped_mlp``. "hopper" needs keep_gate_up=False and has no
             gradients.
+        w13_scale_inv: [R, 2 * ceil(F / 128), ceil(H / 128)] float32 with float8_e4m3fn weights, else None; see
+            ``grouped_mlp``.
+        w2_scale_inv: [R, ceil(H / 128), ceil(F / 128)] float32, likewise.
 
     Returns:
         The layer's output, [T, H], and gate_up, through which no gradient flows: [T * K, 2F], or [0, 2F] without
@@ -71,6 +76,8 @@ def fused_moe(
         residual,
         constant_weight,
         constant_vectors,
+        w13_scale_inv,
+        w2_scale_inv,
         keep_gate_up=keep_gate_up,
         implementation=implementation,
     )
@@ -90,6 +97,8 @@ def _fused_moe_fake(
     residual: Tensor | None = None,
     constant_weight: Tensor | None = None,
     constant_vectors: Tensor | None = None,
+    w13_scale_inv: Tensor | None = None,
+    w2_scale_inv: Tensor | None = None,
     *,
     keep_gate_up: bool = True,
     implementation: str = "auto",
@@ -107,6 +116,8 @@ def _fused_moe_fake(
         residual=residual,
         constant_weight=constant_weight,
         constant_vectors=constant_vectors,
+        w13_scale_inv=w13_scale_inv,
+        w2_scale_inv=w2_scale_inv,
     )
     return (
         hidden_states.new_empty(hidden_states.shape),
@@ -119,15 +130,16 @@ def _setup_context(
 ) -> None:
     ctx.implementation = keyword_only_inputs["implementation"]
     check_has_gradients(ctx.implementation)
-    *kept, _residual, constant_weight, constant_vectors = inputs
+    *kept, _residual, constant_weight, constant_vectors, w13_scale_inv, w2_scale_inv = inputs
+    check_frozen(inputs[6], inputs[7], w13_scale_inv)
     gate_up = output[1]
     ctx.mark_non_differentiable(gate_up)
-    ctx.save_for_backward(*kept, gate_up, constant_weight, constant_vectors)
+    ctx.save_for_backward(*kept, gate_up, w13_scale_inv, w2_scale_inv, constant_weight, constant_vectors)
 
 
 def _backward(ctx: Context, grad_out: Tensor | None, _grad_gate_up: None) -> tuple[Tensor | None, ...]:
     if grad_out is None:
-        return (None,) * 11
+        return (None,) * 13
     *kept, constant_weight, constant_vectors = ctx.saved_tensors
     needs = (*ctx.needs_input_grad, False, False, False)  # no entries for omitted arguments
     grad_hidden_states, grad_topk_weights, grad_zero_weight, grad_w13_weight, grad_w2_weight = (
@@ -155,6 +167,8 @@ def _backward(ctx: Context, grad_out: Tensor | None, _grad_gate_up: None) -> tup
         grad_out if needs[8] else None,
         grad_constant_weight,
         grad_constant_vectors,
+        None,
+        None,
     )
 
 
@@ -170,6 +184,8 @@ def _fused_moe_backward_fake(
     w13_weight: Tensor,
     w2_weight: Tensor,
     gate_up: Tensor,
+    w13_scale_inv: Tensor | None = None,
+    w2_scale_inv: Tensor | None = None,
     *,
     needs_hidden_states: bool = True,
     needs_w13_weight: bool = True,
@@ -188,6 +204,8 @@ def _fused_moe_backward_fake(
         w13_weight=w13_weight,
         w2_weight=w2_weight,
         gate_up=gate_up,
+        w13_scale_inv=w13_scale_inv,
+        w2_scale_inv=w2_scale_inv,
     )
     return (
         hidden_states.new_empty(hidden_states.shape if needs_hidden_states else (0,)),

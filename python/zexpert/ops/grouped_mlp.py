@@ -18,6 +18,8 @@ def grouped_mlp(
     row_slots: Tensor | None = None,
     top_k: int = 1,
     implementation: str = "auto",
+    w13_scale_inv: Tensor | None = None,
+    w2_scale_inv: Tensor | None = None,
 ) -> Tensor:
     """``(silu(x @ gate.T) * (x @ up.T)) @ down.T`` for every row x, with the weights of the row's expert.
 
@@ -26,8 +28,9 @@ def grouped_mlp(
     Args:
         rows: [M, H], any floating dtype, any strides; in the order of a DispatchPlan; with row_slots, tokens, [T, H].
         expert_offsets: [R + 1] int32, of the DispatchPlan: from 0, ascending, at most M.
-        w13_weight: [R, 2F, H], type of rows: gate rows first, then up. May be a slice of more experts.
-        w2_weight: [R, H, F], type of rows: down. May be a slice of more experts.
+        w13_weight: [R, 2F, H], type of rows, or float8_e4m3fn with scales: gate rows first, then up. May be a slice of
+            more experts.
+        w2_weight: [R, H, F], likewise: down.
         row_slots: [M] int32, of the DispatchPlan, or None. With it the result is that of
             ``moe_permute(rows, row_slots, expert_offsets, top_k)``, bit for bit: tokens are gathered expert by expert,
             and only the backward makes an [M, H] of them.
@@ -45,11 +48,15 @@ def grouped_mlp(
             fewer than 1024 experts. On compute capability 9 and 10 the host does not wait for the GPU.
 
             "torch": PyTorch's matrix product, expert by expert, on any device in any dtype. On a GPU the host waits for
-            the offsets, which a CUDA graph cannot capture.
+            the offsets, which a CUDA graph cannot capture. Quantised weights are converted to the type of rows first.
+        w13_scale_inv: [R, 2 * ceil(F / 128), ceil(H / 128)] float32 with float8_e4m3fn weights, else None: a weight's
+            value is itself times the scale of its block of 128 x 128. Gate's blocks first, then up's. Finite, not
+            negative.
+        w2_scale_inv: [R, ceil(H / 128), ceil(F / 128)] float32, likewise.
 
     Returns:
-        [M, H], type of rows. Rows past the last offset hold anything. Differentiable in rows and weights; the backward
-        of "auto" chooses again, without "hopper".
+        [M, H], type of rows. Rows past the last offset hold anything. Differentiable in rows, and in weights that are
+        not quantised; the backward of "auto" chooses again, without "hopper".
 
     Raises:
         RuntimeError: an argument has a wrong device, dtype or shape; the implementation cannot serve; where the host
@@ -58,7 +65,15 @@ def grouped_mlp(
     Source: SwiGLU experts, arXiv 2002.05202; grouped computation, MegaBlocks, arXiv 2211.15841.
     """
     out: Tensor = torch.ops.zexpert.grouped_mlp(
-        rows, expert_offsets, w13_weight, w2_weight, row_slots, top_k, implementation=implementation
+        rows,
+        expert_offsets,
+        w13_weight,
+        w2_weight,
+        row_slots,
+        top_k,
+        w13_scale_inv,
+        w2_scale_inv,
+        implementation=implementation,
     )
     return out
 
@@ -71,11 +86,20 @@ def _grouped_mlp_fake(
     w2_weight: Tensor,
     row_slots: Tensor | None = None,
     top_k: int = 1,
+    w13_scale_inv: Tensor | None = None,
+    w2_scale_inv: Tensor | None = None,
     *,
     implementation: str = "auto",
 ) -> Tensor:
     check_devices(
-        "rows", rows, expert_offsets=expert_offsets, w13_weight=w13_weight, w2_weight=w2_weight, row_slots=row_slots
+        "rows",
+        rows,
+        expert_offsets=expert_offsets,
+        w13_weight=w13_weight,
+        w2_weight=w2_weight,
+        row_slots=row_slots,
+        w13_scale_inv=w13_scale_inv,
+        w2_scale_inv=w2_scale_inv,
     )
     return rows.new_empty(((rows if row_slots is None else row_slots).size(0), rows.shape[1]))
 
@@ -111,25 +135,33 @@ def check_has_gradients(implementation: str) -> None:
         )
 
 
+def check_frozen(w13_weight: Tensor, w2_weight: Tensor, w13_scale_inv: Tensor | None) -> None:
+    """Raises RuntimeError if gradients of quantised weights are wanted."""
+    if w13_scale_inv is not None and (w13_weight.requires_grad or w2_weight.requires_grad):
+        name = "w13_weight" if w13_weight.requires_grad else "w2_weight"
+        raise RuntimeError(f"{name} must not require gradients: it is quantised, got requires_grad=True")
+
+
 def _setup_context(ctx: Context, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Tensor) -> None:
     ctx.implementation = keyword_only_inputs["implementation"]
     check_has_gradients(ctx.implementation)
-    rows, expert_offsets, w13_weight, w2_weight, row_slots, ctx.top_k = inputs
-    ctx.save_for_backward(rows, expert_offsets, w13_weight, w2_weight, row_slots)
+    rows, expert_offsets, w13_weight, w2_weight, row_slots, ctx.top_k, *scales = inputs
+    check_frozen(w13_weight, w2_weight, scales[0])
+    ctx.save_for_backward(rows, expert_offsets, w13_weight, w2_weight, row_slots, *scales)
 
 
 def _backward(ctx: Context, grad_out: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad_out is None:
-        return (None,) * 6
-    rows, expert_offsets, w13_weight, w2_weight, row_slots = ctx.saved_tensors
+        return (None,) * 8
+    rows, expert_offsets, w13_weight, w2_weight, row_slots, *scales = ctx.saved_tensors
     num_tokens = rows.shape[0]
     if row_slots is not None:
         rows = torch.ops.zexpert.moe_permute(rows, row_slots, expert_offsets, ctx.top_k)
-    saved = (rows, expert_offsets, w13_weight, w2_weight, None)
+    saved = (rows, expert_offsets, w13_weight, w2_weight, None, *scales)
     grad_rows, *others = _gradients(ctx, grad_out, saved, ctx.implementation)
     if row_slots is not None and grad_rows is not None:
         grad_rows = torch.ops.zexpert.moe_permute_backward(grad_rows, row_slots, expert_offsets, num_tokens, ctx.top_k)
-    return grad_rows, *others, None, None
+    return grad_rows, *others, None, None, None, None
 
 
 def _setup_context_with_gate_up(ctx: Context, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -173,6 +205,8 @@ def _grouped_mlp_backward_fake(
     w13_weight: Tensor,
     w2_weight: Tensor,
     gate_up: Tensor | None,
+    w13_scale_inv: Tensor | None = None,
+    w2_scale_inv: Tensor | None = None,
     *,
     needs_rows: bool = True,
     needs_w13_weight: bool = True,
@@ -187,6 +221,8 @@ def _grouped_mlp_backward_fake(
         w13_weight=w13_weight,
         w2_weight=w2_weight,
         gate_up=gate_up,
+        w13_scale_inv=w13_scale_inv,
+        w2_scale_inv=w2_scale_inv,
     )
     return (
         rows.new_empty(rows.shape if needs_rows else (0,)),

@@ -29,10 +29,25 @@ def router_logits(hidden_states: Tensor, weight: Tensor) -> Tensor:
 
 
 @register_fake("router_logits")
-def _router_logits_fake(hidden_states: Tensor, weight: Tensor) -> Tensor:
+def router_logits_fake(hidden_states: Tensor, weight: Tensor) -> Tensor:
     check_devices("hidden_states", hidden_states, weight=weight)
     shape = (*hidden_states.shape[:-1], weight.shape[0])
     return hidden_states.new_empty(shape, dtype=weight_dtype(hidden_states.dtype))
+
+
+def projection_gradients(
+    grad_logits: Tensor, hidden_states: Tensor, weight: Tensor, needs: tuple[bool, ...]
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of hidden states and weight, None for one that is not needed."""
+    dtype = weight_dtype(hidden_states.dtype)
+    grad_hidden_states = grad_weight = None
+    if needs[0]:
+        grad_hidden_states = (grad_logits @ weight.to(dtype)).to(hidden_states.dtype)
+    if needs[1]:
+        grad_rows = grad_logits.reshape(-1, weight.shape[0])
+        rows = hidden_states.reshape(-1, weight.shape[1]).to(dtype)
+        grad_weight = (grad_rows.t() @ rows).to(weight.dtype)
+    return grad_hidden_states, grad_weight
 
 
 def _setup_context(ctx: Context, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
@@ -43,15 +58,7 @@ def _backward(ctx: Context, grad_logits: Tensor | None) -> tuple[Tensor | None, 
     if grad_logits is None:
         return None, None
     hidden_states, weight = ctx.saved_tensors
-    dtype = weight_dtype(hidden_states.dtype)
-    grad_hidden_states = grad_weight = None
-    if ctx.needs_input_grad[0]:
-        grad_hidden_states = (grad_logits @ weight.to(dtype)).to(hidden_states.dtype)
-    if ctx.needs_input_grad[1]:
-        grad_rows = grad_logits.reshape(-1, weight.shape[0])
-        rows = hidden_states.reshape(-1, weight.shape[1]).to(dtype)
-        grad_weight = (grad_rows.t() @ rows).to(weight.dtype)
-    return grad_hidden_states, grad_weight
+    return projection_gradients(grad_logits, hidden_states, weight, ctx.needs_input_grad)
 
 
 register_autograd("router_logits", _setup_context, _backward)

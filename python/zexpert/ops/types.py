@@ -55,13 +55,14 @@ class ExpertWeights(NamedTuple):
     """Weights of a layer's R real experts and, if it has some, of its constant experts."""
 
     w13: Tensor
-    """[R, 2F, H]: gate rows first, then up rows, of each expert."""
+    """[R, 2F, H]: gate rows first, then up rows, of each expert. float8_e4m3fn with scales."""
     w2: Tensor
-    """[R, H, F]: down projection of each expert."""
+    """[R, H, F]: down projection of each expert. float8_e4m3fn with scales."""
     w13_scale_inv: Tensor | None = None
-    """Scales of quantised ``w13``. No operator accepts them: a runner that is given some raises ValueError."""
+    """[R, 2 * ceil(F / 128), ceil(H / 128)] float32: a weight's value is itself times the scale of its block of 128 x
+    128. Gate's blocks first, then up's. None for weights that are not quantised."""
     w2_scale_inv: Tensor | None = None
-    """Scales of quantised ``w2``, likewise."""
+    """[R, ceil(H / 128), ceil(F / 128)] float32: the scales of ``w2``; with those of ``w13``."""
     constants: ConstantExperts | None = None
     """None without constant experts."""
 

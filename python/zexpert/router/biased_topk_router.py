@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The base of routers that choose by the operator biased_topk."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,9 +25,13 @@ class BiasedTopKRouter(BaseRouter):
         See BaseRouter.
     """
 
+    __jit_ignored_attributes__ = ["_capture_fn", "_choice_taps", "_keywords", "spec"]  # noqa: RUF012
+
     def __init__(self, spec: RoutingSpec, **options: Any) -> None:
         super().__init__(spec, **options)
         self._keywords = self.arguments.keywords()
+        # Called with this router, the logits and the choices so far; see zexpert.choices.
+        self._choice_taps: tuple[Callable[[Any, Tensor, Tensor | None], Tensor | None], ...] = ()
         own = type(self)
         self._is_biased_topk: bool = (
             own.select_experts is BaseRouter.select_experts
@@ -57,8 +62,10 @@ class BiasedTopKRouter(BaseRouter):
     def _choose_and_plan(self, router_logits: Tensor) -> tuple[RoutingResult, DispatchPlan]:
         bias, indices_dtype = self.e_score_correction_bias, self._operator_indices_dtype()
         if not torch.jit.is_scripting():
-            if indices_dtype is None:
+            choices = self._tapped_choices(router_logits)
+            if indices_dtype is None and choices is None:
                 return self._choose_and_plan_with_few_keywords(router_logits, bias)
+            return choose_experts_and_plan(router_logits, bias, self.arguments, indices_dtype, choices)
         return choose_experts_and_plan(router_logits, bias, self.arguments, indices_dtype)
 
     @torch.jit.unused
@@ -69,9 +76,19 @@ class BiasedTopKRouter(BaseRouter):
         return RoutingResult(*results[:4]), DispatchPlan(*results[4:])
 
     def _compute_routing(self, hidden_states: Tensor, router_logits: Tensor) -> RoutingResult:
-        return choose_experts(
-            router_logits, self.e_score_correction_bias, self.arguments, self._operator_indices_dtype()
-        )
+        bias, indices_dtype = self.e_score_correction_bias, self._operator_indices_dtype()
+        if not torch.jit.is_scripting():
+            choices = self._tapped_choices(router_logits)
+            return choose_experts(router_logits, bias, self.arguments, indices_dtype, choices)
+        return choose_experts(router_logits, bias, self.arguments, indices_dtype)
+
+    @torch.jit.unused
+    def _tapped_choices(self, router_logits: Tensor) -> Tensor | None:
+        """The choices that replay_choices gives or record_choices sees; None outside of them."""
+        choices: Tensor | None = None
+        for tap in self._choice_taps:
+            choices = tap(self, router_logits, choices)
+        return choices
 
     def _operator_indices_dtype(self) -> torch.dtype | None:
         """The indices_dtype to pass to the operators; None for int32."""
@@ -82,3 +99,12 @@ class BiasedTopKRouter(BaseRouter):
             if torch.compiler.is_exporting():
                 return None
         return self.indices_dtype
+
+    def __prepare_scriptable__(self) -> "BiasedTopKRouter":
+        if len(self._choice_taps) > 0:
+            raise RuntimeError("a router cannot be scripted inside record_choices or replay_choices")
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy or a saved router is not recorded.
+        return {**self.__dict__, "_choice_taps": ()}

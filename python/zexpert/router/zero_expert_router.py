@@ -38,7 +38,11 @@ class ZeroExpertRouter(BiasedTopKRouter):
 
     routing_method_type = RoutingMethodType.ZERO_EXPERT
 
-    __jit_ignored_attributes__ = ["_capture_fn", "_keywords", "_last_routing", "spec", "zero_expert_output"]  # noqa: RUF012
+    __jit_ignored_attributes__ = [  # noqa: RUF012
+        *BiasedTopKRouter.__jit_ignored_attributes__,
+        "_last_routing",
+        "zero_expert_output",
+    ]
     __jit_unused_properties__ = ["zero_expert_output"]  # noqa: RUF012
 
     def __init__(
@@ -108,4 +112,4 @@ class ZeroExpertRouter(BiasedTopKRouter):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy or a saved router starts without the last routing's tensors.
-        return {**self.__dict__, "_last_routing": None}
+        return {**super().__getstate__(), "_last_routing": None}

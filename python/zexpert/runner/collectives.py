@@ -17,6 +17,8 @@ from zexpert.runner.expert_group import ExpertGroup
 Works: TypeAlias = "list[dist.Work]"
 #: Starts a collective for one tensor and returns its future result.
 Start: TypeAlias = Callable[[ExpertGroup, Works, Tensor], Tensor]
+#: Exchanges several tensors at once.
+Exchange: TypeAlias = Callable[..., tuple[Tensor, ...]]
 
 # The names before PyTorch 2.13.
 all_gather_single: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
@@ -73,11 +75,16 @@ class Collectives:
         """The tensors themselves, the same on every rank; their gradients are summed over the ranks."""
         return self._run(works, _identity, _all_reduce, *tensors)
 
-    def _run(self, works: Works, start: Start, start_backward: Start, *tensors: Tensor) -> tuple[Tensor, ...]:
-        self.link, *results = _Collective.apply(  # type: ignore[no-untyped-call]
-            start, start_backward, self.group, works, self.link, *tensors
-        )
+    def run(self, forward: Exchange, backward: Exchange, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """`forward` of the tensors as one node of the chain: `backward` turns the gradients of its results into those
+        of the tensors."""
+        self.link, *results = _Collective.apply(forward, backward, self.link, *tensors)  # type: ignore[no-untyped-call]
         return tuple(results)
+
+    def _run(self, works: Works, start: Start, start_backward: Start, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return self.run(
+            partial(_start_all, start, self.group, works), partial(_exchange_all, start_backward, self.group), *tensors
+        )
 
 
 def wait(group: ExpertGroup, works: Works) -> None:
@@ -93,26 +100,25 @@ class _Collective(torch.autograd.Function):
     """A collective for all its tensors, and another one for all their gradients."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        start: Start,
-        start_backward: Start,
-        group: ExpertGroup,
-        works: Works,
-        link: Tensor,
-        *tensors: Tensor,
-    ) -> tuple[Tensor, ...]:
-        ctx.start_backward, ctx.group = start_backward, group
-        return (torch.empty_like(link), *(start(group, works, tensor) for tensor in tensors))
+    def forward(ctx: Any, forward: Exchange, backward: Exchange, link: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.backward_exchange = backward
+        return (torch.empty_like(link), *forward(*tensors))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_link: Tensor, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        works: Works = []
-        results = [ctx.start_backward(ctx.group, works, grad) for grad in grads]
-        wait(ctx.group, works)
-        narrow = (result.to(grad.dtype) for result, grad in zip(results, grads, strict=True))
-        return None, None, None, None, grad_link, *narrow
+        return None, None, grad_link, *ctx.backward_exchange(*grads)
+
+
+def _start_all(start: Start, group: ExpertGroup, works: Works, *tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(start(group, works, tensor) for tensor in tensors)
+
+
+def _exchange_all(start: Start, group: ExpertGroup, *tensors: Tensor) -> tuple[Tensor, ...]:
+    works: Works = []
+    results = _start_all(start, group, works, *tensors)
+    wait(group, works)
+    return tuple(result.to(tensor.dtype) for result, tensor in zip(results, tensors, strict=True))
 
 
 # ---- One tensor each ----

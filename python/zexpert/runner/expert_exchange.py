@@ -8,7 +8,10 @@ nothing.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -18,6 +21,7 @@ from torch.nn import functional as F
 from zexpert.ops.types import DispatchPlan, RoutingResult
 from zexpert.runner.collectives import Collectives, Works, wait
 from zexpert.runner.expert_group import ExpertGroup
+from zexpert.runner.shared_memory import SharedMemory, shared_memories, shared_memory
 
 
 @dataclass
@@ -47,7 +51,13 @@ class Batch:
 
     Attributes:
         lost_rows: 0-dimensional, rows that had no room; None where all have room.
+        validity: [1], 1, or NaN if a rank did not come: to multiply with what other ranks sent; None where it raises.
+        sums_rows: whether the caller must call start_combine_rows instead of start_combine.
     """
+
+    lost_rows: Tensor | None = None
+    validity: Tensor | None = None
+    sums_rows = False
 
     def __init__(
         self, exchange: Exchange, collectives: Collectives, hidden_states: Tensor, routing: RoutingResult
@@ -59,7 +69,6 @@ class Batch:
         self.works: Works = []
         self.rows: Tensor
         self.slots: Tensor
-        self.lost_rows: Tensor | None = None
         self.prepare()
 
     def prepare(self) -> None:
@@ -74,6 +83,12 @@ class Batch:
         """Starts to send the tokens to their experts."""
         raise NotImplementedError
 
+    @contextmanager
+    def beside_dispatch(self) -> Iterator[None]:
+        """Inside it the caller computes what does not depend on the exchange. Results are valid after
+        finish_combine."""
+        yield
+
     def finish_dispatch(self) -> DispatchedTokens:
         """Waits for the tokens of the other ranks."""
         wait(self.exchange.group, self.works)
@@ -81,6 +96,10 @@ class Batch:
 
     def start_combine(self, summed: Tensor) -> None:
         """Starts to send the experts' weighted sums [M, H], one for each dispatched row, back."""
+        raise NotImplementedError
+
+    def start_combine_rows(self, rows: Tensor, slot_rows: Tensor, topk_weights: Tensor) -> None:
+        """The same from the experts' rows, of which slot_rows [M, K] names those of each dispatched row."""
         raise NotImplementedError
 
     def finish_combine(self) -> tuple[Tensor, Tensor]:
@@ -104,6 +123,9 @@ class Exchange:
     def batches(self, hidden_states: Tensor, routing: RoutingResult) -> list[Batch]:
         """The batches that exchange all tokens: as many on every rank."""
         raise NotImplementedError
+
+    def check(self) -> None:
+        """Raises RuntimeError if an exchange for which the host did not wait has failed."""
 
     def pack(self, routing: RoutingResult, num_empty: int = 0) -> Tensor:
         """[T + num_empty, 2K]: weights and, as bits of the same dtype, ids: one tensor to send, which carries the
@@ -311,6 +333,254 @@ class AllGatherBatch(Batch):
         wait(self.exchange.group, self.works)
         slot_rows = torch.arange(self.num_tokens, dtype=torch.int32, device=self.rows.device).unsqueeze(1)
         return self.rows[: self.num_tokens].to(self.hidden_states.dtype), slot_rows
+
+
+class SymmetricExchange(Exchange):
+    """Kernels write rows into the memory of the rank that needs them: no collective, and the host does not wait, so a
+    CUDA graph captures it. The order of sums is fixed.
+
+    Args:
+        max_tokens: most tokens of a rank; every rank has room for as many from each.
+        chunk_size: most tokens in a batch; None for all. The rows of one batch travel while the experts work on the one
+            before. As many batches as max_tokens needs, on every rank.
+    """
+
+    def __init__(
+        self, group: ExpertGroup, num_local_experts: int, max_tokens: int, chunk_size: int | None = None
+    ) -> None:
+        super().__init__(group, num_local_experts)
+        self.max_tokens = max_tokens
+        self.chunk_size = max_tokens if chunk_size is None else min(chunk_size, max_tokens)
+        self.num_chunks = -(-max_tokens // self.chunk_size)
+
+    def batches(self, hidden_states: Tensor, routing: RoutingResult) -> list[Batch]:
+        check_max_tokens(hidden_states, self.max_tokens)
+        collectives = Collectives(self.group, hidden_states.device)
+        if self.num_chunks == 1:
+            return [SymmetricBatch(self, collectives, hidden_states, routing, 0)]
+        chunks = [slice(i * self.chunk_size, (i + 1) * self.chunk_size) for i in range(self.num_chunks)]
+        return [
+            SymmetricBatch(
+                self, collectives, hidden_states[chunk], RoutingResult(*(tensor[chunk] for tensor in routing)), i
+            )
+            for i, chunk in enumerate(chunks)
+        ]
+
+    def memory(self, hidden_states: Tensor, top_k: int, chunk: int) -> SharedMemory:
+        """The memory for a chunk of tokens like these, if no rank failed to come when it was last used."""
+        # The chunk before is with its experts, and the sums of the one before that may not have been read.
+        num_lanes = 3
+        memory = shared_memory(
+            self.group,
+            hidden_states.device,
+            hidden_states.dtype,
+            self.chunk_size,
+            hidden_states.size(1),
+            top_k,
+            chunk % num_lanes,
+        )
+        memory.check()
+        return memory
+
+    def check(self) -> None:
+        for memory in shared_memories(self.group):
+            if memory.validity.is_cuda:
+                torch.cuda.synchronize(memory.validity.device)
+            memory.check()
+
+
+@dataclass
+class Places:
+    """Where the rows of a batch are.
+
+    Attributes:
+        slot_rows: [T, P], the rows of each token, rank by rank; -1 where it was not sent.
+        row_tokens: [P, M], the inverse.
+        ids: [P * M, K], experts of the rows that came; -1 in places without a row.
+    """
+
+    slot_rows: Tensor
+    row_tokens: Tensor
+    ids: Tensor
+
+
+#: Multiprocessors of a GPU that send rows while the others multiply: enough for NVLink.
+SENDING_MULTIPROCESSORS = 32
+
+
+class SymmetricBatch(Batch):
+    """See SymmetricExchange. Without gradients the experts read what other ranks wrote where it is, and on a GPU a side
+    stream works meanwhile: for shared experts, and for all chunks but the first one's dispatch and the last one's
+    combine, beside which no experts work.
+
+    Args:
+        chunk: its place in the batches.
+    """
+
+    exchange: SymmetricExchange
+
+    def __init__(
+        self,
+        exchange: SymmetricExchange,
+        collectives: Collectives,
+        hidden_states: Tensor,
+        routing: RoutingResult,
+        chunk: int,
+    ) -> None:
+        self.chunk = chunk
+        super().__init__(exchange, collectives, hidden_states, routing)
+
+    def prepare(self) -> None:
+        self.memory = self.exchange.memory(self.hidden_states, self.routing.topk_ids.size(1), self.chunk)
+        self.validity = self.memory.validity
+        self.sums_rows = not torch.is_grad_enabled()
+        self.has_side_stream = self.sums_rows and self.hidden_states.is_cuda
+        self.beside: list[torch.cuda.Event] = []  # what runs on the side stream
+        self.kept: tuple[Tensor, ...] = ()  # what it reads
+        if self.has_side_stream:
+            self.side_stream = self.exchange.memory(self.hidden_states, self.routing.topk_ids.size(1), 0).side_stream
+            self.inputs_ready = self.now()
+
+    @contextmanager
+    def on_side_stream(self, after: torch.cuda.Event) -> Iterator[None]:
+        """Inside it work goes to the side stream, and starts after the event. Everything that the side stream reads or
+        frees was used before an event that it waits for, so memory needs no other care."""
+        self.side_stream.wait_event(after)
+        with torch.cuda.stream(self.side_stream):
+            yield
+            self.beside.append(self.side_stream.record_event())
+
+    def wait_for_side_stream(self) -> None:
+        for event in self.beside:
+            torch.cuda.current_stream(self.hidden_states.device).wait_event(event)
+        self.beside.clear()
+        self.kept = ()
+
+    def now(self) -> torch.cuda.Event:
+        """All work on the current stream so far."""
+        event: torch.cuda.Event = torch.cuda.current_stream(self.hidden_states.device).record_event()
+        return event
+
+    def start_dispatch(self) -> None:
+        if self.has_side_stream and self.chunk > 0:
+            with self.on_side_stream(self.now()):
+                self.dispatch(SENDING_MULTIPROCESSORS)
+        else:
+            self.dispatch()
+
+    def dispatch(self, most_multiprocessors: int = 0) -> None:
+        """Writes the tokens into other ranks' memory."""
+        memory, routing = self.memory, self.routing
+        slot_rows, row_tokens = memory.dispatch(
+            self.hidden_states.detach(),
+            routing.topk_ids,
+            routing.topk_weights.detach(),
+            self.exchange.num_local_experts,
+            most_multiprocessors,
+        )
+        self.places = Places(slot_rows, row_tokens, memory.own(memory.ids))
+
+    @contextmanager
+    def beside_dispatch(self) -> Iterator[None]:
+        # The stream waits for the other ranks' rows. What it would compute meanwhile runs on the other one.
+        if self.has_side_stream:
+            with self.on_side_stream(self.inputs_ready):
+                yield
+        else:
+            yield
+
+    def finish_dispatch(self) -> DispatchedTokens:
+        memory, places = self.memory, self.places
+        if self.sums_rows:
+            if self.chunk > 0:
+                self.wait_for_side_stream()
+            memory.barrier()
+            self.rows, weights = memory.own(memory.rows), memory.own(memory.weights)
+        else:
+            self.rows, weights = self.collectives.run(
+                partial(_receive_tokens, memory, places),
+                partial(_return_token_gradients, memory, places),
+                self.hidden_states,
+                self.routing.topk_weights,
+            )
+        num_rows = weights.size(0)
+        routing = RoutingResult(weights, places.ids, weights.new_zeros(num_rows), weights.new_zeros(num_rows, 0))
+        return DispatchedTokens(self.rows, routing, None)
+
+    def start_combine(self, summed: Tensor) -> None:
+        if self.sums_rows:
+            self.memory.combine(summed, _own_places(self.places.ids), None, self.memory.sums)
+            return
+        (self.rows,) = self.collectives.run(
+            partial(_return_sums, self.memory, self.places),
+            partial(_send_sum_gradients, self.memory, self.places),
+            summed,
+        )
+
+    def start_combine_rows(self, rows: Tensor, slot_rows: Tensor, topk_weights: Tensor) -> None:
+        memory = self.memory
+        if self.has_side_stream and self.chunk < self.exchange.num_chunks - 1:
+            self.kept = (rows, slot_rows, topk_weights)
+            with self.on_side_stream(self.now()):
+                memory.combine(rows, slot_rows, topk_weights, memory.sums, SENDING_MULTIPROCESSORS)
+        else:
+            memory.combine(rows, slot_rows, topk_weights, memory.sums)
+
+    def finish_combine(self) -> tuple[Tensor, Tensor]:
+        if self.sums_rows:
+            self.wait_for_side_stream()
+            self.memory.barrier()
+            self.rows = self.memory.own(self.memory.sums)
+        return self.rows, self.places.slot_rows
+
+
+# ---- Steps of SymmetricBatch with gradients ----
+# What came is copied out of the shared memory: the next exchange overwrites it, and the backward needs it.
+
+
+def _own_places(tokens_or_ids: Tensor) -> Tensor:
+    """[P * M, 1]: the row itself for places with a row, of which `tokens_or_ids` has an entry that is not -1."""
+    rows = torch.arange(tokens_or_ids.size(0), dtype=torch.int32, device=tokens_or_ids.device)
+    return torch.where((tokens_or_ids >= 0).any(dim=1), rows, -1).unsqueeze(1)
+
+
+def _receive_tokens(memory: SharedMemory, places: Places, *_sent: Tensor) -> tuple[Tensor, ...]:
+    memory.barrier()
+    places.ids = places.ids.clone()
+    return memory.received(memory.rows), memory.received(memory.weights)
+
+
+def _return_token_gradients(
+    memory: SharedMemory, places: Places, grad_rows: Tensor, grad_weights: Tensor
+) -> tuple[Tensor, ...]:
+    own_places = _own_places(places.ids)
+    memory.combine(grad_rows, own_places, None, memory.sums)
+    memory.combine(grad_weights, own_places, None, memory.weight_sums)
+    memory.barrier()
+    return _sum_of_ranks(memory, places, memory.sums), _sum_of_ranks(memory, places, memory.weight_sums)
+
+
+def _return_sums(memory: SharedMemory, places: Places, summed: Tensor) -> tuple[Tensor, ...]:
+    memory.combine(summed, _own_places(places.ids), None, memory.sums)
+    memory.barrier()
+    return (memory.received(memory.sums),)
+
+
+def _send_sum_gradients(memory: SharedMemory, places: Places, grad_sums: Tensor) -> tuple[Tensor, ...]:
+    memory.combine(grad_sums, _own_places(places.row_tokens.flatten().unsqueeze(1)), None, memory.rows)
+    memory.barrier()
+    return (memory.received(memory.rows),)
+
+
+def _sum_of_ranks(memory: SharedMemory, places: Places, arrays: list[Tensor]) -> Tensor:
+    """[T, H]: the sum of each token's rows in the order of ranks."""
+    rows, slot_rows = memory.own(arrays), places.slot_rows
+    weights = memory.validity.to(memory.weights[0].dtype).expand(slot_rows.size())
+    nothing = rows.new_zeros(1, 1).expand(slot_rows.size(0), rows.size(1))
+    summed: Tensor = torch.ops.zexpert.moe_finalize(
+        rows, slot_rows, weights, nothing, weights.new_zeros(slot_rows.size(0))
+    )
+    return summed
 
 
 def check_max_tokens(hidden_states: Tensor, max_tokens: int) -> None:

@@ -5,14 +5,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from datetime import timedelta
+from typing import TYPE_CHECKING, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
+
+T = TypeVar("T")
 
 
 class ExpertGroup:
@@ -74,11 +78,22 @@ class ExpertGroup:
             mesh = self._meshes[shard.device.type] = DeviceMesh.from_group(self.process_group, shard.device.type)
         return DTensor.from_local(shard, mesh, [Shard(dim)], run_check=False)
 
+    def timeout(self, device: torch.device) -> timedelta:
+        """How long the group's collectives on the device wait for a rank."""
+        backend = self.process_group._get_backend(device)
+        timeout: timedelta = backend.options._timeout
+        return timeout
+
+    def gather_objects(self, value: T) -> list[T]:
+        """What each rank calls this with. The host waits."""
+        of_ranks = [value] * self.size
+        with self.exchanging():
+            dist.all_gather_object(of_ranks, value, group=self.process_group)
+        return of_ranks
+
     def require_agreement(self, **settings: object) -> None:
         """Raises ValueError on every rank unless all ranks call this with the same values. The host waits."""
-        of_ranks: list[dict[str, object]] = [{}] * self.size
-        with self.exchanging():
-            dist.all_gather_object(of_ranks, settings, group=self.process_group)
+        of_ranks = self.gather_objects(settings)
         for name, first in of_ranks[0].items():
             for rank, others in enumerate(of_ranks):
                 if others.get(name) != first:

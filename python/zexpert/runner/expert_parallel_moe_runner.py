@@ -19,6 +19,7 @@ from zexpert.runner.expert_exchange import (
     Exchange,
     FixedExchange,
     RaggedExchange,
+    SymmetricExchange,
 )
 from zexpert.runner.expert_group import ExpertGroup
 from zexpert.runner.placement import ExpertParallelPlacement
@@ -27,6 +28,11 @@ from zexpert.runner.sharded_moe_runner import ShardedMoERunner
 if TYPE_CHECKING:
     import torch.distributed as dist
     from torch.distributed.device_mesh import DeviceMesh
+
+#: What the operators of the exchange "symmetric" accept.
+MOST_SHARING_RANKS = 64
+#: Bytes of token rows for which there is room without knowing how many come. For more, the host waits to know.
+LARGEST_ROWS = 2**32
 
 
 class ExpertParallelMoERunner(ShardedMoERunner):
@@ -52,8 +58,8 @@ class ExpertParallelMoERunner(ShardedMoERunner):
         num_experts: E, experts of all ranks: the router's, or with an expert map the physical ones. Rank p holds those
             from p * E / P on.
         group: the ranks: a torch.distributed.ProcessGroup, or a DeviceMesh of one dimension.
-        chunk_size: most tokens to exchange at a time, by the "ragged" exchange: rows of one chunk are exchanged while
-            the experts work on the chunk before. None for all.
+        chunk_size: most tokens to exchange at a time, by the exchanges "ragged" and "symmetric": rows of one chunk are
+            exchanged while the experts work on the chunk before. None for all.
         The others are MoERunner's.
 
     Attributes:
@@ -89,7 +95,7 @@ class ExpertParallelMoERunner(ShardedMoERunner):
         self.num_local_experts = num_experts // self.group.size
         self.placement = ExpertParallelPlacement(self.group, router, num_experts)
         self.chunk_size = chunk_size
-        self.lost_rows = torch.zeros((), dtype=torch.int64)
+        self.lost_rows = torch.zeros((), dtype=torch.int64, device="cpu")  # also of a layer made on another device
         self.use_exchange("ragged")
 
     def use_exchange(self, name: str, max_tokens: int | None = None, capacity: int | None = None) -> None:
@@ -101,6 +107,15 @@ class ExpertParallelMoERunner(ShardedMoERunner):
             it.
         "all_gather": every rank gathers max_tokens rows of every rank, and a reduce-scatter in float32 adds up the
             results; the library chooses the order. The fewest steps, for few tokens; a CUDA graph captures it.
+        "symmetric": kernels write exactly the rows there are into the memory of other ranks, in places known
+            beforehand. No collective, and the host does not wait; a CUDA graph captures it. For GPUs connected by
+            NVLink, and CPUs of one host. The ranks allocate the memory, 2 * P * max_tokens rows on each, at the first
+            call; all layers of the group that need the same use it in turn, so they must run on one stream. If a rank
+            does not come within the process group's timeout, outputs on a GPU are NaN, and the next call and
+            check_overflow raise RuntimeError.
+
+        Without "ragged" the experts have room for top_k slots of each row that may come. Where that is more than 4 GiB,
+        the host waits once to learn how many come, unless a CUDA graph is being captured.
 
         A token sends a rank one row at most, so a capacity of max_tokens, the default, is always enough. A smaller one
         sends less, and can be too small for a routing. No token is then silently wrong: on the CPU forward raises
@@ -108,7 +123,7 @@ class ExpertParallelMoERunner(ShardedMoERunner):
         concerned are NaN and check_overflow raises.
 
         Args:
-            name: "ragged", "fixed" or "all_gather".
+            name: "ragged", "fixed", "all_gather" or "symmetric".
             max_tokens: most tokens of any rank; required except for "ragged".
             capacity: rows from each rank to each, at most max_tokens; for "fixed".
 
@@ -123,9 +138,10 @@ class ExpertParallelMoERunner(ShardedMoERunner):
             "ragged": ("chunk_size",),
             "fixed": ("max_tokens", "capacity"),
             "all_gather": ("max_tokens",),
+            "symmetric": ("max_tokens", "chunk_size"),
         }.get(str(name))
         if allowed is None:
-            raise ValueError(f'name must be "ragged", "fixed" or "all_gather", got {name!r}')
+            raise ValueError(f'name must be "ragged", "fixed", "all_gather" or "symmetric", got {name!r}')
         for argument, bound in {**bounds, "chunk_size": self.chunk_size}.items():
             if bound is not None and argument not in allowed:
                 raise ValueError(f'{argument} must be None with the exchange "{name}", got {bound}')
@@ -140,6 +156,13 @@ class ExpertParallelMoERunner(ShardedMoERunner):
                 raise ValueError(f"capacity must be at most max_tokens ({max_tokens}), got {capacity}")
             if name == "fixed":
                 exchange = FixedExchange(self.group, self.num_local_experts, max_tokens, capacity)
+            elif name == "symmetric":
+                if self.group.size > MOST_SHARING_RANKS:
+                    raise ValueError(
+                        f'the ranks must be at most {MOST_SHARING_RANKS} with the exchange "symmetric", '
+                        f"got {self.group.size}"
+                    )
+                exchange = SymmetricExchange(self.group, self.num_local_experts, max_tokens, self.chunk_size)
             else:
                 exchange = AllGatherExchange(self.group, self.num_local_experts, max_tokens)
         self.exchange = exchange
@@ -148,9 +171,10 @@ class ExpertParallelMoERunner(ShardedMoERunner):
         self._agreed = False
 
     def check_overflow(self) -> None:
-        """Raises RuntimeError if rows of this rank had no room since the last check, and forgets them. Waits for the
-        device: call it where you read results anyway."""
+        """Raises RuntimeError if rows of this rank had no room since the last check, and forgets them, or if a rank did
+        not come in time to an exchange "symmetric". Waits for the device: call it where you read results anyway."""
         lost_rows = int(self.lost_rows)
+        self.exchange.check()
         if lost_rows > 0:
             self.lost_rows.zero_()
             raise RuntimeError(
@@ -176,7 +200,10 @@ class ExpertParallelMoERunner(ShardedMoERunner):
 
         batches = deque(self.exchange.batches(hidden_states, routing))
         batches[0].start_dispatch()
-        residual = self._shared_experts_output(hidden_states)
+        residual: Tensor | None = None
+        if self.shared_experts is not None:
+            with batches[0].beside_dispatch():
+                residual = self._shared_experts_output(hidden_states)
         residuals = iter([None] * len(batches) if residual is None else residual.split([b.num_tokens for b in batches]))
         outputs: list[Tensor] = []
         combining: Batch | None = None
@@ -186,7 +213,7 @@ class ExpertParallelMoERunner(ShardedMoERunner):
             # next.
             if batches:
                 batches[0].start_dispatch()
-            batch.start_combine(self._local_experts(batch.finish_dispatch(), weights))
+            self._start_combine(batch, batch.finish_dispatch(), weights)
             if combining is not None:
                 outputs.append(self._output(combining, next(residuals), weights))
             combining = batch  # the one before is released, with its rows
@@ -194,18 +221,39 @@ class ExpertParallelMoERunner(ShardedMoERunner):
         outputs.append(self._output(combining, next(residuals), weights))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
+    def _start_combine(self, batch: Batch, tokens: DispatchedTokens, weights: ExpertWeights) -> None:
+        """Runs this rank's experts and starts to send their weighted sums back."""
+        if batch.sums_rows and not self.experts.reduces:
+            plan, own = self._local_plan(tokens, weights)
+            rows = self.experts(tokens.hidden_states, tokens.routing, plan, own)
+            batch.start_combine_rows(rows, plan.slot_rows, tokens.routing.topk_weights)
+        else:
+            batch.start_combine(self._local_experts(tokens, weights))
+
     def _local_experts(self, tokens: DispatchedTokens, weights: ExpertWeights) -> Tensor:
         """[M, H]: weighted sums over this rank's experts."""
-        plan = DispatchPlan(*torch.ops.zexpert.moe_plan(tokens.routing.topk_ids, weights.w13.size(0)))
-        if tokens.num_slots is not None:
-            # Other ranks do the work of most slots: no memory for those.
-            plan = plan._replace(row_slots=plan.row_slots[: tokens.num_slots])
-        own = ExpertWeights(weights.w13, weights.w2)
+        plan, own = self._local_plan(tokens, weights)
         return self._experts_and_epilogue(tokens.hidden_states, tokens.routing, plan, own, None)
+
+    def _local_plan(self, tokens: DispatchedTokens, weights: ExpertWeights) -> tuple[DispatchPlan, ExpertWeights]:
+        """The plan of this rank's experts, and their weights."""
+        plan = DispatchPlan(*torch.ops.zexpert.moe_plan(tokens.routing.topk_ids, weights.w13.size(0)))
+        num_slots = tokens.num_slots
+        if num_slots is None:
+            row_bytes = tokens.hidden_states.size(1) * tokens.hidden_states.element_size()
+            is_large = plan.row_slots.numel() * row_bytes > LARGEST_ROWS
+            if is_large and not (plan.row_slots.is_cuda and torch.cuda.is_current_stream_capturing()):
+                num_slots = int(plan.expert_offsets[-1])
+        if num_slots is not None:
+            # Other ranks do the work of most slots: no memory for those.
+            plan = plan._replace(row_slots=plan.row_slots[:num_slots])
+        return plan, weights._replace(constants=None)
 
     def _output(self, batch: Batch, residual: Tensor | None, weights: ExpertWeights) -> Tensor:
         rows, slot_rows = batch.finish_combine()
         ones = torch.ones_like(slot_rows, dtype=batch.routing.zero_weight.dtype)
+        if batch.validity is not None:
+            ones = batch.validity.to(ones.dtype).expand(slot_rows.size())
         out = self._finalize(rows, slot_rows, ones, batch.hidden_states, batch.routing, residual, weights.constants)
         if batch.lost_rows is not None:
             if self.lost_rows.device != batch.lost_rows.device:

@@ -13,8 +13,8 @@ class MoERunnerBase(MoERunner):
     """The path that all runners share. See MoERunner for arguments and formula.
 
     Raises, from forward:
-        ValueError: if hidden_states and the weights differ in dtype or hidden size, the weights have scales, which no
-            operator accepts, constant experts lack their weights, or shared_experts returns another shape than its
+        ValueError: if hidden_states and the weights differ in hidden size or, without scales, in dtype, only one weight
+            has scales, constant experts lack their weights, or shared_experts returns another shape than its
             argument's.
     """
 
@@ -48,14 +48,22 @@ class MoERunnerBase(MoERunner):
 
     def _check_weights(self, hidden_states: Tensor, weights: ExpertWeights) -> None:
         w13 = weights.w13
-        if hidden_states.dtype != w13.dtype:
+        is_quantised = weights.w13_scale_inv is not None
+        if is_quantised:
+            if not hidden_states.is_floating_point() or hidden_states.element_size() < 2:
+                raise ValueError(
+                    f"hidden_states must be float32, float64, bfloat16 or float16, got {hidden_states.dtype}"
+                )
+        elif w13.is_floating_point() and w13.element_size() < 2:
+            raise ValueError(f"w13_scale_inv must be given with {w13.dtype} weights, whose values need a scale")
+        elif hidden_states.dtype != w13.dtype:
             raise ValueError(f"hidden_states must be of the weights' dtype ({w13.dtype}), got {hidden_states.dtype}")
         if hidden_states.size(-1) != w13.size(2):
             raise ValueError(
                 f"hidden_states must have the weights' hidden size ({w13.size(2)}), got {hidden_states.size(-1)}"
             )
-        if weights.w13_scale_inv is not None or weights.w2_scale_inv is not None:
-            raise ValueError("w13_scale_inv and w2_scale_inv must be None: no operator accepts quantised experts")
+        if is_quantised != (weights.w2_scale_inv is not None):
+            raise ValueError("w13_scale_inv and w2_scale_inv must be given both or neither")
 
     def _in_dtype_for(self, hidden_states: Tensor, routing: RoutingResult) -> RoutingResult:
         """The routing with weights in the dtype that operators accept with hidden_states."""

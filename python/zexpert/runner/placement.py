@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from zexpert.ops.quantize_blockwise import SCALE_BLOCK, num_scale_blocks
+
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
@@ -15,12 +17,15 @@ if TYPE_CHECKING:
     from zexpert.runner.expert_group import ExpertGroup
 
 EXPERT_WEIGHTS = ("w13_weight", "w2_weight")
+EXPERT_SCALES = ("w13_weight_scale_inv", "w2_weight_scale_inv")
+"""Of quantised weights."""
 
 
 class WholeExperts:
     """All experts, whole: one process, or ranks that hold copies.
 
-    A layer calls `place` first. `name` is one of EXPERT_WEIGHTS in all methods.
+    A layer calls `place` first. `name` is one of EXPERT_WEIGHTS in all methods, and after `place_scales` also one of
+    EXPERT_SCALES.
     """
 
     def __init__(self) -> None:
@@ -32,6 +37,17 @@ class WholeExperts:
             "w13_weight": (num_experts, 2 * intermediate_size, hidden_size),
             "w2_weight": (num_experts, hidden_size, intermediate_size),
         }
+
+    def check_blocks(self) -> None:
+        """Raises ValueError if the parts of processes cut blocks that share a scale."""
+
+    def place_scales(self) -> None:
+        """Sets the sizes of the scales: the weights are quantised. Raises ValueError as check_blocks does."""
+        self.check_blocks()
+        num_experts, hidden_size, intermediate_size = self.whole_shapes["w2_weight"]
+        hidden_blocks, inner_blocks = num_scale_blocks(hidden_size), num_scale_blocks(intermediate_size)
+        self.whole_shapes["w13_weight_scale_inv"] = (num_experts, 2 * inner_blocks, hidden_blocks)
+        self.whole_shapes["w2_weight_scale_inv"] = (num_experts, hidden_blocks, inner_blocks)
 
     def local_shape(self, name: str) -> tuple[int, ...]:
         """The shape of this process's weight."""
@@ -113,8 +129,10 @@ class ShardedExperts(WholeExperts):
         return shapes if shapes[0] != shapes[1] else shapes[:1]
 
     def whole(self, name: str, weight: Tensor) -> Tensor:
-        gathered: Tensor = self.sharded(name, weight).full_tensor()
-        return gathered.flatten(1, -2)
+        # Not every backend exchanges float8.
+        bytes_of_float8 = weight.view(torch.uint8) if weight.element_size() == 1 else weight
+        gathered: Tensor = self.sharded(name, bytes_of_float8).full_tensor()
+        return gathered.flatten(1, -2).view(weight.dtype)
 
     def own_part(self, name: str, weight: Tensor, given: Tensor) -> Tensor:
         """What load_state_dict copies into this process's weight: of a DTensor and of all experts, this rank's part."""
@@ -136,14 +154,14 @@ class ShardedExperts(WholeExperts):
 
 def shard_state_dict(layer: Any, state_dict: dict[str, Any], prefix: str, _: object) -> None:
     """Post-hook of state_dict: weights as DTensors, of which each rank holds its own part."""
-    for name in EXPERT_WEIGHTS:
+    for name in layer.placement.whole_shapes:
         if isinstance(state_dict.get(prefix + name), Tensor):
             state_dict[prefix + name] = layer.placement.sharded(name, state_dict[prefix + name])
 
 
 def take_own_part(layer: Any, state_dict: dict[str, Any], prefix: str, *_: object) -> None:
     """Pre-hook of load_state_dict: this rank's part replaces DTensors and the weights of all experts."""
-    for name in EXPERT_WEIGHTS:
+    for name in layer.placement.whole_shapes:
         if isinstance(state_dict.get(prefix + name), Tensor):
             weight = layer.get_parameter(name)
             state_dict[prefix + name] = layer.placement.own_part(name, weight, state_dict[prefix + name])
@@ -193,28 +211,41 @@ class TensorParallelPlacement(ShardedExperts):
         super().__init__(group)
         self.local_intermediate_size = local_intermediate_size
 
+    def check_blocks(self) -> None:
+        if self.group.size > 1 and self.local_intermediate_size % SCALE_BLOCK != 0:
+            raise ValueError(
+                f"intermediate_size must be a multiple of {SCALE_BLOCK} for each rank of tensor_parallel_group with "
+                f"quantised weights, which have blocks of {SCALE_BLOCK} with one scale, got "
+                f"{self.local_intermediate_size} for each of {self.group.size}"
+            )
+
     def local_shape(self, name: str) -> tuple[int, ...]:
         num_experts, rows, columns = self.whole_shapes[name]
-        if name == "w2_weight":
-            return num_experts, rows, self.local_intermediate_size
-        return num_experts, 2 * self.local_intermediate_size, columns
+        if self.cuts_columns(name):
+            return num_experts, rows, columns // self.group.size
+        return num_experts, rows // self.group.size, columns
+
+    def cuts_columns(self, name: str) -> bool:
+        """True for w2_weight and its scales, whose columns are cut; those of w13_weight are cut in their rows."""
+        return name.startswith("w2_")
 
     def own_slice(self, name: str, experts: Tensor) -> Tensor:
-        begin = self.group.rank * self.local_intermediate_size
-        if name == "w2_weight":
-            return experts.narrow(-1, begin, self.local_intermediate_size)
-        if experts.size(-2) == self.whole_shapes["w2_weight"][-1]:
-            return experts.narrow(-2, begin, self.local_intermediate_size)
-        gate_up = experts.unflatten(-2, (2, -1)).narrow(-2, begin, self.local_intermediate_size)
+        _, rows, columns = self.local_shape(name)
+        if self.cuts_columns(name):
+            return experts.narrow(-1, self.group.rank * columns, columns)
+        size = rows // 2  # of gate, and of up
+        if experts.size(-2) == size * self.group.size:
+            return experts.narrow(-2, self.group.rank * size, size)
+        gate_up = experts.unflatten(-2, (2, -1)).narrow(-2, self.group.rank * size, size)
         own: Tensor = gate_up.flatten(-3, -2)
         return own
 
     def saved_shape(self, name: str) -> list[int]:
         num_experts, rows, columns = self.whole_shapes[name]
-        return [num_experts, rows, columns] if name == "w2_weight" else [num_experts, 2, rows // 2, columns]
+        return [num_experts, rows, columns] if self.cuts_columns(name) else [num_experts, 2, rows // 2, columns]
 
     def sharded(self, name: str, shard: Tensor) -> DTensor:
         """w2_weight as [R, H, F], w13_weight as [R, 2, F, H], gate and up: the cut dimension is whole in these."""
-        if name == "w2_weight":
+        if self.cuts_columns(name):
             return self.group.as_sharded(shard, dim=2)
         return self.group.as_sharded(shard.unflatten(1, (2, -1)), dim=2)

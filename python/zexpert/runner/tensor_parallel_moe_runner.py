@@ -88,7 +88,7 @@ class TensorParallelMoERunner(ShardedMoERunner):
         experts_only = RoutingResult(
             topk_weights, routing.topk_ids, topk_weights.new_zeros(num_tokens), topk_weights.new_zeros(num_tokens, 0)
         )
-        part = self._experts_and_epilogue(tokens, experts_only, plan, ExpertWeights(weights.w13, weights.w2), None)
+        part = self._experts_and_epilogue(tokens, experts_only, plan, weights._replace(constants=None), None)
         summed = collectives.all_reduce(works, part)
         residual = self._shared_experts_output(hidden_states)
         wait(self.group, works)

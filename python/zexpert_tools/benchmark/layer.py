@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zexpert.layer import FusedMoE
+from zexpert.models.float32_linear import float32_linear
 from zexpert_tools.benchmark import harness, machine, plain_moe, rates, torch_routing
 from zexpert_tools.benchmark.timing import Timing
 from zexpert_tools.benchmark.torch_routing import RoutingCase
@@ -90,10 +91,21 @@ def make_weights(
     )
 
 
+Run = Callable[[int], Tensor]
+"""A contender: from the index of an input to its result."""
+Projection = Callable[[Tensor, Weights], Tensor]
+"""From hidden states [T, H] to logits [T, N]."""
+
+
 def router_logits(hidden_states: Tensor, weights: Weights) -> Tensor:
-    """The router's projection in float32, as LongCat-Flash does it; in float64 for float64."""
+    """The router's projection by PyTorch in float32, as the peers compute it; in float64 for float64."""
     dtype = torch.float64 if hidden_states.dtype == torch.float64 else torch.float32
     return F.linear(hidden_states.to(dtype), weights.classifier.to(dtype))
+
+
+def zexpert_router_logits(hidden_states: Tensor, weights: Weights) -> Tensor:
+    """The router's projection by zexpert."""
+    return float32_linear(hidden_states, weights.classifier)
 
 
 # ---- Contenders ------------------------------------------------------------------------------------------------------
@@ -240,7 +252,8 @@ def run_case(
     say: Callable[[str], object] = print,
 ) -> LayerResult:
     """Times the contenders from hidden states, or from router logits without `router_projection`, to the output; with
-    `training`, on to the gradients of hidden states and experts.
+    `training`, on to the gradients of hidden states and experts. zexpert's logits come from router_logits, the others'
+    from PyTorch's product in float32.
 
     Calls rotate over `weights`; the case has their dtype and device. The floor is the larger of two times:
     of the products at the rate of a large matrix product, and of the weights used at the rate of the memory. A training
@@ -259,23 +272,21 @@ def run_case(
 
         calls = Calls(weights, inputs, None if router_projection else logits, training)
 
-        def contender(make: Callable[..., nn.Module], has_router: bool = False) -> Callable[[int], Tensor]:
-            return calls.contender([make(shape, one, training=training) for one in weights], has_router)
+        def contender(make: Callable[..., nn.Module], project: Projection | None = router_logits) -> Run:
+            return calls.contender([make(shape, one, training=training) for one in weights], project)
 
         # The loop over experts waits for the host.
         graphs = device.type == "cuda" and not training and zexpert_layer(shape, weights[0]).experts_backend != "torch"
-        in_turns = {SUBJECT: contender(zexpert_layer)}
+        in_turns = {SUBJECT: contender(zexpert_layer, zexpert_router_logits)}
         if device.type == "cpu":
             in_turns["plain PyTorch"] = contender(PlainLayer)
         elif dtype == torch.bfloat16:
             in_turns["torch grouped_mm"] = contender(GroupedMMLayer)
         in_turns |= {name: contender(make) for name, make in (peers or {}).items()}
-        apart: dict[
-            str, Callable[[int], Tensor]
-        ] = {}  # those that wait for the host cannot be captured into a CUDA graph
+        apart: dict[str, Run] = {}  # those that wait for the host cannot be captured into a CUDA graph
         if router_projection and transformers_has(shape.routing):
             try:
-                (apart if graphs else in_turns)["transformers"] = contender(transformers_layer, has_router=True)
+                (apart if graphs else in_turns)["transformers"] = contender(transformers_layer, None)
             except ImportError:
                 say("transformers is not installed, so it is left out (pip install transformers)")
 
@@ -285,13 +296,14 @@ def run_case(
             timings = harness.measure_on(device, in_turns, num_inputs=count, repeats=repeats, graphs=graphs)
             if apart:
                 timings |= harness.measure_on(device, apart, num_inputs=count, repeats=repeats, graphs=False)
-        work = work_of_inputs(shape, weights, logits)
+        work = work_of_inputs(shape, weights, logits, router_projection)
         in_turn = min(sum(read for _, read in work), len(weights) * shape.weight_bytes(dtype))
         limits = dataclasses.replace(limits, bandwidth=rates.bandwidth_for(in_turn, device, limits.bandwidth))
         passes = 3 if training else 1
         work = [(passes * operations, passes * num_bytes) for operations, num_bytes in work]
         threads = "" if device.type == "cuda" else ", " + harness.counted(torch.get_num_threads(), "thread")
-        what = f"{'training step' if training else 'layer'}, {harness.counted(num_tokens, 'token')}"
+        start = "" if router_projection else " from logits"
+        what = f"{'training step' if training else 'layer'}{start}, {harness.counted(num_tokens, 'token')}"
         return LayerResult(
             case=f"{shape.routing.name}: {what}, {harness.dtype_name(dtype)}{threads}",
             subject=SUBJECT,
@@ -316,15 +328,15 @@ class Calls:
     logits: Sequence[Tensor] | None  # None: made in the call
     training: bool
 
-    def contender(self, layers: Sequence[nn.Module], has_router: bool) -> Callable[[int], Tensor]:
+    def contender(self, layers: Sequence[nn.Module], project: Projection | None) -> Run:
         """A function of an input's index that returns the output of `layers`, one around each of the weights; in
-        training, the gradient of the input."""
+        training, the gradient of the input. `project` makes the logits; None: the layers have a router."""
 
         def forward(index: int, rows: Tensor) -> Tensor:
             which = index % len(layers)
-            if has_router:
+            if project is None:
                 return layers[which](rows)  # type: ignore[no-any-return]
-            given = router_logits(rows, self.weights[which]) if self.logits is None else self.logits[index]
+            given = project(rows, self.weights[which]) if self.logits is None else self.logits[index]
             return layers[which](rows, given)  # type: ignore[no-any-return]
 
         def call(index: int) -> Tensor:
@@ -371,12 +383,19 @@ def check_outputs(
     return {name: harness.check_error(output[sampled], plain, expected) for name, output in outputs.items()}
 
 
-def work_of_inputs(shape: Shape, weights: Sequence[Weights], logits: Sequence[Tensor]) -> list[tuple[int, int]]:
-    """(operations, bytes of weights) of a forward of each input."""
+def work_of_inputs(
+    shape: Shape, weights: Sequence[Weights], logits: Sequence[Tensor], router_projection: bool
+) -> list[tuple[int, int]]:
+    """(operations, bytes of weights) of a forward of each input. The router's projection counts as one product."""
     work = []
     for index, one in enumerate(logits):
         topk_ids = torch_routing.route(one, weights[index % len(weights)].bias, shape.routing)[1]
         busy = topk_ids[topk_ids >= 0]
         weight_bytes = int(busy.unique().numel()) * shape.values_per_expert * weights[0].w2.element_size()
-        work.append((2 * busy.numel() * shape.values_per_expert, weight_bytes))
+        operations = 2 * busy.numel() * shape.values_per_expert
+        if router_projection:
+            classifier = weights[0].classifier
+            weight_bytes += classifier.numel() * classifier.element_size()
+            operations += 2 * one.size(0) * classifier.numel()
+        work.append((operations, weight_bytes))
     return work
