@@ -3,9 +3,10 @@
 
 SGLang calls `zexpert_plugins.sglang` in every process through the entry point "sglang.srt.plugins". It does nothing
 unless the environment has ZEXPERT_SGLANG=1 (or true, yes, on); then it calls `register`: LongcatFlashMoE.forward takes
-its float32 logits from router_logits, and its weights, ids and zero experts' output from biased_topk and zero_expert_accumulate. SGLang's experts stay. Their
-kernels do not accept negative ids, so a slot that chose a zero expert has id 0 and weight 0. Captured routed experts
-(`--enable-return-routed-experts`) are, as SGLang's own, the choices among all experts.
+its float32 logits from router_logits, and its weights, ids and zero experts' output from biased_topk and
+zero_expert_accumulate. SGLang's experts stay. Their kernels do not accept negative ids, so a slot that chose a zero
+expert has id 0 and weight 0. Captured routed experts (`--enable-return-routed-experts`) are, as SGLang's own, the
+choices among all experts.
 
 Two results differ from SGLang's own:
 
