@@ -244,7 +244,7 @@ def test_bad_operands() -> None:
     assert error_with(w13_weight=plain[0]) == "w13_weight must be float8_e4m3fn with w13_scale_inv, got float32"
     e5m2 = plain[0].to(torch.float8_e5m2)
     assert error_with(w13_weight=e5m2) == "w13_weight must be float8_e4m3fn with w13_scale_inv, got float8_e5m2"
-    assert error_with(w13_weight=e5m2, **none) == "w13_weight must be float32 beside float32 rows, got float8_e5m2"
+    assert error_with(w13_weight=e5m2, **none) == "w13_weight must be float32 with float32 rows, got float8_e5m2"
     assert error_with(w2_weight=plain[1], w2_scale_inv=None) == (
         "w13_scale_inv and w2_scale_inv must be given both or neither, got w13_scale_inv alone"
     )
