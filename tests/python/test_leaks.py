@@ -67,6 +67,35 @@ def argument_values() -> dict[str, Any]:
     }
 
 
+def own_values(name: str) -> dict[str, Any]:
+    """Values of arguments that have another shape or type in this operator than in others. Of ranks there is one."""
+    to_rank = (1, NUM_TOKENS)
+    return {
+        "quantize_blockwise": {"weight": torch.randn(1, NUM_EXPERTS, HIDDEN_SIZE)},
+        "dequantize_blockwise": {
+            "weight": torch.zeros(1, NUM_EXPERTS, HIDDEN_SIZE, dtype=torch.float8_e4m3fn),
+            "scale_inv": torch.ones(1, 1, 1),
+            "dtype": torch.float32,
+        },
+        "moe_dispatch": {
+            "rows": [torch.empty(*to_rank, HIDDEN_SIZE)],
+            "ids": [torch.empty(*to_rank, 1, dtype=torch.int32)],
+            "weights": [torch.empty(*to_rank, 1)],
+            "rank": 0,
+            "num_local_experts": NUM_REAL_EXPERTS,
+        },
+        "moe_combine": {"out": [torch.empty(*to_rank, HIDDEN_SIZE)], "topk_weights": None, "rank": 0},
+        "rank_barrier": {
+            "signals": [torch.zeros(1, dtype=torch.int64)],
+            "epoch": torch.zeros(1, dtype=torch.int64),
+            "validity": torch.ones(1),
+            "absent_rank": torch.full((1,), -1, dtype=torch.int32),
+            "rank": 0,
+            "timeout_ms": 1000,
+        },
+    }.get(name, {})
+
+
 def test_there_are_operators() -> None:
     assert "zexpert::biased_topk" in OPERATORS
 
@@ -77,7 +106,7 @@ def test_an_operator_loses_no_memory(name: str) -> None:
         pytest.skip(f"{name} does not run on the CPU")
     packet, _, overload = name.removeprefix("zexpert::").partition(".")
     operator = getattr(getattr(torch.ops.zexpert, packet), overload or "default")
-    values = argument_values()
+    values = argument_values() | own_values(packet)
     arguments = {
         argument.name: values[argument.name]
         for argument in operator._schema.arguments
