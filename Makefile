@@ -139,7 +139,7 @@ bench: $(INSTALLED) ## compare with plain PyTorch and transformers on this CPU
 .PHONY: bench-gpu
 bench-gpu: $(INSTALLED) ## compare with PyTorch, and with what else is installed, on a GPU
 	@mkdir -p benchmarks/results
-	for name in routing epilogue experts layer; do \
+	for name in routing epilogue experts layer fp8; do \
 	  python benchmarks/gpu_$$name.py --json benchmarks/results/gpu_$$name.json $(BENCH_ARGS) || exit; \
 	done
 	python benchmarks/host_time.py --device cuda --json benchmarks/results/host_time_cuda.json

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import zexpert
@@ -27,6 +27,7 @@ from zexpert_tools.benchmark import harness, parse, rates
 from zexpert_tools.benchmark.cuda import head, require_gpu
 from zexpert_tools.benchmark.layer import Shape
 
+DEVICE = torch.device("cuda")
 SUBJECT = "zexpert float8"
 CHECKED_TOKENS = 16
 MOST_ERROR = 1.2
@@ -34,7 +35,7 @@ MOST_ERROR = 1.2
 
 def make_layer(shape: Shape, quantization: str | None) -> FusedMoE:
     """Random weights, drawn expert by expert: a layer in bfloat16 and a copy do not fit a GPU together."""
-    routing, device = shape.routing, torch.device("cuda")
+    routing, device = shape.routing, DEVICE
     bias = torch.randn(routing.num_experts, device=device) * 1e-3 if routing.has_bias else None
     layer = FusedMoE(
         routing.num_real_experts,
@@ -49,8 +50,9 @@ def make_layer(shape: Shape, quantization: str | None) -> FusedMoE:
         params_dtype=DTYPE,
         quantization=quantization,
         device="meta",
-    ).to_empty(device=device)
-    layer.e_score_correction_bias = bias
+    )
+    for name, parameter in list(layer.named_parameters(recurse=False)):
+        setattr(layer, name, nn.Parameter(torch.empty_like(parameter, device=device), requires_grad=False))
     generator = torch.Generator(device).manual_seed(0)
     for expert in range(routing.num_real_experts):
         for name, rows, depth in (
@@ -77,7 +79,9 @@ def quantised_rows(rows: Tensor) -> Tensor:
 
 def check(layer: FusedMoE, hidden_states: Tensor, router_logits: Tensor, out: Tensor) -> harness.ErrorCheck:
     """Root-mean-square errors of the experts' part of sampled tokens."""
-    sampled = torch.linspace(0, len(hidden_states) - 1, min(len(hidden_states), CHECKED_TOKENS)).long().unique().cuda()
+    sampled = (
+        torch.linspace(0, len(hidden_states) - 1, min(len(hidden_states), CHECKED_TOKENS)).long().unique().to(DEVICE)
+    )
     rows = hidden_states[sampled]
     routing = layer.router.select_experts(rows, router_logits[sampled])
     zero = routing.zero_weight[:, None].double() * rows.double()
@@ -111,11 +115,11 @@ def check(layer: FusedMoE, hidden_states: Tensor, router_logits: Tensor, out: Te
 def run_case(
     shape: Shape, layers: dict[str, FusedMoE], num_tokens: int, repeats: int, limits: rates.Limits
 ) -> harness.CaseResult:
-    generator = torch.Generator("cuda").manual_seed(num_tokens)
-    hidden_states = torch.randn(num_tokens, shape.hidden_size, device="cuda", generator=generator).to(DTYPE)
-    router_logits = torch.randn(num_tokens, shape.routing.num_experts, device="cuda", generator=generator)
+    generator = torch.Generator(DEVICE).manual_seed(num_tokens)
+    hidden_states = torch.randn(num_tokens, shape.hidden_size, device=DEVICE, generator=generator).to(DTYPE)
+    router_logits = torch.randn(num_tokens, shape.routing.num_experts, device=DEVICE, generator=generator)
     layer = layers[SUBJECT]
-    plan = layer.router.select_experts_and_plan(hidden_states, router_logits)[1]
+    plan = layer.router.select_experts_and_plan(hidden_states, router_logits, shape.routing.num_real_experts)[1]
     weights = {name: getattr(layer, name) for name in ("w13_weight", "w2_weight")} | {
         f"{name}_scale_inv": getattr(layer, f"{name}_weight_scale_inv") for name in ("w13", "w2")
     }
@@ -124,7 +128,7 @@ def run_case(
         hidden_states, plan.expert_offsets, row_slots=plan.row_slots, top_k=shape.routing.top_k, **weights
     )
     checks = {SUBJECT: check(layer, hidden_states, router_logits, contenders[SUBJECT](0))}
-    timings = harness.measure_on(torch.device("cuda"), contenders, num_inputs=1, repeats=repeats, graphs=True)
+    timings = harness.measure_on(DEVICE, contenders, num_inputs=1, repeats=repeats, graphs=True)
     counts = plan.expert_offsets.diff()
     operations = 2 * int(plan.expert_offsets[-1]) * shape.values_per_expert
     weight_bytes = int((counts > 0).sum()) * shape.values_per_expert
@@ -148,7 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write the results there")
     options = parser.parse_args(arguments)
     require_gpu(parser)
-    limits = rates.measure_limits(torch.device("cuda"), DTYPE)
+    limits = rates.measure_limits(DEVICE, DTYPE)
     print(f"{head(limits.bandwidth)}; a bfloat16 matrix product runs at {limits.rate / 1e12:.0f} TFLOP/s")
     results = []
     for name in options.shapes:
