@@ -39,7 +39,7 @@ void find_largest(const QuantizeBlockwiseParams& params, uint32_t* largest_bits)
   });
 }
 
-/// The scale of a block whose largest magnitude is `largest`.
+/// The scale of a block; `largest` is its largest magnitude.
 inline float scale_of(float largest) {
   return largest == 0 ? 1.0F : std::max(largest / kLargestFloat8, kSmallestScale);
 }

@@ -8,7 +8,7 @@
 namespace zexpert {
 namespace {
 
-// The ranks are processes: no std::atomic, whose objects belong to one.
+// The ranks are processes. A std::atomic object belongs to one process, so it is not used.
 
 void store_release(int64_t* address, int64_t value) { __atomic_store_n(address, value, __ATOMIC_RELEASE); }
 int64_t load_acquire(const int64_t* address) { return __atomic_load_n(address, __ATOMIC_ACQUIRE); }

@@ -113,7 +113,7 @@ void launch(const char* name, void (*kernel)(Parameters...), int64_t num_blocks,
   launch_clusters(name, kernel, num_blocks, 1, num_threads, shared_memory_bytes, stream, arguments...);
 }
 
-/// A grid whose blocks each walk several units of work.
+/// A grid in which each block walks several units of work.
 struct WalkingGrid {
   int64_t num_blocks;
   int units_per_block;  ///< at a time, each by its own threads

@@ -6,7 +6,7 @@
 // turns bfloat16 hidden states into scaled float16 where they are. Multipliers, a warpgroup each, split the weights in
 // registers and multiply: the parts come from registers, the hidden states from shared memory. Up to 64 tokens have
 // two, each with every other stage, and the second hands its sums to the first, which adds all in order. More tokens
-// have one, whose sums need all registers.
+// have one: its sums need all registers.
 #pragma once
 
 #include <cuda.h>

@@ -9,7 +9,7 @@
 // Order of sums. A matrix instruction drops the bits of a sum that float32 does not hold instead of rounding it, so
 // these errors add up. They stay small because matrix instructions accumulate the products of one chunk alone, those
 // of the weights' low parts first. Chunks are added to their group's sum in float32, in the order of depth: the depth
-// is cut into kGroups groups, whose bounds depend on the depth alone. Groups are added to the logit in the same way.
+// is cut into kGroups groups. Their bounds depend on the depth alone. Groups are added to the logit in the same way.
 // Every kernel below keeps this order, so a token's logits have the same bits for any number of tokens.
 //
 //   few tokens   a cluster of kGroups blocks for 64 experts: a block per group, sums exchanged through shared memory.
@@ -86,7 +86,7 @@ ZEXPERT_HOST_DEVICE constexpr uint32_t weight_offset(int lane, int instruction, 
   return static_cast<uint32_t>(expert * kLineBytes + (chunk ^ expert) * 16 + in_line % 16);
 }
 
-// The sums of an instruction whose rows are experts: lane l of warp w has, in sums[4 * j + 2 * h + i], the sum of this
+// The sums of an instruction with experts as rows: lane l of warp w has, in sums[4 * j + 2 * h + i], the sum of this
 // expert and token of the tile.
 ZEXPERT_HOST_DEVICE constexpr int expert_of_sum(int warp, int lane, int h) {
   return 16 * warp + 8 * h + expert_of_fragment_row(lane / 4);
@@ -117,7 +117,7 @@ ZEXPERT_HOST_DEVICE constexpr uint32_t token_offset(int lane, int instruction) {
   return static_cast<uint32_t>(token * kLineBytes + (chunk ^ token % 8) * 16);
 }
 
-// The sums of an instruction whose rows are tokens: sums[4 * j + 2 * h + i] is that of this token and expert.
+// The sums of an instruction with tokens as rows: sums[4 * j + 2 * h + i] is that of this token and expert.
 ZEXPERT_HOST_DEVICE constexpr int token_of_row(int warp, int lane, int h) { return 16 * warp + 8 * h + lane / 4; }
 ZEXPERT_HOST_DEVICE constexpr int expert_of_column(int lane, int j, int i) { return 8 * j + 2 * (lane % 4) + i; }
 

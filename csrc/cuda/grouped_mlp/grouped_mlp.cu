@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// grouped_mlp on a Hopper GPU: a kernel that plans the tiles, and quantises the rows where weights
-// are float8, and one for each of the two products.
+// grouped_mlp on a Hopper GPU: a kernel that plans the tiles, and quantises the rows if weights are float8, then one
+// kernel for each of the two products.
 #include "zexpert/grouped_mlp.h"
 
 #include <cuda.h>
@@ -351,9 +351,9 @@ class Products {
     rows.hidden_size = static_cast<int>(params_.hidden_size);
     constexpr int64_t kBlocksPerMultiprocessor = 2;
     const int64_t channels_per_block = kMaxExperts * kQuantisedBlocks * kScaleBlock / (kWarpSize / 2);
-    const int64_t quantizing = std::min<int64_t>(divide_up(params_.num_rows * params_.hidden_size, channels_per_block),
+    const int64_t quantising = std::min<int64_t>(divide_up(params_.num_rows * params_.hidden_size, channels_per_block),
                                                  kBlocksPerMultiprocessor * num_blocks_ - 1);
-    launch("grouped_mlp", &plan_tiles_and_quantise, 1 + quantizing, kMaxExperts, 0, stream_, plan, rows);
+    launch("grouped_mlp", &plan_tiles_and_quantise, 1 + quantising, kMaxExperts, 0, stream_, plan, rows);
   }
 
   void multiply() const {

@@ -51,9 +51,9 @@ struct RoutingInputs {
 /// be chosen.
 ///
 /// With `choices`, slot k of token t has the expert choices[t, k], of all num_experts, or stays empty for -1. Bias and
-/// groups are not used. A slot whose expert's logit is masked stays empty. An expert that is out of range, or repeated
-/// within a token, is an error on the CPU; on CUDA, where checking would wait for the device, the slot stays empty (of
-/// repeated experts, the later slots).
+/// groups are not used. A slot stays empty if the logit of its expert is masked. An expert that is out of range, or
+/// repeated within a token, is an error on the CPU; on CUDA, where checking would wait for the device, the slot stays
+/// empty (of repeated experts, the later slots).
 ///
 /// With expert_offsets, row_slots and slot_rows it also writes the plan of topk_ids over the real experts (moe_plan.h).
 ///
